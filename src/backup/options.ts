@@ -1,0 +1,55 @@
+// What a backup job is asked to do, with the defaults and their reasons, in one place for the command line,
+// the control socket and the engine.
+
+import type { ImageFormat } from "../image/format.js";
+import { KiB, MiB } from "../units.js";
+
+export const ON_BUFFER_FULL = ["spill", "wait", "cancel"] as const;
+export type OnBufferFull = (typeof ON_BUFFER_FULL)[number];
+export const ON_CBW_ERROR = ["break-snapshot", "break-guest-write"] as const;
+export type OnCbwError = (typeof ON_CBW_ERROR)[number];
+export const ON_IO_ERROR = ["report", "ignore", "stop"] as const;
+export type OnIoError = (typeof ON_IO_ERROR)[number];
+
+export interface JobOptions {
+  /** Final path of the target, or "null:". */
+  target: string;
+  targetFormat: ImageFormat;
+  force: boolean;
+  clusterSizeBytes: number;
+  backingFile?: string | undefined;
+  backingFormat?: ImageFormat | undefined;
+  workerCount: number;
+  /** 0: no buffer; a guest write waits until the target has the old data. */
+  cowBufferSizeBytes: number;
+  onBufferFull: OnBufferFull;
+  spillDir?: string | undefined;
+  /** Undefined: no more than the source's size. */
+  spillLimitBytes?: number | undefined;
+  guestTimeoutMs: number;
+  /** Bytes a second to the target; 0: no limit. */
+  rateLimitBytes: number;
+  onCbwError: OnCbwError;
+  onSourceError: OnIoError;
+  onTargetError: OnIoError;
+  targetRetries: number;
+  direct: boolean;
+  verify: boolean;
+}
+
+export const JOB_DEFAULTS: Omit<JobOptions, "target" | "targetFormat"> = {
+  force: false,
+  clusterSizeBytes: 64 * KiB,
+  // Two cores are kept busy by two; four hide a target's latency and still cost little memory.
+  workerCount: 4,
+  cowBufferSizeBytes: 256 * MiB,
+  onBufferFull: "spill",
+  guestTimeoutMs: 45_000,
+  rateLimitBytes: 0,
+  onCbwError: "break-snapshot",
+  onSourceError: "report",
+  onTargetError: "report",
+  targetRetries: 5,
+  direct: false,
+  verify: false,
+};

@@ -1,0 +1,138 @@
+// The block device interface: what raw, qcow2, NBD and their decorators (throttle, fault, trace) have in common.
+//
+// Two kinds of reader and writer exist, because two kinds of thread do:
+//  - a BlockDevice belongs to the main thread. It owns its file, its caches and, for a guest's disk, its metadata.
+//  - a SourceReader belongs to a worker. It is made from a SourceDescription, which is plain data that crosses
+//    the thread boundary once, at T0; from then on the two share nothing but the file and SharedArrayBuffers.
+//
+// Completion. Data in the page cache is read in 2 to 6 µs; a promise and a turn of the event loop cost more than
+// that. So each operation says at once whether it is done: `undefined` means done, a promise means that it goes on.
+// Callers on the hot path test for `undefined` and never `await` what has already happened.
+
+import type { ImageFormat } from "./format.js";
+
+/** `undefined`: the operation is complete. A promise: it goes on, and rejects with a CowcatcherError. */
+export type Completion = Promise<void> | undefined;
+
+export interface BlockStatus {
+  /** Bytes from the queried offset on that share this status; at least 1, never past the queried range. */
+  lengthBytes: number;
+  /** The range reads as zeroes, as far as metadata or the file system knows. */
+  zero: boolean;
+  /** Data is stored (as in `qemu-img map`'s "data"). */
+  data: boolean;
+  /** Depth in the backing chain of the layer that provides the range; 0 is the image itself. */
+  depth: number;
+  /** Some layer allocates the range (as in `qemu-img map`'s "present"). */
+  present: boolean;
+  compressed: boolean;
+  /** Where the data stands in the providing file, where that is a plain stretch of it. */
+  hostOffsetBytes?: number | undefined;
+}
+
+export interface WriteZeroesOptions {
+  /** The storage may be released (NBD: NBD_CMD_FLAG_NO_HOLE is not set; QEMU: BDRV_REQ_MAY_UNMAP). */
+  mayUnmap: boolean;
+}
+
+/**
+ * Main thread only. Offsets and lengths are in bytes and lie within [0, sizeBytes): the caller has checked them.
+ * Any alignment is allowed. Operations may overlap in time; overlapping writes end in either order, torn at no
+ * less than their common bytes (NBD promises no more).
+ */
+export interface BlockDevice {
+  /** What errors call it: the path or URI that the user gave. */
+  readonly name: string;
+  readonly sizeBytes: number;
+  readonly readOnly: boolean;
+  /** Unit in which the format allocates, in bytes; 0 where it has none (raw). */
+  readonly clusterSizeBytes: number;
+
+  /** Fills buffer[bufferOffset, +lengthBytes) from the device at offsetBytes. */
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /** Writes buffer[bufferOffset, +lengthBytes). The buffer must stay unchanged until completion. */
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  writeZeroes(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): Completion;
+  /** Advice that the content is not needed; what the range reads as afterwards is zeroes or the old data. */
+  discard(offsetBytes: number, lengthBytes: number): Completion;
+  /** On completion every write that had completed before the call is on stable storage, with its metadata. */
+  flush(): Completion;
+  /** Status of the longest run from offsetBytes on, at most lengthBytes. */
+  blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus>;
+  /** Flushes, releases locks, closes files (backing files too). The device must be idle. */
+  close(): Promise<void>;
+}
+
+/** An opened image: a device that knows its format and can hand its T0 view to workers. */
+export interface Image extends BlockDevice {
+  readonly path: string;
+  readonly format: ImageFormat;
+  /** True where the format was found by probing, not named by the user (Safety rule in CLI.md). */
+  readonly probed: boolean;
+  readonly backing: Image | null;
+
+  /**
+   * Describes the image as it is at this moment, for readers in workers. Synchronous, so that T0 is one instant.
+   * The caller guarantees that no write is in flight, and that from now on no byte changes before it is captured.
+   * Until `release`, the image keeps every place valid that the description refers to (a compressed cluster that
+   * is rewritten, for example, is not freed).
+   */
+  freeze(): FrozenSource;
+}
+
+export interface FrozenSource {
+  readonly description: SourceDescription;
+  release(): void;
+}
+
+export interface RawSourceDescription {
+  format: "raw";
+  name: string;
+  /** Shared by all threads of the process; the main thread closes it, after the workers are gone. */
+  fd: number;
+  sizeBytes: number;
+  direct: boolean;
+}
+
+export interface Qcow2SourceDescription {
+  format: "qcow2";
+  name: string;
+  fd: number;
+  /** File that holds guest clusters: `fd` itself unless the image has an external data file. */
+  dataFd: number;
+  sizeBytes: number;
+  direct: boolean;
+  clusterBits: number;
+  compressionType: "zlib" | "zstd";
+  /** The L1 table of T0: 64-bit entries in host byte order, two 32-bit words each, low word first. */
+  l1Table: SharedArrayBuffer;
+  /**
+   * L2 tables that the main thread had changed in memory but not yet written at T0, as they were at T0, in
+   * the image's own big-endian form, one after another; `dirtyL2Index[i]` is the L1 index of the i-th.
+   */
+  dirtyL2Tables: SharedArrayBuffer;
+  dirtyL2Index: number[];
+  backing: SourceDescription | null;
+}
+
+export interface NullSourceDescription {
+  /** Reads as zeroes: what lies beyond the end of a short backing file. */
+  format: "null";
+  name: string;
+  sizeBytes: number;
+}
+
+export type SourceDescription = RawSourceDescription | Qcow2SourceDescription | NullSourceDescription;
+
+/** A worker's view of the source at T0. One thread; offsets and lengths within [0, sizeBytes). */
+export interface SourceReader {
+  readonly sizeBytes: number;
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /**
+   * Bytes from offsetBytes on, at most lengthBytes, that are all zero by metadata (zero: true) or may hold data
+   * (zero: false). For a huge empty range it must answer in one step as far as its tables or the file system
+   * tell: the sweep over a sparse 16 TiB image depends on it.
+   */
+  extent(offsetBytes: number, lengthBytes: number): { lengthBytes: number; zero: boolean };
+  close(): void;
+}

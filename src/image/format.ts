@@ -1,0 +1,6 @@
+export const IMAGE_FORMATS = ["raw", "qcow2"] as const;
+export type ImageFormat = (typeof IMAGE_FORMATS)[number];
+
+export function isImageFormat(text: string): text is ImageFormat {
+  return (IMAGE_FORMATS as readonly string[]).includes(text);
+}

@@ -1,0 +1,156 @@
+// The system calls that Node lacks, through koffi: lseek(SEEK_DATA), preadv2(RWF_NOWAIT), fallocate, OFD locks.
+//
+// `libc` is null where koffi cannot load (an odd platform, COWCATCHER_NO_NATIVE=1): every caller has a slower way.
+// Results are the system call's own: a count or offset, or minus errno. Any thread may call; nothing here is kept
+// between calls but one iovec a thread.
+//
+// Buffers are passed as addresses. An ArrayBuffer's or SharedArrayBuffer's bytes never move, so the address is
+// looked up once a buffer; a typed array of a few bytes without a buffer of its own would move, hence
+// ArrayBufferLike in the signatures.
+
+import koffi from "koffi";
+import { constants } from "node:os";
+
+/** Linux values on x86-64 and arm64 alike. */
+const SEEK_DATA = 3;
+const SEEK_HOLE = 4;
+const RWF_NOWAIT = 0x8;
+const FALLOC_FL_KEEP_SIZE = 0x1;
+const FALLOC_FL_PUNCH_HOLE = 0x2;
+const FALLOC_FL_ZERO_RANGE = 0x10;
+const F_OFD_GETLK = 36;
+const F_OFD_SETLK = 37;
+export const F_RDLCK = 0;
+export const F_WRLCK = 1;
+export const F_UNLCK = 2;
+export const POSIX_FADV_DONTNEED = 4;
+
+export const ENXIO = constants.errno.ENXIO;
+export const EAGAIN = constants.errno.EAGAIN;
+export const EINVAL = constants.errno.EINVAL;
+export const EOPNOTSUPP = constants.errno.EOPNOTSUPP;
+export const ENOSYS = constants.errno.ENOSYS;
+
+export interface Libc {
+  /** First offset >= offsetBytes that holds data, or -ENXIO when there is none up to the end of the file. */
+  seekData(fd: number, offsetBytes: number): number;
+  /** First offset >= offsetBytes in a hole (the end of the file counts as one), or -ENXIO past the end. */
+  seekHole(fd: number, offsetBytes: number): number;
+  /**
+   * Reads only what the page cache holds: bytes read (fewer than asked where the rest would block), or -EAGAIN
+   * when the first byte would block, or another -errno.
+   */
+  readNowait(
+    fd: number,
+    buffer: ArrayBufferLike,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number;
+  pread(
+    fd: number,
+    buffer: ArrayBufferLike,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number;
+  pwrite(
+    fd: number,
+    buffer: ArrayBufferLike,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number;
+  punchHole(fd: number, offsetBytes: number, lengthBytes: number): number;
+  /** Zeroes a range, keeping it allocated. */
+  zeroRange(fd: number, offsetBytes: number, lengthBytes: number): number;
+  /** Extends or allocates [offsetBytes, +lengthBytes). */
+  allocate(fd: number, offsetBytes: number, lengthBytes: number): number;
+  fadvise(fd: number, offsetBytes: number, lengthBytes: number, advice: number): number;
+  /** Non-blocking OFD lock or unlock (F_RDLCK, F_WRLCK, F_UNLCK) of bytes; -EAGAIN where another holder forbids it. */
+  ofdLock(fd: number, type: number, startByte: number, lengthBytes: number): number;
+  /** Whether a lock of `type` could be taken: 0 yes, 1 no, or -errno. */
+  ofdTest(fd: number, type: number, startByte: number, lengthBytes: number): number;
+}
+
+function load(): Libc | null {
+  if (process.env["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") return null;
+  try {
+    return bind();
+  } catch {
+    return null;
+  }
+}
+
+function bind(): Libc {
+  const library = koffi.load("libc.so.6");
+  type SystemCall = (...args: number[]) => number;
+  const declare = (prototype: string): SystemCall => library.func(prototype) as unknown as SystemCall;
+  const lseek = declare("int64_t lseek64(int fd, int64_t offset, int whence)");
+  const pread64 = declare("int64_t pread64(int fd, uint64_t buffer, uint64_t count, int64_t offset)");
+  const pwrite64 = declare("int64_t pwrite64(int fd, uint64_t buffer, uint64_t count, int64_t offset)");
+  const preadv2 = declare("int64_t preadv64v2(int fd, uint64_t iov, int iovcnt, int64_t offset, int flags)");
+  const fallocate = declare("int fallocate64(int fd, int mode, int64_t offset, int64_t length)");
+  const posixFadvise = declare("int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)");
+  const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
+
+  const addresses = new WeakMap<ArrayBufferLike, number>();
+  const addressOf = (buffer: ArrayBufferLike): number => {
+    let address = addresses.get(buffer);
+    if (address === undefined) {
+      address = Number(koffi.address(new Uint8Array(buffer)));
+      addresses.set(buffer, address);
+    }
+    return address;
+  };
+  const orErrno = (result: number): number => (result === -1 ? -koffi.errno() : result);
+
+  const iovec = new BigUint64Array(new ArrayBuffer(16));
+  const iovecWords = new Uint32Array(iovec.buffer);
+  const iovecAddress = addressOf(iovec.buffer);
+
+  // struct flock { short l_type; short l_whence; off_t l_start; off_t l_len; pid_t l_pid; }, 64-bit layout.
+  const flockView = new DataView(new ArrayBuffer(32));
+  const flockAddress = addressOf(flockView.buffer);
+  const setFlock = (type: number, startByte: number, lengthBytes: number): void => {
+    flockView.setInt16(0, type, true);
+    flockView.setInt16(2, 0, true);
+    flockView.setBigInt64(8, BigInt(startByte), true);
+    flockView.setBigInt64(16, BigInt(lengthBytes), true);
+    flockView.setInt32(24, 0, true);
+  };
+
+  return {
+    seekData: (fd, offsetBytes) => orErrno(lseek(fd, offsetBytes, SEEK_DATA)),
+    seekHole: (fd, offsetBytes) => orErrno(lseek(fd, offsetBytes, SEEK_HOLE)),
+    readNowait(fd, buffer, bufferOffset, lengthBytes, offsetBytes) {
+      const address = addressOf(buffer) + bufferOffset;
+      iovecWords[0] = address >>> 0;
+      iovecWords[1] = Math.floor(address / 0x1_0000_0000);
+      iovecWords[2] = lengthBytes;
+      iovecWords[3] = 0;
+      return orErrno(preadv2(fd, iovecAddress, 1, offsetBytes, RWF_NOWAIT));
+    },
+    pread: (fd, buffer, bufferOffset, lengthBytes, offsetBytes) =>
+      orErrno(pread64(fd, addressOf(buffer) + bufferOffset, lengthBytes, offsetBytes)),
+    pwrite: (fd, buffer, bufferOffset, lengthBytes, offsetBytes) =>
+      orErrno(pwrite64(fd, addressOf(buffer) + bufferOffset, lengthBytes, offsetBytes)),
+    punchHole: (fd, offsetBytes, lengthBytes) =>
+      orErrno(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes)),
+    zeroRange: (fd, offsetBytes, lengthBytes) =>
+      orErrno(fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes)),
+    allocate: (fd, offsetBytes, lengthBytes) => orErrno(fallocate(fd, 0, offsetBytes, lengthBytes)),
+    fadvise: (fd, offsetBytes, lengthBytes, advice) => -posixFadvise(fd, offsetBytes, lengthBytes, advice),
+    ofdLock(fd, type, startByte, lengthBytes) {
+      setFlock(type, startByte, lengthBytes);
+      return orErrno(fcntl(fd, F_OFD_SETLK, flockAddress));
+    },
+    ofdTest(fd, type, startByte, lengthBytes) {
+      setFlock(type, startByte, lengthBytes);
+      const result = orErrno(fcntl(fd, F_OFD_GETLK, flockAddress));
+      return result < 0 ? result : flockView.getInt16(0, true) === F_UNLCK ? 0 : 1;
+    },
+  };
+}
+
+export const libc: Libc | null = load();

@@ -1,0 +1,78 @@
+// What a backup is written to. The main thread makes, finishes or abandons a Target; each worker opens a
+// TargetWriter on its description. Nothing else crosses: no message a cluster.
+
+import type { Completion } from "../image/device.js";
+import type { ImageFormat } from "../image/format.js";
+
+export interface TargetOptions {
+  /** Final path; the file is written beside it under a temporary name. "null:" throws all data away. */
+  path: string;
+  format: ImageFormat;
+  sizeBytes: number;
+  /** Of a new qcow2 target, in bytes; a power of two, 512 to 2 MiB. */
+  clusterSizeBytes: number;
+  backingFile?: string | undefined;
+  backingFormat?: ImageFormat | undefined;
+  /** Replace an existing file. */
+  force: boolean;
+  /** O_DIRECT for the data. */
+  direct: boolean;
+}
+
+/** Main thread only. */
+export interface Target {
+  readonly name: string;
+  /** Smallest unit that writers take, in bytes (the qcow2 cluster size; 1 for raw). */
+  readonly granularityBytes: number;
+  readonly description: TargetDescription;
+  /** Writes what metadata is left, syncs, renames to the final name and syncs the folder. */
+  finish(): Promise<void>;
+  /** Removes the unfinished target. Never throws; may be called at any time, more than once. */
+  abort(): Promise<void>;
+  /** The same without a turn of the event loop, for the process's last moments. */
+  abortSync(): void;
+}
+
+export interface RawTargetDescription {
+  format: "raw";
+  name: string;
+  fd: number;
+  sizeBytes: number;
+  direct: boolean;
+  /** The target reads as zeroes where nothing was written (a new file), so zeroes need no write. */
+  startsZeroed: boolean;
+}
+
+export interface Qcow2TargetDescription {
+  format: "qcow2";
+  name: string;
+  /** For guest clusters (O_DIRECT if asked for). */
+  dataFd: number;
+  /** For tables: never O_DIRECT, as entries are written a few bytes at a time. */
+  metadataFd: number;
+  sizeBytes: number;
+  direct: boolean;
+  clusterBits: number;
+  hasBacking: boolean;
+  /** Layout: see target/qcow2.ts. Next free host cluster, and the place of each L2 table. */
+  shared: SharedArrayBuffer;
+}
+
+export interface NullTargetDescription {
+  format: "null";
+  name: string;
+}
+
+export type TargetDescription = RawTargetDescription | Qcow2TargetDescription | NullTargetDescription;
+
+/**
+ * One worker's door to the target. Ranges are aligned to the target's granularity but for the end of the disk,
+ * and each byte of the disk is written at most once, by one worker.
+ */
+export interface TargetWriter {
+  /** Writes buffer[bufferOffset, +lengthBytes). @throws CowcatcherError IO or NO_SPACE with the guest offset. */
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /** The range reads as zeroes afterwards. Costs nothing where it does already. */
+  writeZeroes(offsetBytes: number, lengthBytes: number): Completion;
+  close(): void;
+}
