@@ -1,0 +1,70 @@
+// Jobs as the control socket and the command line see them. The engine implements JobHost; neither side knows
+// more of the other than this.
+
+import type { CowcatcherError } from "../errors.js";
+import type { ImageFormat } from "../image/format.js";
+import type { JobOptions } from "./options.js";
+import type { JobProgress } from "./progress.js";
+
+/** QEMU's JobStatus (qapi/job.json). */
+export type JobStatus =
+  | "created"
+  | "running"
+  | "paused"
+  | "waiting"
+  | "pending"
+  | "aborting"
+  | "concluded"
+  | "null";
+
+export interface BackupJob {
+  readonly id: string;
+  /** The node name of the disk. */
+  readonly disk: string;
+  readonly options: JobOptions;
+  readonly status: JobStatus;
+  /** Set once the job has failed or was cancelled (code CANCELLED); the first cause. */
+  readonly error: CowcatcherError | undefined;
+  /** Current limit in bytes a second; 0 is none. */
+  readonly speed: number;
+  progress(): JobProgress;
+  /** Returns at once; the guest's writes go through from this moment on. No effect on a job that has ended. */
+  cancel(): void;
+  pause(): void;
+  resume(): void;
+  setSpeed(bytesPerSecond: number): void;
+}
+
+export interface BackupRequest {
+  id: string;
+  disk: string;
+  options: JobOptions;
+}
+
+export interface DiskInfo {
+  /** Node name, which is also the export's name. */
+  name: string;
+  path: string;
+  format: ImageFormat;
+  sizeBytes: number;
+  readOnly: boolean;
+}
+
+export type JobStatusListener = (job: BackupJob, status: JobStatus) => void;
+
+export interface JobHost {
+  disks(): readonly DiskInfo[];
+  /** Jobs that have not been dismissed, oldest first. */
+  jobs(): readonly BackupJob[];
+  /**
+   * Starts all at one T0, or none. Resolves after T0; a job that fails later says so by its status.
+   * @throws CowcatcherError: NOT_FOUND (disk), BUSY (disk or id in use), EXISTS, IO, … Nothing is left behind then.
+   */
+  startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]>;
+  /** Forgets a concluded job. */
+  dismiss(id: string): void;
+  /** Calls `listener` at each change, synchronously. Returns the function that ends it. */
+  onStatus(listener: JobStatusListener): () => void;
+  /** Ends the process in good order, as SIGTERM does. */
+  quit(): void;
+}
