@@ -8,14 +8,7 @@ import type { JobProgress } from "./progress.js";
 
 /** QEMU's JobStatus (qapi/job.json). */
 export type JobStatus =
-  | "created"
-  | "running"
-  | "paused"
-  | "waiting"
-  | "pending"
-  | "aborting"
-  | "concluded"
-  | "null";
+  "created" | "running" | "paused" | "waiting" | "pending" | "aborting" | "concluded" | "null";
 
 export interface BackupJob {
   readonly id: string;

@@ -36,11 +36,16 @@ export interface Target {
 export interface RawTargetDescription {
   format: "raw";
   name: string;
+  /** O_DIRECT if asked for. */
   fd: number;
+  /** Never O_DIRECT, for what is not aligned; the same as `fd` unless `direct`. */
+  bufferedFd: number;
   sizeBytes: number;
   direct: boolean;
   /** The target reads as zeroes where nothing was written (a new file), so zeroes need no write. */
   startsZeroed: boolean;
+  /** See target/gate.ts. */
+  shared: SharedArrayBuffer;
 }
 
 export interface Qcow2TargetDescription {
@@ -54,7 +59,9 @@ export interface Qcow2TargetDescription {
   direct: boolean;
   clusterBits: number;
   hasBacking: boolean;
-  /** Layout: see target/qcow2.ts. Next free host cluster, and the place of each L2 table. */
+  /** As in RawTargetDescription; where false, L2 tables are zeroed when they are allocated. */
+  startsZeroed: boolean;
+  /** Layout: see target/qcow2-layout.ts. Next free host cluster, and the place of each L2 table. */
   shared: SharedArrayBuffer;
 }
 

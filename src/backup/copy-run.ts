@@ -1,0 +1,289 @@
+// The copy itself, live or offline: a target, the memory that threads share, and the pool that drains into it.
+// Main thread.
+//
+//   prepare ──(workers ready)──► begin, at T0 ──► ended: every chunk is in the target, or the first failure
+//
+// The run ends by itself when the sweep is over, or by `abort`: the workers see it at their next step; one that
+// sits in a write to a target that does not answer is left behind after ABORT_GRACE_MS. Either way `ended`
+// settles, once, with the first cause.
+
+import { setTimeout as delay } from "node:timers/promises";
+import { MessageChannel, type MessagePort } from "node:worker_threads";
+import { Piscina } from "piscina";
+import { geometryOf, type Geometry, BLOCK_BYTES } from "../cow/geometry.js";
+import {
+  CNT_DONE_BYTES,
+  CNT_RATE_LIMIT,
+  CNT_RATE_NEXT_NS,
+  CNT_WRITTEN_BYTES,
+  createSharedState,
+  CTL_IGNORED_ERRORS,
+  CTL_RUN,
+  CTL_USED_BLOCKS,
+  RUN_ABORTING,
+  RUN_PAUSED,
+  RUN_PREPARING,
+  RUN_RUNNING,
+  type SharedState,
+} from "../cow/shared.js";
+import { CowcatcherError, messageOf } from "../errors.js";
+import type { SourceDescription } from "../image/device.js";
+import type { Target } from "../target/target.js";
+import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
+import type { JobOptions } from "./options.js";
+import type { JobProgress } from "./progress.js";
+import { RateMeter } from "./rate-meter.js";
+import { openSpillFile, type OpenSpill } from "./spill-file.js";
+
+const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
+const ABORT_GRACE_MS = 2_000;
+/** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
+const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
+
+export interface CopyRunOptions {
+  job: JobOptions;
+  target: Target;
+  sizeBytes: number;
+  sourceClusterBytes: number;
+  /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
+  slots: SharedArrayBuffer;
+  bufferBytes: number;
+  live: boolean;
+  /** A worker has paused the job for an error under the policy `stop`. */
+  onStopped?: ((error: CowcatcherError, operation: "read" | "write") => void) | undefined;
+}
+
+export class CopyRun {
+  /** Fulfilled when everything is in the target; rejects with the first cause. */
+  readonly ended: Promise<void>;
+  readonly shared: SharedState;
+  readonly geometry: Geometry;
+  readonly spill: OpenSpill | null;
+  readonly #options: CopyRunOptions;
+  readonly #pool: Piscina;
+  readonly #ports: MessagePort[] = [];
+  readonly #rate = new RateMeter();
+  #firstError: CowcatcherError | undefined;
+  #startMs = 0;
+  #endMs: number | undefined;
+  #begun = false;
+  #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
+
+  private constructor(options: CopyRunOptions, shared: SharedState, spill: OpenSpill | null) {
+    this.#options = options;
+    this.shared = shared;
+    this.geometry = shared.geometry;
+    this.spill = spill;
+    const { promise, resolve, reject } = withResolvers();
+    this.ended = promise;
+    this.#settle = { resolve, reject };
+    // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
+    promise.catch(() => {});
+    this.#pool = new Piscina({
+      filename: WORKER_FILE.href,
+      minThreads: options.job.workerCount,
+      maxThreads: options.job.workerCount,
+      concurrentTasksPerWorker: 1,
+      resourceLimits: WORKER_HEAP,
+      recordTiming: false,
+    });
+  }
+
+  /**
+   * Starts the workers and waits until each is ready.
+   * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
+   */
+  static async prepare(options: CopyRunOptions): Promise<CopyRun> {
+    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live } = options;
+    const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
+    const shared = createSharedState(geometry, slots, bufferBytes);
+    const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
+    const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
+    const run = new CopyRun(options, shared, spill);
+    run.setSpeed(job.rateLimitBytes);
+    try {
+      await run.#startWorkers();
+    } catch (error) {
+      run.abort(workerError(error));
+      await run.ended.catch(() => {});
+      throw run.#firstError ?? error;
+    }
+    return run;
+  }
+
+  async #startWorkers(): Promise<void> {
+    const { workerCount } = this.#options.job;
+    const ready: Promise<void>[] = [];
+    const tasks: Promise<CopyResult>[] = [];
+    for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
+      const { port1, port2 } = new MessageChannel();
+      this.#ports.push(port1);
+      const task = this.#pool.run(this.#task(workerIndex, port2), {
+        transferList: [port2],
+      }) as Promise<CopyResult>;
+      tasks.push(task);
+      ready.push(this.#listen(port1, task));
+    }
+    void this.#watch(tasks);
+    await Promise.all(ready);
+  }
+
+  #task(workerIndex: number, port: MessagePort): CopyTask {
+    const { job, target } = this.#options;
+    return {
+      shared: this.shared.buffers,
+      target: target.description,
+      spill: this.spill === null ? null : { path: this.spill.path, fd: this.spill.fd },
+      zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
+      onSourceError: job.onSourceError,
+      onTargetError: job.onTargetError,
+      targetRetries: job.targetRetries,
+      workerIndex,
+      workerCount: job.workerCount,
+      port,
+    };
+  }
+
+  /** Fulfilled when the worker says that it is ready; a task that ends before has failed. */
+  #listen(port: MessagePort, task: Promise<CopyResult>): Promise<void> {
+    return new Promise((resolve, reject) => {
+      port.on("message", (message: WorkerMessage) => {
+        if (message.kind === "ready") resolve();
+        else this.#options.onStopped?.(new CowcatcherError(message.error), message.operation);
+      });
+      task.then((result) => {
+        if (result.error) reject(new CowcatcherError(result.error));
+        resolve();
+      }, reject);
+    });
+  }
+
+  /** Sees every worker to its end, whatever it is, then settles `ended`. */
+  async #watch(tasks: Promise<CopyResult>[]): Promise<void> {
+    const all = Promise.all(
+      tasks.map(async (task) => {
+        try {
+          const { error, stack } = await task;
+          if (error) this.abort(new CowcatcherError({ ...error, cause: stack }));
+        } catch (error) {
+          this.abort(workerError(error));
+        }
+      }),
+    );
+    await Promise.race([all, this.#abandoned]);
+    this.#endMs = performance.now();
+    for (const port of this.#ports) port.close();
+    // Settles when the threads are gone, which for one that sits in a system call may be never.
+    const destroyed = this.#pool.destroy().catch(() => {});
+    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    void all.then(() => this.spill?.close());
+    if (this.#firstError) this.#settle.reject(this.#firstError);
+    else this.#settle.resolve();
+  }
+
+  #giveUp: () => void = () => {};
+  /** Fulfilled some time after `abort`. */
+  readonly #abandoned = new Promise<void>((resolve) => {
+    this.#giveUp = resolve;
+  });
+
+  /** T0: the workers start. Synchronous; `source` describes the disk as it is now. */
+  begin(source: SourceDescription): void {
+    this.#begun = true;
+    this.#startMs = performance.now();
+    // An abort may have come since the workers were ready.
+    Atomics.compareExchange(this.shared.control, CTL_RUN, RUN_PREPARING, RUN_RUNNING);
+    this.#command({ kind: "begin", source });
+  }
+
+  #command(command: WorkerCommand): void {
+    for (const port of this.#ports) port.postMessage(command);
+  }
+
+  /** Ends the run with this error, unless it has failed already. Returns at once; idempotent. */
+  abort(error: CowcatcherError): void {
+    if (this.#firstError !== undefined || this.#endMs !== undefined) return;
+    this.#firstError = error;
+    this.#setRunState(RUN_ABORTING);
+    if (!this.#begun) this.#command({ kind: "leave" });
+    setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
+  }
+
+  get failed(): boolean {
+    return this.#firstError !== undefined;
+  }
+
+  pause(): void {
+    this.#changeRunState(RUN_RUNNING, RUN_PAUSED);
+  }
+
+  resume(): void {
+    this.#changeRunState(RUN_PAUSED, RUN_RUNNING);
+  }
+
+  /** Bytes a second to the target from now on; 0: no limit. */
+  setSpeed(bytesPerSecond: number): void {
+    Atomics.store(this.shared.counters, CNT_RATE_LIMIT, BigInt(Math.floor(bytesPerSecond)));
+    Atomics.store(this.shared.counters, CNT_RATE_NEXT_NS, 0n);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  #setRunState(state: number): void {
+    Atomics.store(this.shared.control, CTL_RUN, state);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  #changeRunState(from: number, to: number): void {
+    Atomics.compareExchange(this.shared.control, CTL_RUN, from, to);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  /** The counters of the copy; those of the guest's path are the interceptor's. */
+  progress(): JobProgress {
+    const { control, counters, bufferBlockCount } = this.shared;
+    const nowMs = this.#endMs ?? performance.now();
+    const bytesWritten = Number(Atomics.load(counters, CNT_WRITTEN_BYTES));
+    return {
+      bytesDone: Number(Atomics.load(counters, CNT_DONE_BYTES)),
+      bytesTotal: this.geometry.sizeBytes,
+      bytesWritten,
+      bufferBytesUsed: Atomics.load(control, CTL_USED_BLOCKS) * BLOCK_BYTES,
+      bufferBytesTotal: bufferBlockCount * BLOCK_BYTES,
+      captureCount: 0,
+      capturedBytes: 0,
+      spilledBytes: 0,
+      guestWaitCount: 0,
+      guestWaitMsMax: 0,
+      guestWaitMsTotal: 0,
+      targetRate: this.#rate.sample(nowMs, bytesWritten),
+      elapsedMs: this.#begun ? nowMs - this.#startMs : 0,
+      ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),
+    };
+  }
+}
+
+function withResolvers(): {
+  promise: Promise<void>;
+  resolve: () => void;
+  reject: (error: CowcatcherError) => void;
+} {
+  let resolve: () => void = () => {};
+  let reject: (error: CowcatcherError) => void = () => {};
+  const promise = new Promise<void>((onResolve, onReject) => {
+    resolve = onResolve;
+    reject = onReject;
+  });
+  return { promise, resolve, reject };
+}
+
+/** A task that rejected: the thread threw outside our own code, ran out of memory, or was ended from outside. */
+function workerError(error: unknown): CowcatcherError {
+  if (error instanceof CowcatcherError) return error;
+  return new CowcatcherError({
+    code: "WORKER",
+    object: "backup",
+    problem: `a worker thread died: ${messageOf(error)}`,
+    hint: "start the backup again; with --log-level debug the log has the stack",
+    cause: error,
+  });
+}

@@ -1,0 +1,229 @@
+// A live backup of one disk: prepare → start at T0 → copy → finish, or an end before that.
+//
+//   created ─start─► running ⇄ paused ─copied─► waiting ─► pending ─target complete─► concluded ─► null
+//                       └──── failure or cancel ────► aborting ─cleaned up─► concluded ─► null
+//
+// Whatever ends the copy, the first thing done is to detach the interceptor: from that moment the guest's writes
+// go straight to its disk. Then the workers are told, the target is finished or removed, and the status follows.
+
+import { BLOCK_BYTES, SLOT_BYTES } from "../cow/geometry.js";
+import type { DiskNode } from "../cow/disk-node.js";
+import { Interceptor } from "../cow/interceptor.js";
+import { SpillFile } from "../cow/spill.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
+import type { FrozenSource } from "../image/device.js";
+import { createTarget } from "../target/create.js";
+import type { Target } from "../target/target.js";
+import { roundUp } from "../units.js";
+import { CopyRun } from "./copy-run.js";
+import type { BackupJob, JobStatus } from "./host.js";
+import type { JobOptions } from "./options.js";
+import type { JobProgress } from "./progress.js";
+import type { BufferLease, BufferStore } from "./buffer-store.js";
+
+export interface LiveJobParts {
+  id: string;
+  node: DiskNode;
+  options: JobOptions;
+  buffers: BufferStore;
+  /** Called synchronously at each change of status. */
+  onStatus(job: LiveJob, status: JobStatus): void;
+}
+
+export class LiveJob implements BackupJob {
+  readonly id: string;
+  readonly disk: string;
+  readonly options: JobOptions;
+  status: JobStatus = "created";
+  error: CowcatcherError | undefined;
+  speed: number;
+  /** Fulfilled when the job is concluded and everything of it is cleaned up. */
+  readonly concluded: Promise<void>;
+  readonly #parts: LiveJobParts;
+  readonly #target: Target;
+  readonly #run: CopyRun;
+  readonly #lease: BufferLease;
+  #interceptor: Interceptor | null = null;
+  #frozen: FrozenSource | null = null;
+  #markConcluded: () => void = () => {};
+
+  private constructor(parts: LiveJobParts, target: Target, run: CopyRun, lease: BufferLease) {
+    this.id = parts.id;
+    this.disk = parts.node.nodeName;
+    this.options = parts.options;
+    this.speed = parts.options.rateLimitBytes;
+    this.#parts = parts;
+    this.#target = target;
+    this.#run = run;
+    this.#lease = lease;
+    this.concluded = new Promise((resolve) => {
+      this.#markConcluded = resolve;
+    });
+  }
+
+  /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
+  static async prepare(parts: LiveJobParts): Promise<LiveJob> {
+    const { options, node, buffers } = parts;
+    const target = await createTarget({
+      path: options.target,
+      format: options.targetFormat,
+      sizeBytes: node.sizeBytes,
+      clusterSizeBytes: options.clusterSizeBytes,
+      backingFile: options.backingFile,
+      backingFormat: options.backingFormat,
+      force: options.force,
+      direct: options.direct,
+    });
+    let lease: BufferLease | undefined;
+    try {
+      const bufferBytes = bufferSizeOf(options, node, target);
+      lease = buffers.take(bufferBytes);
+      const run = await CopyRun.prepare({
+        job: options,
+        target,
+        sizeBytes: node.sizeBytes,
+        sourceClusterBytes: node.clusterSizeBytes,
+        slots: lease.memory,
+        bufferBytes,
+        live: true,
+        onStopped: (error, operation) => job.#stopped(error, operation),
+      });
+      const job: LiveJob = new LiveJob(parts, target, run, lease);
+      return job;
+    } catch (error) {
+      lease?.release();
+      await target.abort();
+      throw error;
+    }
+  }
+
+  /** The step at T0: synchronous, with no guest write in flight. */
+  start(): void {
+    const { node, options } = this.#parts;
+    const { shared, spill } = this.#run;
+    this.#frozen = node.image.freeze();
+    this.#interceptor = new Interceptor({
+      shared,
+      image: node.image,
+      openSpill: spill === null ? undefined : () => new SpillFile(spill, shared.geometry),
+      spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
+      policy: options,
+      onBroken: (error) => this.#fail(error),
+    });
+    node.addInterceptor(this.#interceptor);
+    this.#run.begin(this.#frozen.description);
+    this.#setStatus("running");
+    void this.#watch();
+  }
+
+  /** Before T0: another job of the group could not be prepared. */
+  async abandon(): Promise<void> {
+    this.#run.abort(this.#cancelled());
+    await this.#run.ended.catch(() => {});
+    this.#lease.release();
+    await this.#target.abort();
+  }
+
+  async #watch(): Promise<void> {
+    try {
+      await this.#run.ended;
+      this.#detach();
+      this.#setStatus("waiting");
+      this.#setStatus("pending");
+      await this.#target.finish();
+    } catch (error) {
+      this.#fail(toCowcatcherError(error, this.options.target));
+      await this.#run.ended.catch(() => {});
+      await this.#target.abort();
+    }
+    this.#frozen?.release();
+    this.#lease.release();
+    this.#setStatus("concluded");
+    this.#markConcluded();
+  }
+
+  /** The first cause stays; the guest is free at once. */
+  #fail(error: CowcatcherError): void {
+    this.error ??= error;
+    this.#detach();
+    this.#run.abort(this.error);
+    if (this.status !== "aborting" && this.status !== "concluded" && this.status !== "null") {
+      this.#setStatus("aborting");
+    }
+  }
+
+  #detach(): void {
+    if (this.#interceptor === null) return;
+    this.#interceptor.detach();
+    this.#parts.node.removeInterceptor(this.#interceptor);
+  }
+
+  /** A worker has paused the job for an error under the policy `stop`. */
+  #stopped(error: CowcatcherError, operation: "read" | "write"): void {
+    if (this.status !== "running") return;
+    this.stoppedFor = { error, operation };
+    this.#setStatus("paused");
+  }
+
+  /** What paused the job, until it is resumed. */
+  stoppedFor: { error: CowcatcherError; operation: "read" | "write" } | undefined;
+
+  #setStatus(status: JobStatus): void {
+    this.status = status;
+    this.#parts.onStatus(this, status);
+  }
+
+  /** Forgets the job: only JobHost.dismiss. */
+  dismiss(): void {
+    this.#setStatus("null");
+  }
+
+  cancel(): void {
+    if (this.status === "running" || this.status === "paused") this.#fail(this.#cancelled());
+  }
+
+  #cancelled(): CowcatcherError {
+    return new CowcatcherError({
+      code: "CANCELLED",
+      object: this.options.target,
+      problem: "the backup was cancelled",
+    });
+  }
+
+  pause(): void {
+    if (this.status !== "running") return;
+    this.#run.pause();
+    this.#setStatus("paused");
+  }
+
+  resume(): void {
+    if (this.status !== "paused") return;
+    this.stoppedFor = undefined;
+    this.#setStatus("running");
+    this.#run.resume();
+  }
+
+  setSpeed(bytesPerSecond: number): void {
+    this.speed = bytesPerSecond;
+    this.#run.setSpeed(bytesPerSecond);
+  }
+
+  progress(): JobProgress {
+    return { ...this.#run.progress(), ...this.#interceptor?.counters };
+  }
+
+  /** The process ends now: what must not stay behind goes. */
+  abortSync(): void {
+    this.#target.abortSync();
+  }
+}
+
+/**
+ * The buffer that the job really gets: whole slots, and room for the captures of a few chunks, so that no single
+ * guest write can need more than there is. 0 stays 0.
+ */
+function bufferSizeOf(options: JobOptions, node: DiskNode, target: Target): number {
+  if (options.cowBufferSizeBytes === 0) return 0;
+  const largestChunk = Math.max(1024 * 1024, node.clusterSizeBytes, target.granularityBytes);
+  return roundUp(Math.max(options.cowBufferSizeBytes, 2 * largestChunk), SLOT_BYTES);
+}

@@ -1,0 +1,345 @@
+// The options of `backup` and `restore`, from commander's loose values to typed settings. Every combination that
+// cannot mean anything is a usage error here, before a file or a socket is touched.
+import { resolve } from "node:path";
+import { Option, type Command } from "commander";
+import {
+  JOB_DEFAULTS,
+  ON_BUFFER_FULL,
+  ON_CBW_ERROR,
+  ON_IO_ERROR,
+  type JobOptions,
+  type OnBufferFull,
+  type OnCbwError,
+  type OnIoError,
+} from "../backup/options.js";
+import type { ImageFormat } from "../image/format.js";
+import { MiB, formatBytes } from "../units.js";
+import {
+  NULL_TARGET,
+  choiceOption,
+  countOption,
+  durationOption,
+  formatByExtension,
+  formatOption,
+  listWords,
+  parseImage,
+  sizeOption,
+  unsupported,
+  usageError,
+} from "./options.js";
+
+/** Job options as far as the command line can know them. */
+export type JobSettings = Omit<JobOptions, "targetFormat" | "cowBufferSizeBytes"> & {
+  /** Undefined: the source's format. */
+  targetFormat: ImageFormat | undefined;
+  /** Undefined: the default of the server that has the disk open. */
+  cowBufferSizeBytes: number | undefined;
+};
+
+export interface OfflineBackupSettings {
+  mode: "offline";
+  source: string;
+  /** Undefined: probe. */
+  sourceFormat: ImageFormat | undefined;
+  job: JobSettings;
+}
+
+export interface LiveDiskSettings {
+  /** Undefined: the server's only disk. */
+  disk: string | undefined;
+  job: JobSettings;
+}
+
+export interface LiveBackupSettings {
+  mode: "live";
+  /** Path of the control socket. */
+  control: string;
+  /** At least one; paths are absolute, as the server's folder may be another. */
+  disks: LiveDiskSettings[];
+}
+
+export type BackupSettings = OfflineBackupSettings | LiveBackupSettings;
+
+/** `restore BACKUP TARGET`: an offline copy whose source is the backup. */
+export type RestoreSettings = OfflineBackupSettings;
+
+/** Values as commander leaves them; those of sizes and durations are in bytes and milliseconds. */
+export interface CopyFlags {
+  sourceFormat?: ImageFormat;
+  targetFormat?: ImageFormat;
+  workers?: number;
+  clusterSize?: number;
+  rateLimit?: number;
+  onSourceError?: OnIoError;
+  onTargetError?: OnIoError;
+  targetRetries?: number;
+  direct?: boolean;
+  verify?: boolean;
+  force?: boolean;
+}
+
+export interface BackupFlags extends CopyFlags {
+  control?: string;
+  disk?: string[];
+  backingFile?: string;
+  backingFormat?: ImageFormat;
+  cowBufferSize?: number;
+  onBufferFull?: OnBufferFull;
+  spillDir?: string;
+  spillLimit?: number;
+  guestTimeout?: number;
+  onCbwError?: OnCbwError;
+}
+
+const WORKER_BOUNDS = { min: 1, max: 64 };
+const RETRY_BOUNDS = { min: 0, max: 1000 };
+const SYNC_MODES = ["full", "top", "incremental", "none"];
+const BITMAP_MODES = ["on-success", "never", "always"];
+const MIN_CLUSTER_BYTES = 512;
+const MAX_CLUSTER_BYTES = 2 * MiB;
+
+export function addBackupOptions(command: Command): Command {
+  command
+    .option("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup")
+    .option("--disk <NAME>", "disk of a live backup, once for each TARGET (the server's only disk)", collect);
+  addFormatOptions(command)
+    .addOption(compressOption())
+    .addOption(syncOption())
+    .addOption(bitmapOption())
+    .addOption(choiceOption("--bitmap-mode <MODE>", `${listWords(BITMAP_MODES)} (on-success)`, BITMAP_MODES))
+    .option("-b, --backing-file <FILE>", "backing file of the qcow2 target")
+    .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
+  addBufferOptions(command);
+  return addCopyOptions(command);
+}
+
+export function addRestoreOptions(command: Command): Command {
+  return addCopyOptions(addFormatOptions(command));
+}
+
+function addFormatOptions(command: Command): Command {
+  return command
+    .addOption(formatOption("-f, --source-format <FMT>", "raw or qcow2 (probed)"))
+    .addOption(
+      formatOption(
+        "-O, --target-format <FMT>",
+        "raw or qcow2 (by TARGET's extension, else the source's format)",
+      ),
+    );
+}
+
+function addBufferOptions(command: Command): void {
+  const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
+  command
+    .addOption(
+      sizeOption(
+        "--cow-buffer-size <SIZE>",
+        `copy-before-write buffer (the server's default, else ${buffer}; 0: none, the guest waits for the target)`,
+      ),
+    )
+    .addOption(
+      choiceOption("--on-buffer-full <ACTION>", `${listWords(ON_BUFFER_FULL)} (spill)`, ON_BUFFER_FULL),
+    )
+    .option("--spill-dir <DIR>", "folder of the spill file (the target's if local, else the temporary one)")
+    .addOption(sizeOption("--spill-limit <SIZE>", "largest size of the spill file (the source's size)"))
+    .addOption(
+      durationOption(
+        "--guest-timeout <SECONDS>",
+        "longest wait of one guest write, then the backup fails (45)",
+      ),
+    )
+    .addOption(
+      choiceOption("--on-cbw-error <ACTION>", `${listWords(ON_CBW_ERROR)} (break-snapshot)`, ON_CBW_ERROR),
+    );
+}
+
+function addCopyOptions(command: Command): Command {
+  const onError = `${listWords(ON_IO_ERROR)} (report)`;
+  return command
+    .addOption(countOption("-w, --workers <N>", `workers (${JOB_DEFAULTS.workerCount})`, WORKER_BOUNDS))
+    .addOption(sizeOption("--cluster-size <SIZE>", "of a new qcow2 target (64K)"))
+    .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target (none)"))
+    .addOption(choiceOption("--on-source-error <ACTION>", onError, ON_IO_ERROR))
+    .addOption(choiceOption("--on-target-error <ACTION>", onError, ON_IO_ERROR))
+    .addOption(
+      countOption(
+        "--target-retries <N>",
+        `retries of a transient target error, with back-off (${JOB_DEFAULTS.targetRetries})`,
+        RETRY_BOUNDS,
+      ),
+    )
+    .option("--direct", "O_DIRECT on source and target")
+    .option("--verify", "read the target back and compare it with what was read")
+    .option("--force", "replace an existing TARGET");
+}
+
+function collect(value: string, previous: string[] | undefined): string[] {
+  return [...(previous ?? []), value];
+}
+
+function compressOption(): Option {
+  return new Option("-c, --compress [METHOD]", "compressed clusters; not supported in this version")
+    .preset("zstd")
+    .argParser(() => {
+      throw unsupported("--compress", "compressed targets are not supported in this version");
+    });
+}
+
+function syncOption(): Option {
+  return new Option(
+    "--sync <MODE>",
+    "full; top, incremental and none are not supported in this version",
+  ).argParser((text) => {
+    if (text === "full") return text;
+    if (SYNC_MODES.includes(text)) {
+      throw unsupported("--sync", `'${text}' is not supported in this version`, "give full");
+    }
+    throw usageError("--sync", `'${text}' is not known`, `give ${listWords(SYNC_MODES)}`);
+  });
+}
+
+function bitmapOption(): Option {
+  return new Option("--bitmap <NAME>", "for incremental backups; not supported in this version").argParser(
+    () => {
+      throw unsupported("--bitmap", "dirty bitmaps are not supported in this version");
+    },
+  );
+}
+
+/**
+ * The settings of `backup ARGUMENTS…`, each of whose option values is parsed already.
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
+ */
+export function parseBackupSettings(args: readonly string[], flags: BackupFlags): BackupSettings {
+  return flags.control === undefined ? parseOffline(args, flags) : parseLive(args, flags, flags.control);
+}
+
+/** @throws as parseBackupSettings. */
+export function parseRestoreSettings(args: readonly string[], flags: CopyFlags): RestoreSettings {
+  return offlineCopy("BACKUP", args, flags);
+}
+
+function parseOffline(args: readonly string[], flags: BackupFlags): OfflineBackupSettings {
+  if (flags.disk !== undefined) {
+    throw usageError(
+      "--disk",
+      "needs --control",
+      "give the control socket of the server that has the disk open",
+    );
+  }
+  return offlineCopy("SOURCE", args, flags);
+}
+
+function offlineCopy(
+  sourceName: string,
+  [source, target, ...rest]: readonly string[],
+  flags: BackupFlags,
+): OfflineBackupSettings {
+  if (source === undefined) throw usageError(sourceName, "is missing", `give ${sourceName} and TARGET`);
+  if (target === undefined) throw usageError("TARGET", "is missing", `give ${sourceName} and TARGET`);
+  if (rest[0] !== undefined)
+    throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET`);
+  if (resolve(source) === resolve(target)) {
+    throw usageError(target, "is source and target at once", "choose another target");
+  }
+  const job = jobSettings(target, flags);
+  return {
+    mode: "offline",
+    source: parseImage(source, sourceName),
+    sourceFormat: flags.sourceFormat,
+    job: { ...job, cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes },
+  };
+}
+
+function parseLive(targets: readonly string[], flags: BackupFlags, control: string): LiveBackupSettings {
+  const names = flags.disk ?? [];
+  if (flags.sourceFormat !== undefined) {
+    throw usageError("--source-format", "does not go with --control", "the server has opened the source");
+  }
+  if (targets.length === 0) throw usageError("TARGET", "is missing", "give one for each --disk");
+  if (names.length === 0 && targets.length > 1) {
+    throw usageError("--disk", `is missing for ${targets.length} targets`, "give one for each TARGET");
+  }
+  if (names.length > 0 && names.length !== targets.length) {
+    throw usageError(
+      "--disk",
+      `given ${names.length} times for ${targets.length} targets`,
+      "give one for each TARGET",
+    );
+  }
+  refuseRepeated("--disk", names);
+  const paths = targets.map((target) => localPath(target));
+  refuseRepeated(
+    "TARGET",
+    paths.filter((path) => path !== NULL_TARGET),
+  );
+  const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
+  return { mode: "live", control: resolve(control), disks };
+}
+
+function refuseRepeated(object: string, values: readonly string[]): void {
+  const repeated = values.find((value, index) => values.indexOf(value) !== index);
+  if (repeated !== undefined) throw usageError(object, `'${repeated}' is given twice`);
+}
+
+function localPath(target: string): string {
+  return target === NULL_TARGET ? target : resolve(parseImage(target, "TARGET"));
+}
+
+function jobSettings(target: string, flags: BackupFlags): JobSettings {
+  const targetFormat = flags.targetFormat ?? formatByExtension(target);
+  checkTargetFlags(targetFormat, flags);
+  checkBufferFlags(flags);
+  return {
+    target: target === NULL_TARGET ? target : parseImage(target, "TARGET"),
+    targetFormat,
+    force: flags.force ?? JOB_DEFAULTS.force,
+    clusterSizeBytes: flags.clusterSize ?? JOB_DEFAULTS.clusterSizeBytes,
+    backingFile: flags.backingFile,
+    backingFormat: flags.backingFormat,
+    workerCount: flags.workers ?? JOB_DEFAULTS.workerCount,
+    cowBufferSizeBytes: flags.cowBufferSize,
+    onBufferFull: flags.onBufferFull ?? JOB_DEFAULTS.onBufferFull,
+    spillDir: flags.spillDir === undefined ? undefined : resolve(flags.spillDir),
+    spillLimitBytes: flags.spillLimit,
+    guestTimeoutMs: flags.guestTimeout ?? JOB_DEFAULTS.guestTimeoutMs,
+    rateLimitBytes: flags.rateLimit ?? JOB_DEFAULTS.rateLimitBytes,
+    onCbwError: flags.onCbwError ?? JOB_DEFAULTS.onCbwError,
+    onSourceError: flags.onSourceError ?? JOB_DEFAULTS.onSourceError,
+    onTargetError: flags.onTargetError ?? JOB_DEFAULTS.onTargetError,
+    targetRetries: flags.targetRetries ?? JOB_DEFAULTS.targetRetries,
+    direct: flags.direct ?? JOB_DEFAULTS.direct,
+    verify: flags.verify ?? JOB_DEFAULTS.verify,
+  };
+}
+
+function checkTargetFlags(targetFormat: ImageFormat | undefined, flags: BackupFlags): void {
+  const { clusterSize, backingFile, backingFormat } = flags;
+  if (clusterSize !== undefined) checkClusterSize(clusterSize, "--cluster-size");
+  if (backingFormat !== undefined && backingFile === undefined) {
+    throw usageError("--backing-format", "needs --backing-file");
+  }
+  if (targetFormat !== "raw") return;
+  const hint = "choose a qcow2 target with -O qcow2";
+  if (clusterSize !== undefined) throw usageError("--cluster-size", "a raw target has no clusters", hint);
+  if (backingFile !== undefined) throw usageError("--backing-file", "a raw target has no backing file", hint);
+}
+
+/** @throws CowcatcherError USAGE unless it is a power of two from 512 bytes to 2 MiB (qcow2's own bounds). */
+export function checkClusterSize(bytes: number, object: string): void {
+  const powerOfTwo = Number.isInteger(Math.log2(bytes));
+  if (!powerOfTwo || bytes < MIN_CLUSTER_BYTES || bytes > MAX_CLUSTER_BYTES) {
+    throw usageError(object, `${bytes} is not a cluster size`, "give a power of two from 512 to 2M");
+  }
+}
+
+function checkBufferFlags({ onBufferFull, spillDir, spillLimit, guestTimeout }: BackupFlags): void {
+  if (onBufferFull !== undefined && onBufferFull !== "spill") {
+    const hint = "give --on-buffer-full spill";
+    if (spillDir !== undefined) throw usageError("--spill-dir", `does not go with '${onBufferFull}'`, hint);
+    if (spillLimit !== undefined)
+      throw usageError("--spill-limit", `does not go with '${onBufferFull}'`, hint);
+  }
+  if (guestTimeout === 0)
+    throw usageError("--guest-timeout", "0 is no time to wait", "give seconds, such as 45");
+}

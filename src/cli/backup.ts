@@ -1,0 +1,157 @@
+// `backup`: an offline copy in this process, or a live one in the server that has the disk open, watched from here.
+
+import { randomBytes } from "node:crypto";
+import { startOfflineCopy } from "../backup/offline.js";
+import { ControlClient } from "../control/client.js";
+import { startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
+import { isJsonObject } from "../control/qmp.js";
+import { CowcatcherError } from "../errors.js";
+import type { LiveBackupSettings, LiveDiskSettings, OfflineBackupSettings } from "./backup-options.js";
+import type { CommandContext, RunBackup } from "./context.js";
+import { EXIT } from "./exit-codes.js";
+import { usageError } from "./options.js";
+import { createProgressView, type JobInfo, type JobResult, type ProgressView } from "./progress/view.js";
+import { onInterrupt } from "./signals.js";
+import { printSummary } from "./summary.js";
+
+const UPDATE_MS = 200;
+
+export const runBackup: RunBackup = (settings, context) =>
+  settings.mode === "offline" ? runOfflineCopy(settings, context) : runLive(settings, context);
+
+/** Also `restore`'s body: a backup and what it builds on, written to an image. */
+export async function runOfflineCopy(
+  settings: OfflineBackupSettings,
+  context: CommandContext,
+): Promise<number> {
+  const view = await createProgressView(context.output);
+  const info: JobInfo = {
+    jobId: "backup",
+    disk: settings.source,
+    target: settings.job.target,
+    totalBytes: 0,
+    live: false,
+  };
+  let cancel: ((error: CowcatcherError) => void) | undefined;
+  let abortSync: (() => void) | undefined;
+  const removeHandlers = onInterrupt(context, {
+    onFirst: (signal) => cancel?.(interrupted(signal)),
+    onSecond: () => abortSync?.(),
+  });
+  let timer: NodeJS.Timeout | undefined;
+  try {
+    const copy = await startOfflineCopy({
+      source: settings.source,
+      sourceFormat: settings.sourceFormat,
+      job: { ...settings.job, cowBufferSizeBytes: 0 },
+      onStarted: (totalBytes) => view.start({ ...info, totalBytes }),
+      onStopped: (error) => copy.cancel(error),
+    });
+    cancel = copy.cancel;
+    abortSync = copy.abortSync;
+    if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy));
+    timer = setInterval(() => view.update(info.jobId, copy.progress()), UPDATE_MS);
+    try {
+      await copy.ended;
+    } catch (error) {
+      view.finish(info.jobId, { progress: copy.progress(), error: error as CowcatcherError });
+      throw error;
+    }
+    clearInterval(timer);
+    const progress = copy.progress();
+    view.update(info.jobId, progress);
+    view.finish(info.jobId, { progress, error: undefined });
+    view.stop();
+    printSummary(context.output, { ...info, totalBytes: copy.totalBytes }, progress);
+    return progress.ignoredErrorCount > 0 ? EXIT.ignoredErrors : EXIT.done;
+  } finally {
+    clearInterval(timer);
+    view.stop();
+    removeHandlers();
+  }
+}
+
+function interrupted(signal: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "CANCELLED",
+    object: "backup",
+    problem: `interrupted by ${signal}`,
+    hint: "the unfinished target was removed",
+  });
+}
+
+async function runLive(settings: LiveBackupSettings, context: CommandContext): Promise<number> {
+  const client = await ControlClient.connect(settings.control);
+  const view = await createProgressView(context.output);
+  const orders: BackupOrder[] = [];
+  const cancelAll = async (): Promise<void> => {
+    for (const { id } of orders) await client.execute("job-cancel", { id }).catch(() => undefined);
+  };
+  const removeHandlers = onInterrupt(context, { onFirst: cancelAll });
+  try {
+    const names = await diskNames(client);
+    orders.push(...settings.disks.map((disk) => orderOf(disk, names)));
+    await startBackup(client, orders, { grouped: true });
+    if (context.interruptedBy !== undefined) await cancelAll();
+    const ends = await Promise.all(orders.map((order) => follow(client, order, view, names)));
+    view.stop();
+    const failed = firstCause(ends.map(({ result }) => result.error));
+    if (failed !== undefined)
+      throw context.interruptedBy === undefined ? failed : interrupted(context.interruptedBy);
+    for (const { info, result } of ends) printSummary(context.output, info, result.progress);
+    return ends.some(({ result }) => result.progress.ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
+  } finally {
+    view.stop();
+    removeHandlers();
+    client.close();
+  }
+}
+
+/** Names of the disks that the server has, with their sizes. */
+async function diskNames(client: ControlClient): Promise<Map<string, number>> {
+  const answer = await client.execute("query-named-block-nodes");
+  const disks = new Map<string, number>();
+  for (const node of Array.isArray(answer) ? answer.filter(isJsonObject) : []) {
+    const name = node["node-name"];
+    const image = node["image"];
+    const size = isJsonObject(image) ? image["virtual-size"] : undefined;
+    if (typeof name === "string") disks.set(name, typeof size === "number" ? size : 0);
+  }
+  return disks;
+}
+
+function orderOf({ disk, job }: LiveDiskSettings, names: ReadonlyMap<string, number>): BackupOrder {
+  const [only, ...others] = names.keys();
+  if (disk === undefined && others.length > 0) {
+    throw usageError("--disk", "is missing", `the server has several: ${[...names.keys()].join(", ")}`);
+  }
+  const name = disk ?? only ?? "disk";
+  return { id: `${name}-${randomBytes(4).toString("hex")}`, disk: name, options: job };
+}
+
+async function follow(
+  client: ControlClient,
+  { id, disk, options }: BackupOrder,
+  view: ProgressView,
+  names: ReadonlyMap<string, number>,
+): Promise<{ info: JobInfo; result: JobResult }> {
+  const info: JobInfo = {
+    jobId: id,
+    disk,
+    target: options.target,
+    totalBytes: names.get(disk) ?? 0,
+    live: true,
+  };
+  view.start(info);
+  const { progress, error } = await watchJob(client, id, (now) => view.update(id, now));
+  view.update(id, progress);
+  const result = { progress, error };
+  view.finish(id, result);
+  return { info, result };
+}
+
+/** Of a group, the failure that cancelled the others, not their cancellation. */
+function firstCause(errors: readonly (CowcatcherError | undefined)[]): CowcatcherError | undefined {
+  const present = errors.filter((error) => error !== undefined);
+  return present.find(({ code }) => code !== "CANCELLED") ?? present[0];
+}

@@ -1,0 +1,277 @@
+// The commands: arguments, options, help. What a command does is in a module of its own, loaded when it is run,
+// so that `--help` and `serve` start without the engines that they do not need.
+import { Option, type Command } from "commander";
+import { DEFAULT_LOG_LEVEL, LOG_LEVELS, type LogLevel } from "../log-levels.js";
+import {
+  addBackupOptions,
+  addRestoreOptions,
+  parseBackupSettings,
+  parseRestoreSettings,
+  type BackupFlags,
+  type CopyFlags,
+} from "./backup-options.js";
+import type { CompareFlags } from "./compare.js";
+import type { CommandContext } from "./context.js";
+import type { CreateFlags } from "./create.js";
+import { exitCodesHelp, type CommandName } from "./exit-codes.js";
+import type { InfoFlags } from "./info.js";
+import type { MapFlags } from "./map.js";
+import type { CheckFlags } from "./check.js";
+import { choiceOption, forceShareOption, formatOption, parseImage, sizeOption } from "./options.js";
+import { addServeOptions, parseServeSettings, type Environment, type ServeFlags } from "./serve-options.js";
+
+/** The options that every command takes. */
+export interface CommonFlags {
+  json?: boolean;
+  logFile?: string;
+  logLevel?: LogLevel;
+  quiet?: boolean;
+  progress?: boolean;
+}
+
+/** Runs a command's body with its context and keeps its exit code. */
+export type RunCommand = (
+  command: CommandName,
+  flags: CommonFlags,
+  body: (context: CommandContext) => Promise<number>,
+) => Promise<void>;
+
+interface CommandHelp {
+  summary: string;
+  usage: string;
+  /** Further text, such as what it does not do. */
+  notes?: string;
+  examples: readonly string[];
+}
+
+export function addCommands(program: Command, run: RunCommand, environment: Environment): void {
+  addBackup(program, run);
+  addServe(program, run, environment);
+  addJobs(program, run);
+  addRestore(program, run);
+  addInfo(program, run);
+  addMap(program, run);
+  addCheck(program, run);
+  addCompare(program, run);
+  addCreate(program, run);
+}
+
+function define(program: Command, name: CommandName, help: CommandHelp): Command {
+  const examples = ["Examples:", ...help.examples.map((line) => `  ${line}`)].join("\n");
+  const notes = help.notes === undefined ? "" : `${help.notes}\n\n`;
+  return program
+    .command(name)
+    .summary(help.summary)
+    .description(help.summary)
+    .usage(help.usage)
+    .addHelpText("after", `\n${notes}${exitCodesHelp(name)}\n\n${examples}`);
+}
+
+function addCommonOptions(command: Command): Command {
+  return command
+    .option("--json", "results, progress and errors as JSON on stdout")
+    .addOption(new Option("-p, --progress", "report progress, on a terminal or not"))
+    .option("--no-progress", "report no progress")
+    .option("-q, --quiet", "nothing but errors and what was asked for")
+    .option("--log-file <FILE>", "append the log to FILE (stderr)")
+    .addOption(
+      choiceOption("--log-level <LEVEL>", `${LOG_LEVELS.join(", ")} (${DEFAULT_LOG_LEVEL})`, LOG_LEVELS),
+    );
+}
+
+function addBackup(program: Command, run: RunCommand): void {
+  const command = define(program, "backup", {
+    summary: "point-in-time copy of an image, or of a disk that a guest is using",
+    usage:
+      "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
+    notes:
+      "SOURCE and TARGET are paths; TARGET may be null:, which throws the data away. Without --control no one\n" +
+      "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
+      "Not supported in this version: NBD URIs, --compress, --bitmap, every --sync but full.",
+    examples: [
+      "cowcatcher backup disk.qcow2 /backup/disk.qcow2",
+      "cowcatcher backup --control /run/vm1.ctl /backup/vm1.qcow2",
+      "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
+    ],
+  }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
+  addCommonOptions(addBackupOptions(command)).action((args: string[], flags: BackupFlags & CommonFlags) =>
+    run("backup", flags, async (context) => {
+      const settings = parseBackupSettings(args, flags);
+      return (await import("./backup.js")).runBackup(settings, context);
+    }),
+  );
+}
+
+function addServe(program: Command, run: RunCommand, environment: Environment): void {
+  const command = define(program, "serve", {
+    summary: "serve images to a guest over NBD, ready for backups",
+    usage: "[options] IMAGE[=NAME]...",
+    notes:
+      "Prints one line with `listening` when it is ready. SIGINT and SIGTERM finish what is in flight, flush and\n" +
+      "exit; a second one exits at once. Without --socket and --port the sockets of systemd's LISTEN_FDS are used.\n" +
+      "Not supported in this version: NBD URIs, TLS.",
+    examples: [
+      "cowcatcher serve --socket /run/vm1.nbd --control /run/vm1.ctl disk.qcow2",
+      "cowcatcher serve --port 10809 --control /run/vm1.ctl root.qcow2=root data.img=data",
+    ],
+  }).argument("<IMAGE...>", "image, and the name of its export: IMAGE=NAME");
+  addCommonOptions(addServeOptions(command)).action((images: string[], flags: ServeFlags & CommonFlags) =>
+    run("serve", flags, async (context) => {
+      const settings = parseServeSettings(images, flags, environment, process.pid);
+      return (await import("./serve.js")).runServe(settings, context);
+    }),
+  );
+}
+
+function addJobs(program: Command, run: RunCommand): void {
+  const command = define(program, "jobs", {
+    summary: "list the jobs of a server, or cancel, pause, resume, slow down one",
+    usage:
+      "--control SOCK\n       cowcatcher jobs cancel|pause|resume ID --control SOCK\n       cowcatcher jobs set-speed ID SIZE --control SOCK",
+    examples: [
+      "cowcatcher jobs --control /run/vm1.ctl",
+      "cowcatcher jobs cancel backup-root --control /run/vm1.ctl",
+      "cowcatcher jobs set-speed backup-root 50M --control /run/vm1.ctl",
+    ],
+  })
+    .argument("[ACTION]", "cancel, pause, resume or set-speed (list the jobs)")
+    .argument("[ID]", "the job")
+    .argument("[SIZE]", "for set-speed: bytes a second, 0 for no limit")
+    .requiredOption("--control <SOCK>", "control socket of the server");
+  addCommonOptions(command).action(
+    (
+      action: string | undefined,
+      id: string | undefined,
+      speed: string | undefined,
+      flags: { control: string } & CommonFlags,
+    ) =>
+      run("jobs", flags, async (context) => {
+        const jobs = await import("./jobs.js");
+        return jobs.runJobs(jobs.parseJobsRequest(action, id, speed), flags.control, context);
+      }),
+  );
+}
+
+function addRestore(program: Command, run: RunCommand): void {
+  const command = define(program, "restore", {
+    summary: "write a backup, and what it builds on, to an image or a device",
+    usage: "[options] BACKUP TARGET",
+    examples: [
+      "cowcatcher restore /backup/vm1.qcow2 disk.qcow2",
+      "cowcatcher restore --force --verify /backup/vm1.qcow2 disk.img",
+    ],
+  })
+    .argument("<BACKUP>", "path of the backup")
+    .argument("<TARGET>", "path of the image or device to write");
+  addCommonOptions(addRestoreOptions(command)).action(
+    (backup: string, target: string, flags: CopyFlags & CommonFlags) =>
+      run("restore", flags, async (context) => {
+        const settings = parseRestoreSettings([backup, target], flags);
+        return (await import("./restore.js")).runRestore(settings, context);
+      }),
+  );
+}
+
+function addInfo(program: Command, run: RunCommand): void {
+  const command = define(program, "info", {
+    summary: "what an image is, as qemu-img info",
+    usage: "[options] IMAGE",
+    examples: ["cowcatcher info disk.qcow2", "cowcatcher info --json --backing-chain -U disk.qcow2"],
+  })
+    .argument("<IMAGE>", "path of the image")
+    .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (probed)"))
+    .addOption(forceShareOption())
+    .option("--backing-chain", "describe the backing files as well");
+  addCommonOptions(command).action((image: string, flags: InfoFlags & CommonFlags) =>
+    run("info", flags, async (context) =>
+      (await import("./info.js")).runInfo(parseImage(image), flags, context),
+    ),
+  );
+}
+
+function addMap(program: Command, run: RunCommand): void {
+  const command = define(program, "map", {
+    summary: "which ranges of an image hold data, and where, as qemu-img map",
+    usage: "[options] IMAGE",
+    examples: [
+      "cowcatcher map disk.qcow2",
+      "cowcatcher map --json --start-offset 1G --max-length 64M disk.qcow2",
+    ],
+  })
+    .argument("<IMAGE>", "path of the image")
+    .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (probed)"))
+    .addOption(forceShareOption())
+    .addOption(sizeOption("-s, --start-offset <SIZE>", "where to begin (0)"))
+    .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"));
+  addCommonOptions(command).action((image: string, flags: MapFlags & CommonFlags) =>
+    run("map", flags, async (context) =>
+      (await import("./map.js")).runMap(parseImage(image), flags, context),
+    ),
+  );
+}
+
+function addCheck(program: Command, run: RunCommand): void {
+  const command = define(program, "check", {
+    summary: "check a qcow2 image's metadata, as qemu-img check",
+    usage: "[options] IMAGE",
+    notes: "It never writes: to repair an image, use qemu-img check -r.",
+    examples: ["cowcatcher check disk.qcow2", "cowcatcher check --json -f qcow2 disk.qcow2"],
+  })
+    .argument("<IMAGE>", "path of the image")
+    .addOption(formatOption("-f, --format <FMT>", "qcow2 (probed)"))
+    .addOption(forceShareOption());
+  addCommonOptions(command).action((image: string, flags: CheckFlags & CommonFlags) =>
+    run("check", flags, async (context) =>
+      (await import("./check.js")).runCheck(parseImage(image), flags, context),
+    ),
+  );
+}
+
+function addCompare(program: Command, run: RunCommand): void {
+  const command = define(program, "compare", {
+    summary: "whether two images have the same content, as qemu-img compare",
+    usage: "[options] A B",
+    examples: [
+      "cowcatcher compare disk.qcow2 /backup/disk.qcow2",
+      "cowcatcher compare -f raw -F qcow2 a.img b.qcow2",
+    ],
+  })
+    .argument("<A>", "path of the first image")
+    .argument("<B>", "path of the second image")
+    .addOption(formatOption("-f, --format <FMT>", "of A: raw or qcow2 (probed)"))
+    .addOption(formatOption("-F, --format2 <FMT>", "of B: raw or qcow2 (probed)"))
+    .addOption(forceShareOption())
+    .option("-s, --strict", "different sizes and allocation are differences, too");
+  addCommonOptions(command).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
+    run("compare", flags, async (context) =>
+      (await import("./compare.js")).runCompare(parseImage(a, "A"), parseImage(b, "B"), flags, context),
+    ),
+  );
+}
+
+function addCreate(program: Command, run: RunCommand): void {
+  const command = define(program, "create", {
+    summary: "create an empty image, as qemu-img create",
+    usage: "[options] IMAGE SIZE",
+    notes: "SIZE may be left out with a backing file: it is the backing file's then.",
+    examples: [
+      "cowcatcher create -f qcow2 disk.qcow2 20G",
+      "cowcatcher create -f qcow2 -o cluster_size=128K,compat=0.10 disk.qcow2 20G",
+      "cowcatcher create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
+    ],
+  })
+    .argument("<IMAGE>", "path of the image")
+    .argument("[SIZE]", "size of the disk")
+    .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (by IMAGE's extension, else raw)"))
+    .option("-b, --backing-file <FILE>", "backing file")
+    .addOption(formatOption("-F, --backing-format <FMT>", "format of the backing file: raw or qcow2"))
+    .option("-o, --options <NAME=VALUE,...>", "options of the format", (text: string, earlier?: string) =>
+      earlier === undefined ? text : `${earlier},${text}`,
+    );
+  addCommonOptions(command).action(
+    (image: string, size: string | undefined, flags: CreateFlags & CommonFlags) =>
+      run("create", flags, async (context) =>
+        (await import("./create.js")).runCreate(parseImage(image), size, flags, context),
+      ),
+  );
+}

@@ -1,0 +1,124 @@
+// `map`: which ranges of an image hold data and where, in the words of qemu-img map.
+import { CowcatcherError } from "../errors.js";
+import type { BlockStatus, Image } from "../image/device.js";
+import type { ImageFormat } from "../image/format.js";
+import { openImage } from "../image/open.js";
+import { printLine, type CommandContext } from "./context.js";
+import { EXIT } from "./exit-codes.js";
+import { qemuHex } from "./qemu-text.js";
+
+export interface MapFlags {
+  format?: ImageFormat;
+  forceShare?: boolean;
+  /** Bytes. */
+  startOffset?: number;
+  /** Bytes. */
+  maxLength?: number;
+}
+
+/** qemu-img map's JSON, name for name. */
+export interface MapEntry {
+  start: number;
+  length: number;
+  depth: number;
+  present: boolean;
+  zero: boolean;
+  data: boolean;
+  offset?: number;
+}
+
+export async function runMap(path: string, flags: MapFlags, context: CommandContext): Promise<number> {
+  const image = await openImage(path, {
+    format: flags.format,
+    readOnly: true,
+    lock: flags.forceShare !== true,
+  });
+  try {
+    const start = Math.min(flags.startOffset ?? 0, image.sizeBytes);
+    const end = Math.min(image.sizeBytes, start + (flags.maxLength ?? image.sizeBytes));
+    const entries = mergedEntries(image, start, end);
+    await (context.output.json ? printJson(entries, context) : printText(entries, image, context));
+  } finally {
+    await image.close();
+  }
+  return EXIT.done;
+}
+
+/** Entries of [start, end), with neighbours made one where nothing but the offset changes, and that in step. */
+export async function* mergedEntries(
+  image: Pick<Image, "blockStatus">,
+  start: number,
+  end: number,
+): AsyncGenerator<MapEntry> {
+  let pending: MapEntry | undefined;
+  for (let at = start; at < end;) {
+    const answer = image.blockStatus(at, end - at);
+    const next = toEntry(at, answer instanceof Promise ? await answer : answer);
+    at += next.length;
+    if (pending === undefined) {
+      pending = next;
+    } else if (canMerge(pending, next)) {
+      pending.length += next.length;
+    } else {
+      yield pending;
+      pending = next;
+    }
+  }
+  if (pending !== undefined) yield pending;
+}
+
+function toEntry(start: number, status: BlockStatus): MapEntry {
+  const { lengthBytes: length, depth, present, zero, data, hostOffsetBytes: offset } = status;
+  return { start, length, depth, present, zero, data, ...(offset === undefined ? {} : { offset }) };
+}
+
+function canMerge(a: MapEntry, b: MapEntry): boolean {
+  const sameKind = a.zero === b.zero && a.data === b.data && a.present === b.present && a.depth === b.depth;
+  const expectedOffset = a.offset === undefined ? undefined : a.offset + a.length;
+  return sameKind && b.offset === expectedOffset;
+}
+
+/** An array, an entry a line, written as it is found: a fragmented image has millions of entries. */
+async function printJson(entries: AsyncIterable<MapEntry>, { output }: CommandContext): Promise<void> {
+  let separator = "[";
+  for await (const entry of entries) {
+    output.stdout.write(`${separator}${JSON.stringify(entry)}`);
+    separator = ",\n";
+  }
+  output.stdout.write(separator === "[" ? "[]\n" : "]\n");
+}
+
+async function printText(
+  entries: AsyncIterable<MapEntry>,
+  image: Image,
+  { output }: CommandContext,
+): Promise<void> {
+  printLine(output, mapRow("Offset", "Length", "Mapped to", "File"));
+  for await (const entry of entries) {
+    if (!entry.data) continue;
+    if (entry.offset === undefined) throw noPlaceError(image, entry);
+    if (entry.zero) continue;
+    const file = layerAt(image, entry.depth).path;
+    printLine(output, mapRow(qemuHex(entry.start), qemuHex(entry.length), qemuHex(entry.offset), file));
+  }
+}
+
+function mapRow(offset: string, length: string, mappedTo: string, file: string): string {
+  return `${offset.padEnd(16)}${length.padEnd(16)}${mappedTo.padEnd(16)}${file}`;
+}
+
+function layerAt(image: Image, depth: number): Image {
+  let layer = image;
+  for (let level = 0; level < depth && layer.backing !== null; level++) layer = layer.backing;
+  return layer;
+}
+
+function noPlaceError(image: Image, { start, depth }: MapEntry): CowcatcherError {
+  return new CowcatcherError({
+    code: "UNSUPPORTED",
+    object: layerAt(image, depth).path,
+    problem: "holds compressed clusters, which have no plain place in the file",
+    hint: "use --json",
+    offsetBytes: start,
+  });
+}

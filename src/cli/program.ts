@@ -1,0 +1,91 @@
+// The program around the commands: parses the arguments, gives the command its context, reports what it throws
+// and says which exit code that is. Nothing here ends the process.
+import { Command } from "commander";
+import { DEFAULT_LOG_LEVEL } from "../log-levels.js";
+import { addCommands, type CommonFlags } from "./commands.js";
+import type { CommandContext, OutputSettings, TextOutput } from "./context.js";
+import { COMMAND_NAMES, EXIT, exitCodeOfError, interruptExitCode, type CommandName } from "./exit-codes.js";
+import { reportError } from "./report.js";
+import type { Environment } from "./serve-options.js";
+import { asReportedError, isFinishedRequest } from "./usage-errors.js";
+import { packageVersion } from "./version.js";
+
+export interface ProgramIo {
+  stdout: TextOutput;
+  stderr: TextOutput;
+  environment: Environment;
+  /** Told of the command's context, for errors that escape the command. */
+  onContext?: ((context: CommandContext) => void) | undefined;
+}
+
+/** What is known so far of the command that runs. */
+interface Session {
+  context: CommandContext | undefined;
+  exitCode: number;
+}
+
+/** Runs `cowcatcher ARGV…` and resolves to its exit code. Never rejects. */
+export async function runProgram(argv: readonly string[], io: ProgramIo): Promise<number> {
+  const session: Session = { context: undefined, exitCode: EXIT.done };
+  const program = buildProgram(io, session);
+  try {
+    await program.parseAsync(argv, { from: "user" });
+    return session.exitCode;
+  } catch (thrown) {
+    if (isFinishedRequest(thrown)) return EXIT.done;
+    return fail(thrown, argv, io, session);
+  }
+}
+
+function buildProgram(io: ProgramIo, session: Session): Command {
+  const program = new Command("cowcatcher")
+    .description("Point-in-time backups of virtual-machine disks that the running guest hardly notices")
+    .version(packageVersion(), "-V, --version", "print the version")
+    .helpOption("-h, --help", "print this help")
+    .exitOverride()
+    .configureOutput({
+      writeOut: (text) => io.stdout.write(text),
+      // commander's complaints are reported in this program's own form.
+      writeErr: () => undefined,
+      outputError: () => undefined,
+    });
+  const run = async (
+    command: CommandName,
+    flags: CommonFlags,
+    body: (context: CommandContext) => Promise<number>,
+  ): Promise<void> => {
+    session.context = await makeContext(command, flags, io);
+    io.onContext?.(session.context);
+    session.exitCode = await body(session.context);
+  };
+  addCommands(program, run, io.environment);
+  return program;
+}
+
+async function makeContext(command: CommandName, flags: CommonFlags, io: ProgramIo): Promise<CommandContext> {
+  const { createLogger } = await import("../log.js");
+  const logger = createLogger({ level: flags.logLevel ?? DEFAULT_LOG_LEVEL, file: flags.logFile });
+  const output: OutputSettings = {
+    json: flags.json ?? false,
+    quiet: flags.quiet ?? false,
+    progress: flags.progress,
+    stdout: io.stdout,
+    stderr: io.stderr,
+  };
+  return { command, logger, output, interruptedBy: undefined };
+}
+
+function fail(thrown: unknown, argv: readonly string[], io: ProgramIo, { context }: Session): number {
+  const command = context?.command ?? COMMAND_NAMES.find((name) => name === argv[0]);
+  const error = asReportedError(thrown, command);
+  reportError(error, context?.output ?? earlyOutput(argv, io), context?.logger);
+  if (context?.interruptedBy !== undefined) return interruptExitCode(context.interruptedBy);
+  return exitCodeOfError(command, error);
+}
+
+/** For an error that came before the options were parsed. */
+function earlyOutput(argv: readonly string[], { stdout, stderr }: ProgramIo): OutputSettings {
+  const end = argv.indexOf("--");
+  const json = (end < 0 ? argv : argv.slice(0, end)).includes("--json");
+  return { json, quiet: false, progress: undefined, stdout, stderr };
+}

@@ -1,0 +1,143 @@
+// The options of `serve`, from commander's loose values to typed settings.
+import type { Command } from "commander";
+import { JOB_DEFAULTS } from "../backup/options.js";
+import type { ImageFormat } from "../image/format.js";
+import { formatBytes } from "../units.js";
+import { countOption, formatOption, parseImage, sizeOption, usageError } from "./options.js";
+
+export interface ServedImage {
+  path: string;
+  /** Node name and export name. */
+  name: string;
+  /** Undefined: probe. */
+  format: ImageFormat | undefined;
+}
+
+export type ListenSettings =
+  | { type: "unix"; path: string }
+  | { type: "tcp"; address: string; port: number }
+  /** Sockets that systemd has opened: `count` file descriptors from 3 on. */
+  | { type: "inherited"; count: number };
+
+export interface ServeSettings {
+  /** At least one. */
+  images: ServedImage[];
+  listen: ListenSettings;
+  /** Path of the control socket. */
+  control: string | undefined;
+  readOnly: boolean;
+  /** The default for its jobs. */
+  cowBufferSizeBytes: number;
+  maxConnections: number;
+}
+
+export interface ServeFlags {
+  socket?: string;
+  port?: number;
+  bind?: string;
+  control?: string;
+  format?: ImageFormat;
+  readOnly?: boolean;
+  name?: string;
+  cowBufferSize?: number;
+  maxConnections?: number;
+}
+
+export type Environment = Record<string, string | undefined>;
+
+const DEFAULT_NAME = "disk";
+const DEFAULT_ADDRESS = "127.0.0.1";
+const PORT_BOUNDS = { min: 0, max: 65_535 };
+const CONNECTION_BOUNDS = { min: 1, max: 1024 };
+// A guest's device opens one, or a few with multi-conn; each costs a request buffer.
+const DEFAULT_MAX_CONNECTIONS = 16;
+
+export function addServeOptions(command: Command): Command {
+  const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
+  return command
+    .option("--socket <PATH>", "listen on a Unix socket")
+    .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
+    .option("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`)
+    .option("--control <PATH>", "control socket (QMP) for backups and jobs (none)")
+    .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
+    .option("--read-only", "refuse the guest's writes")
+    .option("--name <NAME>", `name of a single image (${DEFAULT_NAME})`)
+    .addOption(
+      sizeOption(
+        "--cow-buffer-size <SIZE>",
+        `copy-before-write buffer, the default for its jobs (${buffer})`,
+      ),
+    )
+    .addOption(
+      countOption(
+        "--max-connections <N>",
+        `guests connected at the same time (${DEFAULT_MAX_CONNECTIONS})`,
+        CONNECTION_BOUNDS,
+      ),
+    );
+}
+
+/**
+ * The settings of `serve IMAGE[=NAME]…`.
+ * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
+ */
+export function parseServeSettings(
+  images: readonly string[],
+  flags: ServeFlags,
+  environment: Environment,
+  processId: number,
+): ServeSettings {
+  return {
+    images: parseImages(images, flags),
+    listen: parseListen(flags, environment, processId),
+    control: flags.control,
+    readOnly: flags.readOnly ?? false,
+    cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
+  };
+}
+
+function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[] {
+  if (texts.length === 0) throw usageError("IMAGE", "is missing");
+  const split = texts.map(splitName);
+  if (flags.name !== undefined && (split.length > 1 || split[0]?.name !== undefined)) {
+    throw usageError("--name", "is for a single image", "give each image a name as IMAGE=NAME");
+  }
+  const images = split.map(({ path, name }) => {
+    if (name === undefined && split.length > 1) {
+      throw usageError(path, "has no name", "with several images, give each as IMAGE=NAME");
+    }
+    return { path: parseImage(path), name: name ?? flags.name ?? DEFAULT_NAME, format: flags.format };
+  });
+  const names = images.map(({ name }) => name);
+  const repeated = names.find((name, index) => names.indexOf(name) !== index);
+  if (repeated !== undefined) throw usageError("IMAGE", `the name '${repeated}' is given twice`);
+  return images;
+}
+
+/** A path may hold "=" itself, so the name is what follows the last one, unless a folder does. */
+function splitName(text: string): { path: string; name: string | undefined } {
+  const match = /^(.+)=([^=/]+)$/s.exec(text);
+  return match?.[1] === undefined ? { path: text, name: undefined } : { path: match[1], name: match[2] };
+}
+
+function parseListen(
+  { socket, port, bind }: ServeFlags,
+  environment: Environment,
+  processId: number,
+): ListenSettings {
+  if (socket !== undefined && port !== undefined) throw usageError("--port", "does not go with --socket");
+  if (bind !== undefined && port === undefined) throw usageError("--bind", "needs --port");
+  if (socket !== undefined) return { type: "unix", path: socket };
+  if (port !== undefined) return { type: "tcp", address: bind ?? DEFAULT_ADDRESS, port };
+  const count = inheritedSocketCount(environment, processId);
+  if (count > 0) return { type: "inherited", count };
+  throw usageError("serve", "does not know where to listen", "give --socket PATH or --port N");
+}
+
+/** sd_listen_fds(3): LISTEN_PID must be this process, else the variables were meant for a parent. */
+function inheritedSocketCount({ LISTEN_FDS, LISTEN_PID }: Environment, processId: number): number {
+  if (LISTEN_PID !== String(processId) || LISTEN_FDS === undefined) return 0;
+  return /^\d{1,4}$/.test(LISTEN_FDS) ? Number(LISTEN_FDS) : 0;
+}

@@ -1,0 +1,51 @@
+// SIGINT and SIGTERM: the first asks for an end in good order, the second ends the process at once.
+import type { CommandContext } from "./context.js";
+import { interruptExitCode, type InterruptSignal } from "./exit-codes.js";
+
+const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM"];
+
+export interface InterruptHandlers {
+  /** Called once, at the first signal. What it throws ends the process, as it could not end in good order. */
+  onFirst: (signal: InterruptSignal) => Promise<void> | void;
+  /** Called at the second signal, just before the exit: must not wait (removing an unfinished target). */
+  onSecond?: ((signal: InterruptSignal) => void) | undefined;
+}
+
+/** How the process ends; replaced in tests. */
+export interface ExitPort {
+  exit(code: number): void;
+}
+
+/**
+ * Installs the handlers and notes the first signal in `context.interruptedBy`, so that the error which it causes
+ * exits with 130 or 143. Returns the function that removes them. Main thread only.
+ */
+export function onInterrupt(
+  context: Pick<CommandContext, "interruptedBy" | "logger">,
+  { onFirst, onSecond }: InterruptHandlers,
+  port: ExitPort = process,
+): () => void {
+  const endAtOnce = (signal: InterruptSignal): void => {
+    onSecond?.(signal);
+    port.exit(interruptExitCode(signal));
+  };
+  const listener = (signal: NodeJS.Signals): void => {
+    if (signal !== "SIGINT" && signal !== "SIGTERM") return;
+    if (context.interruptedBy !== undefined) {
+      endAtOnce(signal);
+      return;
+    }
+    context.interruptedBy = signal;
+    // In a promise chain, so that a synchronous throw of the handler is dealt with as a rejection.
+    void Promise.resolve(signal)
+      .then(onFirst)
+      .catch((cause: unknown) => {
+        context.logger.error({ err: cause }, "cannot end in good order");
+        endAtOnce(signal);
+      });
+  };
+  for (const signal of SIGNALS) process.on(signal, listener);
+  return () => {
+    for (const signal of SIGNALS) process.removeListener(signal, listener);
+  };
+}

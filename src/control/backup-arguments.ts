@@ -1,0 +1,209 @@
+// drive-backup's arguments: the schema, the way into a BackupRequest (server) and the way out of one (client).
+// Names and meanings are those of QEMU's DriveBackup and BackupCommon (qapi/block-core.json); `buffer-size`,
+// `on-buffer-full`, `spill-dir`, `spill-limit`, `cbw-timeout-ms` and what starts with x- are cowcatcher's.
+// QEMU's arguments that this version cannot honour are known here, so that each is refused by its name.
+
+import type { BackupRequest, DiskInfo } from "../backup/host.js";
+import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR } from "../backup/options.js";
+import type { JobOptions, OnIoError } from "../backup/options.js";
+import { IMAGE_FORMATS, isImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../image/format.js";
+import { KiB } from "../units.js";
+import { genericError, notSupported } from "./qmp.js";
+import type { JsonObject } from "./qmp.js";
+import { boolean, integer, object, oneOf, optional, size, string, upTo } from "./schema.js";
+import type { Arguments } from "./schema.js";
+
+const ON_ERROR = ["report", "ignore", "enospc", "stop", "auto"] as const;
+
+/** The smallest unit of copy-before-write that there ever is, so a smaller minimum is always kept. */
+const SMALLEST_COW_CLUSTER_BYTES = 64 * KiB;
+/** More would only take memory: the target is saturated long before. */
+const WORKER_COUNT_MAX = 64;
+const RETRY_COUNT_MAX = 1000;
+/** A timer's longest time. */
+const TIMEOUT_MS_MAX = 2 ** 31 - 1;
+
+export const BACKUP_COMMON = {
+  "job-id": optional(string),
+  device: string,
+  sync: oneOf(["top", "full", "none", "incremental", "bitmap"]),
+  speed: optional(integer),
+  bitmap: optional(string),
+  "bitmap-mode": optional(oneOf(["on-success", "never", "always"])),
+  compress: optional(boolean),
+  "on-source-error": optional(oneOf(ON_ERROR)),
+  "on-target-error": optional(oneOf(ON_ERROR)),
+  "on-cbw-error": optional(oneOf(ON_CBW_ERROR)),
+  "auto-finalize": optional(boolean),
+  "auto-dismiss": optional(boolean),
+  "filter-node-name": optional(string),
+  "discard-source": optional(boolean),
+  "x-perf": optional(
+    object({
+      "use-copy-range": optional(boolean),
+      "max-workers": optional(integer),
+      "max-chunk": optional(integer),
+      "min-cluster-size": optional(size),
+    }),
+  ),
+  "buffer-size": optional(size),
+  "on-buffer-full": optional(oneOf(ON_BUFFER_FULL)),
+  "spill-dir": optional(string),
+  "spill-limit": optional(size),
+  "cbw-timeout-ms": optional(upTo(TIMEOUT_MS_MAX)),
+  "x-force": optional(boolean),
+  "x-direct": optional(boolean),
+  "x-cluster-size": optional(size),
+  "x-verify": optional(boolean),
+  "x-target-retries": optional(upTo(RETRY_COUNT_MAX)),
+  "x-backing-file": optional(string),
+  "x-backing-format": optional(oneOf(IMAGE_FORMATS)),
+};
+
+export const DRIVE_BACKUP = {
+  ...BACKUP_COMMON,
+  target: string,
+  format: optional(string),
+  mode: optional(oneOf(["existing", "absolute-paths"])),
+};
+
+export type DriveBackupArguments = Arguments<typeof DRIVE_BACKUP>;
+
+export interface BackupStart {
+  request: BackupRequest;
+  autoDismiss: boolean;
+}
+
+/** @throws QmpError GenericError for a disk or job id that does not fit, and for what is not supported. */
+export function backupFromArguments(
+  args: DriveBackupArguments,
+  disks: readonly DiskInfo[],
+  defaults: Partial<JobOptions>,
+): BackupStart {
+  refuseUnsupported(args);
+  const disk = disks.find((candidate) => candidate.name === args.device);
+  if (disk === undefined) {
+    throw genericError(`Cannot find device='${args.device}' nor node-name='${args.device}'`);
+  }
+  const id = args["job-id"] ?? disk.name;
+  // QEMU's rule for ids (util/id.c): a letter, then letters, digits, '-', '.' and '_'.
+  if (!/^[A-Za-z][A-Za-z0-9._-]*$/.test(id)) throw genericError(`Invalid job ID '${id}'`);
+  return {
+    request: { id, disk: disk.name, options: optionsFrom(args, disk, defaults) },
+    autoDismiss: args["auto-dismiss"] ?? true,
+  };
+}
+
+function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Partial<JobOptions>): JobOptions {
+  const given: { [K in keyof JobOptions]?: JobOptions[K] | undefined } = {
+    workerCount: args["x-perf"]?.["max-workers"],
+    rateLimitBytes: args.speed,
+    cowBufferSizeBytes: args["buffer-size"],
+    onBufferFull: args["on-buffer-full"],
+    spillDir: args["spill-dir"],
+    spillLimitBytes: args["spill-limit"],
+    guestTimeoutMs: args["cbw-timeout-ms"],
+    onCbwError: args["on-cbw-error"],
+    onSourceError: ioPolicy("on-source-error", args["on-source-error"]),
+    onTargetError: ioPolicy("on-target-error", args["on-target-error"]),
+    targetRetries: args["x-target-retries"],
+    force: args["x-force"],
+    direct: args["x-direct"],
+    verify: args["x-verify"],
+    clusterSizeBytes: args["x-cluster-size"],
+    backingFile: args["x-backing-file"],
+    backingFormat: args["x-backing-format"],
+  };
+  const present = Object.entries(given).filter(([, value]) => value !== undefined);
+  return {
+    ...JOB_DEFAULTS,
+    ...defaults,
+    ...(Object.fromEntries(present) as Partial<JobOptions>),
+    target: targetName(args.target),
+    targetFormat: targetFormat(args.format, disk),
+  };
+}
+
+function targetName(target: string): string {
+  if (target === "") throw genericError("The 'file' block driver requires a file name");
+  if (target.includes("\0")) throw genericError("Parameter 'target' must not contain a NUL character");
+  return target;
+}
+
+function targetFormat(format: string | undefined, disk: DiskInfo): ImageFormat {
+  if (format === undefined) return disk.format;
+  if (!isImageFormat(format)) throw genericError(`Unknown file format '${format}'`);
+  return format;
+}
+
+function ioPolicy(name: string, policy: (typeof ON_ERROR)[number] | undefined): OnIoError | undefined {
+  if (policy === "enospc" || policy === "auto") throw notSupported(`'${policy}' as '${name}'`);
+  return policy;
+}
+
+function refuseUnsupported(args: DriveBackupArguments): void {
+  if (args.sync !== "full") throw notSupported(`Sync mode '${args.sync}'`);
+  if (args.bitmap !== undefined) throw notSupported("Parameter 'bitmap'");
+  if (args["bitmap-mode"] !== undefined) throw notSupported("Parameter 'bitmap-mode'");
+  if (args.compress === true) throw notSupported("Compression ('compress')");
+  if (args["discard-source"] === true) throw notSupported("'discard-source'");
+  if (args.mode === "existing") throw notSupported("Mode 'existing'");
+  // The job finishes its target by itself; nothing could wait for a job-finalize.
+  if (args["auto-finalize"] === false) throw notSupported("'auto-finalize' false");
+  if (args.speed !== undefined && args.speed < 0) {
+    throw genericError("Parameter 'speed' expects a non-negative value");
+  }
+  refusePerformance(args);
+}
+
+function refusePerformance(args: DriveBackupArguments): void {
+  const perf = args["x-perf"] ?? {};
+  if (perf["max-chunk"] !== undefined) throw notSupported("Parameter 'x-perf.max-chunk'");
+  const workerCount = perf["max-workers"] ?? 1;
+  if (workerCount < 1 || workerCount > WORKER_COUNT_MAX) {
+    throw genericError(`max-workers must be between 1 and ${WORKER_COUNT_MAX}`);
+  }
+  const minimum = perf["min-cluster-size"] ?? 0;
+  if (minimum !== 0 && !Number.isInteger(Math.log2(minimum))) {
+    throw genericError("min-cluster-size needs to be a power of 2");
+  }
+  if (minimum > Math.max(SMALLEST_COW_CLUSTER_BYTES, args["x-cluster-size"] ?? 0)) {
+    throw notSupported(`A min-cluster-size above 64 KiB without an 'x-cluster-size' as large`);
+  }
+}
+
+/** A backup to ask for: options that are left out are the server's defaults. */
+export interface BackupOrder {
+  id: string;
+  disk: string;
+  options: Partial<JobOptions> & { target: string };
+}
+
+/** drive-backup's arguments for an order. Paths go as they are: the server resolves them in its own folder. */
+export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObject {
+  return {
+    "job-id": id,
+    device: disk,
+    target: options.target,
+    format: options.targetFormat,
+    sync: "full",
+    speed: options.rateLimitBytes,
+    "on-source-error": options.onSourceError,
+    "on-target-error": options.onTargetError,
+    "on-cbw-error": options.onCbwError,
+    "x-perf": options.workerCount === undefined ? undefined : { "max-workers": options.workerCount },
+    "buffer-size": options.cowBufferSizeBytes,
+    "on-buffer-full": options.onBufferFull,
+    "spill-dir": options.spillDir,
+    "spill-limit": options.spillLimitBytes,
+    "cbw-timeout-ms": options.guestTimeoutMs,
+    "x-force": options.force,
+    "x-direct": options.direct,
+    "x-cluster-size": options.clusterSizeBytes,
+    "x-verify": options.verify,
+    "x-target-retries": options.targetRetries,
+    "x-backing-file": options.backingFile,
+    "x-backing-format": options.backingFormat,
+  };
+}

@@ -1,0 +1,82 @@
+// The table of all commands, and those that ask about the server and its disks.
+
+import type { DiskInfo } from "../backup/host.js";
+import { BACKUP_COMMANDS } from "./backup-commands.js";
+import { command } from "./command.js";
+import type { Command, CommandContext } from "./command.js";
+import { JOB_COMMANDS } from "./job-commands.js";
+import { DIALECT_VERSION, QmpError } from "./qmp.js";
+import type { JsonObject } from "./qmp.js";
+import { boolean, optional } from "./schema.js";
+
+/** VersionInfo: the dialect that is spoken, and who speaks it. */
+export function versionInfo(version: string): JsonObject {
+  return { qemu: DIALECT_VERSION, package: `cowcatcher ${version}` };
+}
+
+/**
+ * BlockDeviceInfo, of which QEMU makes nearly all members mandatory. Throttling, encryption and write thresholds do
+ * not exist here; `backing_file_depth` is not known on this side and stays 0.
+ */
+function nodeInfo({ name, path, format, sizeBytes, readOnly }: DiskInfo): JsonObject {
+  return {
+    "node-name": name,
+    file: path,
+    drv: format,
+    ro: readOnly,
+    encrypted: false,
+    detect_zeroes: "off",
+    bps: 0,
+    bps_rd: 0,
+    bps_wr: 0,
+    iops: 0,
+    iops_rd: 0,
+    iops_wr: 0,
+    write_threshold: 0,
+    backing_file_depth: 0,
+    cache: { writeback: true, direct: false, "no-flush": false },
+    image: { filename: path, format, "virtual-size": sizeBytes },
+  };
+}
+
+function blockInfo(disk: DiskInfo): JsonObject {
+  return { device: disk.name, type: "unknown", removable: false, locked: false, inserted: nodeInfo(disk) };
+}
+
+function exportInfo({ name }: DiskInfo): JsonObject {
+  return { id: name, type: "nbd", "node-name": name, "shutting-down": false };
+}
+
+const QUERY_COMMANDS: Record<string, Command> = {
+  "query-version": command({}, (_args, { version }) => versionInfo(version)),
+  "query-commands": command({}, () => COMMAND_NAMES.map((name) => ({ name }))),
+  "query-status": command({}, () => ({ status: "running", running: true })),
+  // Without backing chains in the answer, `flat` makes no difference.
+  "query-named-block-nodes": command({ flat: optional(boolean) }, (_args, { host }) =>
+    host.disks().map(nodeInfo),
+  ),
+  "query-block": command({}, (_args, { host }) => host.disks().map(blockInfo)),
+  "query-block-exports": command({}, (_args, { host }) => host.disks().map(exportInfo)),
+  quit: command({}, (_args, { host, logger }) => {
+    logger.info("a client of the control socket asked to quit");
+    // The answer goes first.
+    setImmediate(() => host.quit());
+    return {};
+  }),
+};
+
+const COMMANDS = new Map<string, Command>(
+  Object.entries({ ...QUERY_COMMANDS, ...JOB_COMMANDS, ...BACKUP_COMMANDS }),
+);
+
+/** Belongs to the connection, which alone knows whether it has negotiated. */
+export const NEGOTIATE = "qmp_capabilities";
+
+const COMMAND_NAMES = [NEGOTIATE, ...COMMANDS.keys()];
+
+/** @throws QmpError CommandNotFound; and whatever the command throws. */
+export function execute(name: string, args: JsonObject, context: CommandContext): unknown {
+  const found = COMMANDS.get(name);
+  if (found === undefined) throw new QmpError("CommandNotFound", `The command ${name} has not been found`);
+  return found.execute(args, context);
+}

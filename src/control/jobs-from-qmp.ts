@@ -1,0 +1,209 @@
+// Jobs over the control socket, typed, for the command line.
+//
+// How a watch ends. A job that dismisses itself is gone soon after its end, so the final counters and the error come
+// with its last event; polling is only for progress. The server sends that event before it forgets the job, on the
+// same stream, so a poll that misses the job comes after the event. A job may end before anyone watches it:
+// `startBackup` therefore listens before it starts, and keeps the last event of each job it started.
+
+import { resolve as resolvePath } from "node:path";
+import { CowcatcherError } from "../errors.js";
+import type { JobStatus } from "../backup/host.js";
+import type { JobProgress } from "../backup/progress.js";
+import { argumentsFromBackup } from "./backup-arguments.js";
+import type { BackupOrder } from "./backup-arguments.js";
+import type { ControlClient, ControlEvent } from "./client.js";
+import { errorFromWire, isJsonObject, progressFromWire } from "./qmp.js";
+import type { JsonObject } from "./qmp.js";
+
+export type { BackupOrder } from "./backup-arguments.js";
+
+const POLL_MS = 200;
+
+export interface JobSummary {
+  id: string;
+  status: JobStatus;
+  disk: string;
+  target: string;
+  /** Bytes a second; 0: no limit. */
+  speed: number;
+  progress: JobProgress;
+  error?: CowcatcherError | undefined;
+}
+
+export interface JobResult {
+  progress: JobProgress;
+  /** The first cause; absent when the backup is complete. Code CANCELLED for a cancelled one. */
+  error?: CowcatcherError | undefined;
+}
+
+export interface StartOptions {
+  /** One failure cancels the others. */
+  grouped?: boolean;
+}
+
+/** Last events of jobs that were started over a connection and are not watched yet. */
+const endedJobs = new WeakMap<ControlClient, Map<string, JobResult>>();
+
+/**
+ * Starts backups, several at one T0, or none. Returns after T0. Relative paths are resolved in this process's
+ * folder, not the server's.
+ * @throws CowcatcherError as JobHost.startBackups does.
+ */
+export async function startBackup(
+  client: ControlClient,
+  orders: readonly BackupOrder[],
+  { grouped = false }: StartOptions = {},
+): Promise<void> {
+  const forget = keepLastEvents(client, new Set(orders.map(({ id }) => id)));
+  const requests = orders.map((order) => argumentsFromBackup(withAbsolutePaths(order)));
+  try {
+    const [only] = requests;
+    if (requests.length === 1 && only !== undefined) {
+      await client.execute("drive-backup", only);
+    } else {
+      const actions = requests.map((data) => ({ type: "drive-backup", data }));
+      const properties = { "completion-mode": grouped ? "grouped" : "individual" };
+      await client.execute("transaction", { actions, properties });
+    }
+  } catch (error) {
+    forget();
+    throw error;
+  }
+}
+
+/**
+ * Follows a job to its end.
+ * @param onProgress called at once and then about five times a second, with the counters and the status.
+ * @throws CowcatcherError NOT_FOUND if there is no such job, IO if the connection is lost. A backup that fails is
+ *   no exception here: it is the result's `error`.
+ */
+export async function watchJob(
+  client: ControlClient,
+  id: string,
+  onProgress: (progress: JobProgress, status: JobStatus) => void,
+  { pollMs = POLL_MS } = {},
+): Promise<JobResult> {
+  const bell = new Bell();
+  const stopEvents = client.onEvent((event) => {
+    const result = lastEventOf(event, id);
+    if (result !== undefined) bell.ring(result);
+  });
+  const stopLoss = client.onLoss(() => bell.ring(undefined));
+  try {
+    for (;;) {
+      const result = bell.result ?? takeEnded(client, id);
+      if (result !== undefined) return result;
+      const job = (await listJobs(client)).find((candidate) => candidate.id === id);
+      if (bell.result !== undefined) continue;
+      if (job?.status === "concluded") return { progress: job.progress, error: job.error };
+      if (job === undefined) throw noSuchJob(id);
+      onProgress(job.progress, job.status);
+      await bell.wait(pollMs);
+    }
+  } finally {
+    stopEvents();
+    stopLoss();
+    endedJobs.get(client)?.delete(id);
+  }
+}
+
+/** The server's jobs, oldest first. @throws CowcatcherError */
+export async function listJobs(client: ControlClient): Promise<JobSummary[]> {
+  const answer = await client.execute("query-jobs");
+  if (!Array.isArray(answer)) {
+    throw new CowcatcherError({
+      code: "PROTOCOL",
+      object: client.path,
+      problem: "query-jobs answered no list",
+    });
+  }
+  return answer.filter(isJsonObject).map(readJob);
+}
+
+function readJob({ id, status, error, "x-cowcatcher": extra }: JsonObject): JobSummary {
+  const wire = isJsonObject(extra) ? extra : {};
+  return {
+    id: text(id),
+    status: text(status) as JobStatus,
+    disk: text(wire.disk),
+    target: text(wire.target),
+    speed: typeof wire.speed === "number" ? wire.speed : 0,
+    progress: progressFromWire(wire),
+    error: readError(wire.error, error, text(id)),
+  };
+}
+
+function lastEventOf({ event, data }: ControlEvent, id: string): JobResult | undefined {
+  if (event !== "BLOCK_JOB_COMPLETED" && event !== "BLOCK_JOB_CANCELLED") return undefined;
+  if (data.device !== id) return undefined;
+  const wire = isJsonObject(data["x-cowcatcher"]) ? data["x-cowcatcher"] : {};
+  const fallback = event === "BLOCK_JOB_CANCELLED" ? "cancelled" : data.error;
+  return { progress: progressFromWire(wire), error: readError(wire.error, fallback, id) };
+}
+
+function readError(details: unknown, description: unknown, id: string): CowcatcherError | undefined {
+  const error = errorFromWire(details);
+  if (error !== undefined || typeof description !== "string") return error;
+  return new CowcatcherError({ code: "IO", object: `job ${id}`, problem: description });
+}
+
+function text(value: unknown): string {
+  return typeof value === "string" ? value : "";
+}
+
+/** Returns the function that ends it. */
+function keepLastEvents(client: ControlClient, ids: Set<string>): () => void {
+  const ended = endedJobs.get(client) ?? new Map<string, JobResult>();
+  endedJobs.set(client, ended);
+  for (const id of ids) ended.delete(id);
+  const stop = client.onEvent((event) => {
+    for (const id of ids) {
+      const result = lastEventOf(event, id);
+      if (result === undefined) continue;
+      ended.set(id, result);
+      ids.delete(id);
+    }
+    if (ids.size === 0) stop();
+  });
+  return stop;
+}
+
+function takeEnded(client: ControlClient, id: string): JobResult | undefined {
+  return endedJobs.get(client)?.get(id);
+}
+
+function withAbsolutePaths(order: BackupOrder): BackupOrder {
+  const { target, spillDir } = order.options;
+  const options = { ...order.options };
+  // "null:" and URIs (nbd://…) are no paths.
+  if (!/^(null:$|[a-z+]+:\/\/)/.test(target)) options.target = resolvePath(target);
+  if (spillDir !== undefined) options.spillDir = resolvePath(spillDir);
+  return { ...order, options };
+}
+
+function noSuchJob(id: string): CowcatcherError {
+  return new CowcatcherError({ code: "NOT_FOUND", object: `job ${id}`, problem: "no such job" });
+}
+
+/** Lets a wait end early, once. */
+class Bell {
+  result: JobResult | undefined;
+  #wake: (() => void) | undefined;
+
+  /** @param result undefined: only wake, the next command says why. */
+  ring(result: JobResult | undefined): void {
+    this.result ??= result;
+    this.#wake?.();
+  }
+
+  wait(ms: number): Promise<void> {
+    if (this.result !== undefined) return Promise.resolve();
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, ms);
+      this.#wake = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+  }
+}

@@ -1,0 +1,505 @@
+// A worker's side of copy-before-write: take a chunk, read what is still on the source, take what is in slots and
+// spill, let the chunk go, write it to the target.
+//
+// Order of choice. Urgent chunks first (they hold captures, so draining them frees buffer); else the next chunk of
+// the sweep. A chunk taken from the urgent ring is copied whole, pending neighbours included, so that random guest
+// writes become large target writes; only when more than half of the buffer is in use are its captured clusters
+// copied alone, so that slots come free as fast as the target allows. In a job without a buffer the guest waits
+// for exactly its clusters, so there too nothing else is taken.
+//
+// End. The sweep takes every chunk once and whatever state its clusters are in, so when the sweep is past the last
+// chunk nothing is left but chunks that a worker holds: a worker that finds no chunk is finished. Entries still in
+// the urgent ring then are chunks that the sweep has drained.
+//
+// The work is a generator that yields wherever it would block and between any two steps that another thread may
+// come between. A worker thread drives it with Atomics.wait (workers/copy.ts); the model test drives many of
+// them in one thread, in every order that a seeded scheduler finds.
+
+import { CowcatcherError } from "../errors.js";
+import type { Completion, SourceReader } from "../image/device.js";
+import type { TargetWriter } from "../target/target.js";
+import type { OnIoError } from "../backup/options.js";
+import { BLOCK_BYTES } from "./geometry.js";
+import {
+  CAPTURED,
+  captureLength,
+  captureStart,
+  CNT_DONE_BYTES,
+  CNT_WRITTEN_BYTES,
+  CTL_IGNORED_ERRORS,
+  CTL_RUN,
+  CTL_SPILL_BLOCKS,
+  CTL_SWEEP,
+  CTL_USED_BLOCKS,
+  DONE,
+  OWNER_MASK,
+  OWNER_WORKER,
+  PENDING,
+  QUEUED,
+  READING,
+  REGION_CHUNKED,
+  REGION_HOLE,
+  REGION_QUERYING,
+  REGION_UNKNOWN,
+  RUN_ABORTING,
+  RUN_PAUSED,
+  type SharedState,
+  SPILLED,
+} from "./shared.js";
+import type { SpillFile } from "./spill.js";
+import { bookTransfer } from "./throttle.js";
+import { isZero } from "./zero.js";
+
+/** Why a worker's generator paused. */
+export type DrainStep =
+  /** Others may run here; go on at once. */
+  | { kind: "step" }
+  /** Go on when `words[index]` no longer is `value` (or was notified). */
+  | { kind: "wait"; words: Int32Array; index: number; value: number }
+  /** Go on at this monotonic time (ns), or earlier when the run state changes. */
+  | { kind: "sleep"; untilNs: bigint }
+  /** Go on when the promise is fulfilled; throw its reason into the generator. */
+  | { kind: "promise"; promise: Promise<void> };
+
+export interface DrainOptions {
+  shared: SharedState;
+  reader: SourceReader;
+  writer: TargetWriter;
+  /** Unit in which zeroes are left out of the target, in bytes. */
+  zeroUnitBytes: number;
+  spill: SpillFile | null;
+  /** Page-aligned, at least a chunk long, this worker's own. */
+  chunkBuffer: Uint8Array;
+  onSourceError: OnIoError;
+  onTargetError: OnIoError;
+  targetRetries: number;
+  /** Called before the job pauses for an error under the policy `stop`. */
+  onStop(error: CowcatcherError, operation: "read" | "write"): void;
+  /** Monotonic clock in nanoseconds. */
+  now(): bigint;
+}
+
+const STEP: DrainStep = { kind: "step" };
+/** First wait before a failed target write is tried again; doubled each time up to the longest. */
+const RETRY_FIRST_MS = 100;
+const RETRY_LONGEST_MS = 5_000;
+/** Captured blocks between two stretches to be read are read over (and overlaid) up to this many: a page-cache
+ *  read of 32 KiB costs about as much as a second system call. */
+const READ_OVER_BLOCKS = 8;
+
+type Steps<T> = Generator<DrainStep, T, void>;
+
+export class Drainer {
+  readonly #options: DrainOptions;
+  readonly #shared: SharedState;
+  readonly #unbuffered: boolean;
+  readonly #halfBufferBlocks: number;
+  /** Of the chunk in hand: which clusters are ours, which blocks captures cover, which blocks are known zero. */
+  readonly #taken: Uint8Array;
+  readonly #covered: Uint8Array;
+  readonly #zero: Uint8Array;
+  readonly #spillBitmap: Uint8Array;
+
+  constructor(options: DrainOptions) {
+    this.#options = options;
+    this.#shared = options.shared;
+    const { clustersPerChunk, blocksPerChunk } = options.shared.geometry;
+    this.#unbuffered = options.shared.bufferBlockCount === 0;
+    this.#halfBufferBlocks = options.shared.bufferBlockCount / 2;
+    this.#taken = new Uint8Array(clustersPerChunk);
+    this.#covered = new Uint8Array(blocksPerChunk);
+    this.#zero = new Uint8Array(blocksPerChunk);
+    this.#spillBitmap = new Uint8Array(blocksPerChunk / 8);
+  }
+
+  /** Works until no chunk is left or the job is aborted. @throws CowcatcherError: the job fails with it. */
+  *run(): Steps<void> {
+    const { control } = this.#shared;
+    for (;;) {
+      const state = Atomics.load(control, CTL_RUN);
+      if (state === RUN_ABORTING) return;
+      if (state === RUN_PAUSED) {
+        yield { kind: "wait", words: control, index: CTL_RUN, value: RUN_PAUSED };
+        continue;
+      }
+      const urgent = this.#shared.popUrgent();
+      if (urgent >= 0) {
+        yield STEP;
+        const used = Atomics.load(control, CTL_USED_BLOCKS);
+        yield* this.#copyChunk(urgent, this.#unbuffered || used > this.#halfBufferBlocks);
+        continue;
+      }
+      const next = yield* this.#nextOfSweep();
+      if (next < 0) return;
+      yield STEP;
+      yield* this.#copyChunk(next, false);
+    }
+  }
+
+  *#nextOfSweep(): Steps<number> {
+    const { control, regionStates, geometry } = this.#shared;
+    for (;;) {
+      const chunk = Atomics.load(control, CTL_SWEEP);
+      if (chunk >= geometry.chunkCount) return -1;
+      const region = Math.floor(chunk / geometry.chunksPerRegion);
+      const state = Atomics.load(regionStates, region);
+      if (state === REGION_CHUNKED) {
+        if (Atomics.compareExchange(control, CTL_SWEEP, chunk, chunk + 1) === chunk) return chunk;
+      } else if (state === REGION_HOLE) {
+        const next = Math.min((region + 1) * geometry.chunksPerRegion, geometry.chunkCount);
+        Atomics.compareExchange(control, CTL_SWEEP, chunk, next);
+      } else if (state === REGION_QUERYING) {
+        yield { kind: "wait", words: regionStates, index: region, value: REGION_QUERYING };
+        if (Atomics.load(control, CTL_RUN) === RUN_ABORTING) return -1;
+      } else if (
+        Atomics.compareExchange(regionStates, region, REGION_UNKNOWN, REGION_QUERYING) === REGION_UNKNOWN
+      ) {
+        yield* this.#queryRegion(region);
+      }
+    }
+  }
+
+  *#queryRegion(region: number): Steps<void> {
+    const { regionStates, geometry, counters } = this.#shared;
+    const regionBytes = geometry.chunkBytes * geometry.chunksPerRegion;
+    const start = region * regionBytes;
+    const length = Math.min(regionBytes, geometry.sizeBytes - start);
+    let hole = false;
+    yield STEP;
+    try {
+      const extent = this.#options.reader.extent(start, length);
+      hole = extent.zero && extent.lengthBytes >= length;
+    } finally {
+      // Whatever failed, no guest write may wait for this region for ever.
+      Atomics.store(regionStates, region, hole ? REGION_HOLE : REGION_CHUNKED);
+      Atomics.notify(regionStates, region);
+    }
+    if (!hole) return;
+    yield STEP;
+    yield* this.#toTarget(() => this.#options.writer.writeZeroes(start, length));
+    Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
+  }
+
+  *#copyChunk(chunk: number, capturedOnly: boolean): Steps<void> {
+    const shared = this.#shared;
+    while (!shared.tryClaim(chunk, OWNER_WORKER)) {
+      const value = shared.announceWait(chunk);
+      if ((value & OWNER_MASK) !== 0) yield { kind: "wait", words: shared.chunkWords, index: chunk, value };
+      if (Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING) return;
+    }
+    // Captures made from here on find QUEUED clear when they come, and queue the chunk again.
+    Atomics.and(shared.chunkWords, chunk, ~QUEUED);
+    yield STEP;
+    const takenBytes = this.#takeClusters(chunk, capturedOnly);
+    if (takenBytes === 0) {
+      shared.release(chunk, 0, 0);
+      return;
+    }
+    yield STEP;
+    const spilled = this.#findCovered(chunk);
+    yield* this.#readMissing(chunk);
+    this.#takeSlots(chunk);
+    if (spilled) this.#takeSpilled(chunk);
+    yield STEP;
+    const clearBits = spilled ? SPILLED : 0;
+    if (!this.#unbuffered) this.#letGo(chunk, clearBits);
+    yield STEP;
+    yield* this.#writeTaken(chunk);
+    if (this.#unbuffered) this.#letGo(chunk, clearBits);
+    Atomics.add(shared.counters, CNT_DONE_BYTES, BigInt(takenBytes));
+  }
+
+  /** Marks what this pass copies as READING; the bytes that it comes to. */
+  #takeClusters(chunk: number, capturedOnly: boolean): number {
+    const shared = this.#shared;
+    const { clustersPerChunk, clusterBytes, clusterCount, sizeBytes } = shared.geometry;
+    const first = chunk * clustersPerChunk;
+    let bytes = 0;
+    for (let i = 0; i < clustersPerChunk; i++) {
+      const cluster = first + i;
+      this.#taken[i] = 0;
+      if (cluster >= clusterCount) continue;
+      const state = Atomics.load(shared.clusterStates, cluster);
+      if (state !== CAPTURED && (state !== PENDING || capturedOnly)) continue;
+      shared.changeState(cluster, state, READING);
+      this.#taken[i] = 1;
+      bytes += Math.min(clusterBytes, sizeBytes - cluster * clusterBytes);
+    }
+    return bytes;
+  }
+
+  #letGo(chunk: number, clearBits: number): void {
+    const { clustersPerChunk } = this.#shared.geometry;
+    for (let i = 0; i < clustersPerChunk; i++) {
+      if (this.#taken[i]) this.#shared.changeState(chunk * clustersPerChunk + i, READING, DONE);
+    }
+    this.#shared.release(chunk, clearBits, 0);
+  }
+
+  /** Notes which blocks have captures. All captured clusters are ours, so the whole list and bitmap are. */
+  #findCovered(chunk: number): boolean {
+    const shared = this.#shared;
+    this.#covered.fill(0);
+    this.#zero.fill(0);
+    for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
+      const info = shared.captureInfo[capture];
+      const start = captureStart(info);
+      this.#covered.fill(1, start, start + captureLength(info));
+    }
+    if ((shared.chunkWords[chunk] & SPILLED) === 0) return false;
+    const bitmap = this.#spillBitmap;
+    this.#spillFile().readBitmap(chunk, bitmap);
+    for (let block = 0; block < this.#covered.length; block++) {
+      if (bitmap[block >> 3] & (1 << (block & 7))) this.#covered[block] = 1;
+    }
+    return true;
+  }
+
+  *#readMissing(chunk: number): Steps<void> {
+    const { clusterBytes } = this.#shared.geometry;
+    const length = this.#shared.chunkLengthBytes(chunk);
+    for (const [from, to] of runsOf(this.#taken)) {
+      yield* this.#readRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
+    }
+  }
+
+  /**
+   * Reads the blocks of [from, to) (bytes in the chunk) that no capture covers. An extent may end inside a block
+   * (at the odd end of a backing file), so `position` need not be aligned.
+   */
+  *#readRun(chunk: number, from: number, to: number): Steps<void> {
+    const { reader, chunkBuffer } = this.#options;
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    let position = from;
+    while (position < to) {
+      const end = this.#missingEnd(position, to);
+      if (end === position) {
+        position = (Math.floor(position / BLOCK_BYTES) + 1) * BLOCK_BYTES;
+        continue;
+      }
+      const start = position;
+      const result = yield* this.#fromSource(start, end, () => {
+        const extent = reader.extent(base + start, end - start);
+        position = start + extent.lengthBytes;
+        if (extent.zero) return this.#noteZero(start, position);
+        return reader.read(chunkBuffer, start, extent.lengthBytes, base + start);
+      });
+      if (!result) position = end;
+      yield STEP;
+    }
+  }
+
+  /** End of the stretch from `position` on that is worth one read; `position` itself when a capture covers it. */
+  #missingEnd(position: number, to: number): number {
+    let end = position;
+    let gap = 0;
+    for (let block = Math.floor(position / BLOCK_BYTES); block * BLOCK_BYTES < to; block++) {
+      if (this.#covered[block]) {
+        if (end === position || ++gap > READ_OVER_BLOCKS) break;
+      } else {
+        gap = 0;
+        end = Math.min((block + 1) * BLOCK_BYTES, to);
+      }
+    }
+    return end;
+  }
+
+  /** The range reads as zeroes: whole blocks are only noted, parts of blocks are cleared in the buffer. */
+  #noteZero(from: number, to: number): undefined {
+    const { chunkBuffer } = this.#options;
+    const firstWhole = Math.ceil(from / BLOCK_BYTES);
+    const lastWhole = Math.floor(to / BLOCK_BYTES);
+    if (firstWhole >= lastWhole) {
+      chunkBuffer.fill(0, from, to);
+      return undefined;
+    }
+    chunkBuffer.fill(0, from, firstWhole * BLOCK_BYTES);
+    chunkBuffer.fill(0, lastWhole * BLOCK_BYTES, to);
+    for (let block = firstWhole; block < lastWhole; block++) {
+      if (!this.#covered[block]) this.#zero[block] = 1;
+    }
+    return undefined;
+  }
+
+  /** Copies the slots' data over what was read and gives the slots back. */
+  #takeSlots(chunk: number): void {
+    const shared = this.#shared;
+    const { chunkBuffer } = this.#options;
+    const first = shared.chunkHead(chunk);
+    if (first < 0) return;
+    let last = first;
+    let blockCount = 0;
+    for (let capture = first; capture >= 0; capture = shared.captureNext[capture]) {
+      const info = shared.captureInfo[capture];
+      const count = captureLength(info);
+      const from = capture * BLOCK_BYTES;
+      chunkBuffer.set(
+        shared.slots.subarray(from, from + count * BLOCK_BYTES),
+        captureStart(info) * BLOCK_BYTES,
+      );
+      blockCount += count;
+      last = capture;
+    }
+    shared.setChunkHead(chunk, -1);
+    shared.pushFreed(first, last, blockCount);
+  }
+
+  #takeSpilled(chunk: number): void {
+    const spill = this.#spillFile();
+    const bitmap = this.#spillBitmap;
+    const isSet = (block: number) => (bitmap[block >> 3] >> (block & 7)) & 1;
+    let blocks = 0;
+    for (let block = 0; block < this.#covered.length; block++) {
+      if (!isSet(block)) continue;
+      const start = block;
+      while (block + 1 < this.#covered.length && isSet(block + 1)) block++;
+      const count = block + 1 - start;
+      spill.readBlocks(this.#options.chunkBuffer, start * BLOCK_BYTES, chunk, start, count);
+      spill.punch(chunk, start, count);
+      blocks += count;
+    }
+    bitmap.fill(0);
+    spill.writeBitmap(chunk, bitmap);
+    Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, blocks);
+  }
+
+  *#writeTaken(chunk: number): Steps<void> {
+    const { clusterBytes } = this.#shared.geometry;
+    const length = this.#shared.chunkLengthBytes(chunk);
+    for (const [from, to] of runsOf(this.#taken)) {
+      yield* this.#writeRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
+    }
+  }
+
+  /** Writes [from, to) (bytes in the chunk), its zero units as zeroes. */
+  *#writeRun(chunk: number, from: number, to: number): Steps<void> {
+    const { writer, chunkBuffer, zeroUnitBytes } = this.#options;
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    let position = from;
+    while (position < to) {
+      const start = position;
+      const zero = this.#unitIsZero(position, Math.min(position + zeroUnitBytes, to));
+      do position = Math.min(position + zeroUnitBytes, to);
+      while (position < to && this.#unitIsZero(position, Math.min(position + zeroUnitBytes, to)) === zero);
+      const length = position - start;
+      if (zero) {
+        yield* this.#toTarget(() => writer.writeZeroes(base + start, length));
+      } else {
+        yield* this.#waitForRate(length);
+        yield* this.#toTarget(() => writer.write(chunkBuffer, start, length, base + start));
+        Atomics.add(this.#shared.counters, CNT_WRITTEN_BYTES, BigInt(length));
+      }
+      yield STEP;
+    }
+  }
+
+  /** Whether [from, to) is zero; if it is not, its blocks that were only noted as zero are cleared for writing. */
+  #unitIsZero(from: number, to: number): boolean {
+    const { chunkBuffer } = this.#options;
+    let allZero = true;
+    for (let position = from; position < to && allZero; position += BLOCK_BYTES) {
+      if (!this.#zero[position / BLOCK_BYTES]) {
+        allZero = isZero(chunkBuffer, position, Math.min(position + BLOCK_BYTES, to));
+      }
+    }
+    if (allZero) return true;
+    for (let position = from; position < to; position += BLOCK_BYTES) {
+      if (this.#zero[position / BLOCK_BYTES]) {
+        chunkBuffer.fill(0, position, Math.min(position + BLOCK_BYTES, to));
+        this.#zero[position / BLOCK_BYTES] = 0;
+      }
+    }
+    return false;
+  }
+
+  *#waitForRate(lengthBytes: number): Steps<void> {
+    const { counters, control } = this.#shared;
+    for (;;) {
+      const now = this.#options.now();
+      const start = bookTransfer(counters, lengthBytes, now);
+      if (start <= now) return;
+      yield { kind: "sleep", untilNs: start };
+      // Woken early: the limit has changed (the schedule begins afresh) or the job ends.
+      if (this.#options.now() >= start || Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
+    }
+  }
+
+  /** Runs one read under the source's error policy: false if it was passed over (its range is zeroes then). */
+  *#fromSource(from: number, to: number, read: () => Completion): Steps<boolean> {
+    for (;;) {
+      try {
+        const pending = read();
+        if (pending) yield { kind: "promise", promise: pending };
+        return true;
+      } catch (error) {
+        if (!(error instanceof CowcatcherError) || this.#options.onSourceError === "report") throw error;
+        if (this.#options.onSourceError === "ignore") {
+          Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
+          this.#options.chunkBuffer.fill(0, from, to);
+          return false;
+        }
+        if (!(yield* this.#stopFor(error, "read"))) throw error;
+      }
+    }
+  }
+
+  /** Runs one write under the target's error policy, after its retries. */
+  *#toTarget(write: () => Completion): Steps<void> {
+    let attempt = 0;
+    for (;;) {
+      if (Atomics.load(this.#shared.control, CTL_RUN) === RUN_ABORTING) return;
+      try {
+        const pending = write();
+        if (pending) yield { kind: "promise", promise: pending };
+        return;
+      } catch (error) {
+        if (!(error instanceof CowcatcherError)) throw error;
+        // A full target stays full until somebody acts: trying again would only delay the news.
+        if (error.code === "IO" && attempt < this.#options.targetRetries) {
+          yield* this.#backOff(attempt++);
+          continue;
+        }
+        if (this.#options.onTargetError === "report") throw error;
+        if (this.#options.onTargetError === "ignore") {
+          Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
+          return;
+        }
+        if (!(yield* this.#stopFor(error, "write"))) throw error;
+        attempt = 0;
+      }
+    }
+  }
+
+  *#backOff(attempt: number): Steps<void> {
+    const waitMs = Math.min(RETRY_FIRST_MS * 2 ** attempt, RETRY_LONGEST_MS);
+    yield { kind: "sleep", untilNs: this.#options.now() + BigInt(waitMs) * 1_000_000n };
+  }
+
+  /** Pauses the job until somebody resumes it; false if it was aborted instead. */
+  *#stopFor(error: CowcatcherError, operation: "read" | "write"): Steps<boolean> {
+    const { control } = this.#shared;
+    this.#options.onStop(error, operation);
+    for (;;) {
+      const state = Atomics.load(control, CTL_RUN);
+      if (state === RUN_ABORTING) return false;
+      if (state !== RUN_PAUSED) return true;
+      yield { kind: "wait", words: control, index: CTL_RUN, value: RUN_PAUSED };
+    }
+  }
+
+  #spillFile(): SpillFile {
+    if (this.#options.spill === null)
+      throw new Error("a chunk is marked as spilled in a job without a spill file");
+    return this.#options.spill;
+  }
+}
+
+/** Runs of set flags as [from, to) pairs. */
+function* runsOf(flags: Uint8Array): Generator<[number, number], void, void> {
+  for (let i = 0; i < flags.length; i++) {
+    if (!flags[i]) continue;
+    const from = i;
+    while (i + 1 < flags.length && flags[i + 1]) i++;
+    yield [from, i + 1];
+  }
+}

@@ -1,0 +1,46 @@
+// How a disk is cut: blocks of capture, clusters of state, chunks of work, regions of the sweep.
+
+import { KiB, MiB } from "../units.js";
+
+/** Unit of capture: the page size, below which neither the page cache nor O_DIRECT reads less. */
+export const BLOCK_BYTES = 4 * KiB;
+/** A slot is cut into this many blocks, so that small captures share it. */
+export const BLOCKS_PER_SLOT = 16;
+export const SLOT_BYTES = BLOCK_BYTES * BLOCKS_PER_SLOT;
+export const MIN_CLUSTER_BYTES = 64 * KiB;
+export const CHUNK_BYTES = 1 * MiB;
+/** Chunks whose common emptiness one query settles: 256 MiB with chunks of 1 MiB. */
+const CHUNKS_PER_REGION = 256;
+/** Chunk numbers are 32-bit: 2^31 chunks of 1 MiB are 2 PiB, far over what qcow2 holds. */
+const MAX_DISK_BYTES = 2 ** 50;
+
+export interface Geometry {
+  sizeBytes: number;
+  clusterBytes: number;
+  chunkBytes: number;
+  clusterCount: number;
+  chunkCount: number;
+  chunksPerRegion: number;
+  regionCount: number;
+  clustersPerChunk: number;
+  blocksPerChunk: number;
+}
+
+/** @throws RangeError for a disk over 1 PiB: openers and creators refuse those by name long before. */
+export function geometryOf(sizeBytes: number, ...clusterSizesBytes: number[]): Geometry {
+  if (!(sizeBytes >= 0 && sizeBytes <= MAX_DISK_BYTES)) throw new RangeError(`disk of ${sizeBytes} bytes`);
+  const clusterBytes = Math.max(MIN_CLUSTER_BYTES, ...clusterSizesBytes);
+  const chunkBytes = Math.max(CHUNK_BYTES, clusterBytes);
+  const chunkCount = Math.ceil(sizeBytes / chunkBytes);
+  return {
+    sizeBytes,
+    clusterBytes,
+    chunkBytes,
+    clusterCount: Math.ceil(sizeBytes / clusterBytes),
+    chunkCount,
+    chunksPerRegion: CHUNKS_PER_REGION,
+    regionCount: Math.ceil(chunkCount / CHUNKS_PER_REGION),
+    clustersPerChunk: chunkBytes / clusterBytes,
+    blocksPerChunk: chunkBytes / BLOCK_BYTES,
+  };
+}

@@ -1,0 +1,613 @@
+// The main thread's side of copy-before-write: before a guest write changes a byte, the T0 content of its 4 KiB
+// block is in a slot, in the spill, or in a worker's hands.
+//
+// The quick way through costs a few loads: the clusters are DONE, or their region is a hole. Else the write's
+// blocks are captured, chunk by chunk: claim the chunk, find the blocks that no earlier capture holds, copy them
+// from the image into slots, put the captures on the chunk's list, mark the clusters CAPTURED, queue the chunk,
+// let it go. All of that is synchronous when the data is cached, and a claim is then held for microseconds.
+//
+// What cannot be done at once goes the slow way, as a promise: a chunk that a worker is reading (wait for local
+// reads), cold data (the claim is held until the asynchronous read ends), a full buffer (the policy decides).
+// Room in the buffer is taken before the claim is kept, never waited for while holding one: the worker that makes
+// room may need that very chunk.
+//
+// Nothing is decided once for all by the slow way: after each wait the write starts again from its first byte,
+// and what has been captured meanwhile is found captured.
+//
+// `detach` ends the interception at once, whatever is waiting: the guest goes on, the job has failed or is done.
+
+import type { JobOptions } from "../backup/options.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
+import type { BlockDevice, Completion } from "../image/device.js";
+import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
+import { Pacer } from "./pacer.js";
+import {
+  CAPTURED,
+  captureInfoOf,
+  captureLength,
+  captureStart,
+  CTL_FREED_EVENT,
+  CTL_SPILL_BLOCKS,
+  CTL_USED_BLOCKS,
+  DONE,
+  OWNER_MAIN,
+  OWNER_MASK,
+  QUEUED,
+  REGION_CHUNKED,
+  REGION_HOLE,
+  REGION_QUERYING,
+  REGION_UNKNOWN,
+  type SharedState,
+  SPILLED,
+} from "./shared.js";
+import { SlotAllocator } from "./slots.js";
+import type { SpillFile } from "./spill.js";
+
+export interface InterceptorOptions {
+  shared: SharedState;
+  /** The image itself, below every interceptor: what it holds now is T0's content of every uncaptured block. */
+  image: BlockDevice;
+  /** Made when the buffer is full for the first time; undefined where the policy is not to spill. */
+  openSpill: (() => SpillFile) | undefined;
+  spillLimitBytes: number;
+  policy: Pick<JobOptions, "onBufferFull" | "onCbwError" | "guestTimeoutMs">;
+  /** The job cannot keep its promise any more; called once, after the interceptor has detached itself. */
+  onBroken(error: CowcatcherError): void;
+  /** A waiter looks again after this time even if nobody woke it, so that a dead thread cannot hold a guest. */
+  recheckMs?: number | undefined;
+}
+
+export interface GuestWaitCounters {
+  captureCount: number;
+  capturedBytes: number;
+  spilledBytes: number;
+  guestWaitCount: number;
+  guestWaitMsMax: number;
+  guestWaitMsTotal: number;
+}
+
+/** How far a capture came without waiting. */
+type Outcome = "done" | "chunk-busy" | "region-busy" | "buffer-full" | "in-target" | Promise<void>;
+
+/** Default of `recheckMs`. */
+const RECHECK_MS = 100;
+/** A long trim or write of zeroes is captured in pieces, with the event loop running between them. */
+const CHUNKS_PER_TURN = 16;
+
+export class Interceptor {
+  readonly counters: GuestWaitCounters = {
+    captureCount: 0,
+    capturedBytes: 0,
+    spilledBytes: 0,
+    guestWaitCount: 0,
+    guestWaitMsMax: 0,
+    guestWaitMsTotal: 0,
+  };
+  readonly #options: InterceptorOptions;
+  readonly #shared: SharedState;
+  readonly #slots: SlotAllocator;
+  readonly #pacer: Pacer | null;
+  readonly #unbuffered: boolean;
+  readonly #objectName: string;
+  /** Blocks of the chunk in hand that an earlier capture holds. */
+  readonly #held: Uint8Array;
+  readonly #spillBitmap: Uint8Array;
+  /** Scratch of the synchronous way; a capture that goes on asynchronously keeps them and new ones are made. */
+  #spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
+  #work = new CaptureWork();
+  #spill: SpillFile | null = null;
+  #detached = false;
+  /** What ends the wait of each waiting write, for `detach`. */
+  readonly #waiters = new Set<() => void>();
+  /** Blocks that the write which found the buffer full last would need. */
+  #roomNeeded = 0;
+  /** Tail of the queue of writes that wait for room: first come, first served. */
+  #roomQueue: Promise<void> = Promise.resolve();
+
+  constructor(options: InterceptorOptions) {
+    this.#options = options;
+    this.#shared = options.shared;
+    this.#objectName = options.image.name;
+    this.#unbuffered = options.shared.bufferBlockCount === 0;
+    this.#slots = new SlotAllocator(options.shared.bufferBlockCount / BLOCKS_PER_SLOT);
+    this.#held = new Uint8Array(options.shared.geometry.blocksPerChunk);
+    this.#spillBitmap = new Uint8Array(options.shared.geometry.blocksPerChunk / 8);
+    this.#pacer =
+      options.policy.onBufferFull === "wait" && !this.#unbuffered ? new Pacer(options.shared) : null;
+  }
+
+  get detached(): boolean {
+    return this.#detached;
+  }
+
+  /**
+   * To be called before the guest's write (or trim, or write of zeroes) of [offsetBytes, +lengthBytes) reaches the
+   * image. Complete: the write may go on. Rejects only under `break-guest-write`; the write must fail then.
+   */
+  beforeWrite(offsetBytes: number, lengthBytes: number): Completion {
+    if (this.#detached || lengthBytes === 0) return undefined;
+    const { chunkBytes } = this.#shared.geometry;
+    const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
+    const first = Math.floor(offsetBytes / chunkBytes);
+    if (last - first >= CHUNKS_PER_TURN) return this.#captureSlowly(offsetBytes, lengthBytes);
+    for (let chunk = first; chunk <= last; chunk++) {
+      if (this.#captureInChunk(chunk, offsetBytes, lengthBytes) !== "done") {
+        return this.#captureSlowly(offsetBytes, lengthBytes);
+      }
+    }
+    return undefined;
+  }
+
+  /** Ends the interception at once: writes that wait go on. Idempotent. */
+  detach(): void {
+    this.#detached = true;
+    for (const wake of this.#waiters) wake();
+  }
+
+  async #captureSlowly(offsetBytes: number, lengthBytes: number): Promise<void> {
+    const startMs = performance.now();
+    const { chunkBytes } = this.#shared.geometry;
+    const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
+    const first = Math.floor(offsetBytes / chunkBytes);
+    let waited = false;
+    try {
+      for (let chunk = first; chunk <= last && !this.#detached; chunk++) {
+        waited = (await this.#captureChunkSlowly(chunk, offsetBytes, lengthBytes, startMs)) || waited;
+        if ((chunk - first) % CHUNKS_PER_TURN === CHUNKS_PER_TURN - 1) await nextTurn();
+      }
+    } catch (error) {
+      // Detached meanwhile: the snapshot is gone, and the write needs no capture any more.
+      if (!this.#detached) throw error;
+    } finally {
+      if (waited) this.#countWait(performance.now() - startMs);
+    }
+  }
+
+  /** Captures one chunk's part; true if the write had to wait for it. */
+  async #captureChunkSlowly(
+    chunk: number,
+    offset: number,
+    length: number,
+    startMs: number,
+  ): Promise<boolean> {
+    let waited = false;
+    while (!this.#detached) {
+      const outcome = this.#captureInChunk(chunk, offset, length);
+      if (outcome === "done") return waited;
+      waited = true;
+      if (outcome instanceof Promise) {
+        await outcome;
+        continue;
+      }
+      if (performance.now() - startMs > this.#options.policy.guestTimeoutMs) {
+        this.#fail(this.#timeoutError(offset));
+        return waited;
+      }
+      await this.#waitFor(outcome, chunk, startMs);
+    }
+    return waited;
+  }
+
+  async #waitFor(
+    outcome: Exclude<Outcome, "done" | Promise<void>>,
+    chunk: number,
+    startMs: number,
+  ): Promise<void> {
+    const { chunkWords, regionStates } = this.#shared;
+    switch (outcome) {
+      case "chunk-busy":
+      case "in-target": {
+        const value = this.#shared.announceWait(chunk);
+        // "in-target": the chunk may not have been taken yet; its word changes when it is.
+        if (outcome === "in-target" || (value & OWNER_MASK) !== 0)
+          await this.#waitOn(chunkWords, chunk, value);
+        return;
+      }
+      case "region-busy":
+        await this.#waitOn(
+          regionStates,
+          Math.floor(chunk / this.#shared.geometry.chunksPerRegion),
+          REGION_QUERYING,
+        );
+        return;
+      case "buffer-full":
+        await this.#waitForRoom(this.#roomNeeded, startMs);
+        return;
+    }
+  }
+
+  async #waitOn(words: Int32Array, index: number, value: number): Promise<void> {
+    const result = Atomics.waitAsync(words, index, value, this.#options.recheckMs ?? RECHECK_MS);
+    if (result.async) await this.#untilDetached(result.value);
+  }
+
+  /** Fulfilled when `promise` is or when the interceptor detaches. (A race with one long-lived promise would
+   *  keep a reaction for each wait until the job ends.) */
+  #untilDetached(promise: Promise<unknown>): Promise<void> {
+    if (this.#detached) return Promise.resolve();
+    return new Promise((resolve) => {
+      const wake = () => {
+        this.#waiters.delete(wake);
+        resolve();
+      };
+      this.#waiters.add(wake);
+      void promise.then(wake);
+    });
+  }
+
+  /** Waits in line until workers have given `neededCount` blocks back and the pacer lets the write through. */
+  async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
+    const turn = this.#roomQueue.then(async () => {
+      while (!this.#detached && performance.now() - startMs <= this.#options.policy.guestTimeoutMs) {
+        const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
+        this.#reclaim();
+        const delayMs = this.#pacer?.delayMs(performance.now()) ?? 0;
+        const roomy = this.#slots.freeBlockCount >= neededCount;
+        if (roomy && delayMs <= 0) return;
+        if (roomy) await this.#untilDetached(sleep(delayMs));
+        else await this.#waitOn(this.#shared.control, CTL_FREED_EVENT, event);
+      }
+    });
+    this.#roomQueue = turn;
+    await turn;
+  }
+
+  #timeoutError(offsetBytes: number): CowcatcherError {
+    return new CowcatcherError({
+      code: "GUEST_TIMEOUT",
+      object: this.#objectName,
+      problem: `a guest write waited longer than ${this.#options.policy.guestTimeoutMs} ms for the backup`,
+      hint: "use a larger --cow-buffer-size or --on-buffer-full spill, or raise --guest-timeout",
+      offsetBytes,
+    });
+  }
+
+  /** The capture cannot be made. Under break-snapshot the job ends and the guest goes on; else the write fails. */
+  #fail(error: CowcatcherError): void {
+    if (this.#options.policy.onCbwError === "break-guest-write") throw error;
+    this.#breakSnapshot(error);
+  }
+
+  #breakSnapshot(error: CowcatcherError): void {
+    if (this.#detached) return;
+    this.detach();
+    this.#options.onBroken(error);
+  }
+
+  #countWait(ms: number): void {
+    this.counters.guestWaitCount++;
+    this.counters.guestWaitMsTotal += ms;
+    this.counters.guestWaitMsMax = Math.max(this.counters.guestWaitMsMax, ms);
+  }
+
+  /** Captures what of the write lies in one chunk. Never waits, and holds no claim afterwards unless a promise. */
+  #captureInChunk(chunk: number, offsetBytes: number, lengthBytes: number): Outcome {
+    const shared = this.#shared;
+    const { chunkBytes, sizeBytes } = shared.geometry;
+    const base = chunk * chunkBytes;
+    const from = Math.max(offsetBytes, base);
+    const to = Math.min(offsetBytes + lengthBytes, base + chunkBytes, sizeBytes);
+    if (this.#allDone(from, to)) return "done";
+    const region = Math.floor(chunk / this.#shared.geometry.chunksPerRegion);
+    const state = this.#touchRegion(region);
+    if (state === REGION_HOLE) return "done";
+    if (state === REGION_QUERYING) return "region-busy";
+    if (this.#pacer !== null && this.#pacer.delayMs(performance.now()) > 0) {
+      this.#roomNeeded = 0;
+      return "buffer-full";
+    }
+    if (!shared.tryClaim(chunk, OWNER_MAIN)) return "chunk-busy";
+    // Again, under the claim: a worker may just have finished these clusters.
+    if (this.#allDone(from, to)) {
+      shared.release(chunk, 0, 0);
+      return "done";
+    }
+    if (!this.#unbuffered) return this.#captureBlocks(chunk, from, to);
+    // Without a buffer the clusters are only asked for; the guest waits until they are in the target.
+    this.#markCaptured(from, to);
+    this.#releaseUrgent(chunk, 0);
+    return "in-target";
+  }
+
+  #allDone(from: number, to: number): boolean {
+    const { clusterStates, geometry } = this.#shared;
+    const last = Math.floor((to - 1) / geometry.clusterBytes);
+    for (let cluster = Math.floor(from / geometry.clusterBytes); cluster <= last; cluster++) {
+      if (Atomics.load(clusterStates, cluster) !== DONE) return false;
+    }
+    return true;
+  }
+
+  /** Makes sure that the region is swept by chunks, unless a worker has found or is finding it a hole. */
+  #touchRegion(region: number): number {
+    const { regionStates } = this.#shared;
+    const state = Atomics.load(regionStates, region);
+    if (state !== REGION_UNKNOWN) return state;
+    const found = Atomics.compareExchange(regionStates, region, REGION_UNKNOWN, REGION_CHUNKED);
+    return found === REGION_UNKNOWN ? REGION_CHUNKED : found;
+  }
+
+  #markCaptured(from: number, to: number): void {
+    const shared = this.#shared;
+    const { clusterBytes } = shared.geometry;
+    const last = Math.floor((to - 1) / clusterBytes);
+    for (let cluster = Math.floor(from / clusterBytes); cluster <= last; cluster++) {
+      const state = Atomics.load(shared.clusterStates, cluster);
+      if (state !== DONE && state !== CAPTURED) shared.changeState(cluster, state, CAPTURED);
+    }
+  }
+
+  /** Lets the chunk go, in the urgent ring if it is not there yet (pushed after the release: see shared.ts). */
+  #releaseUrgent(chunk: number, setBits: number): void {
+    const queued = (this.#shared.chunkWords[chunk] & QUEUED) !== 0;
+    this.#shared.release(chunk, 0, QUEUED | setBits);
+    if (!queued) this.#shared.pushUrgent(chunk);
+  }
+
+  /** Holding the claim: captures the missing blocks of [from, to), then lets the chunk go. */
+  #captureBlocks(chunk: number, from: number, to: number): Outcome {
+    const work = this.#work;
+    work.reset();
+    try {
+      if (!this.#readMissing(work, chunk, from, to)) return this.#refuseForRoom(chunk);
+    } catch (error) {
+      if (work.pending.length > 0) this.#work = new CaptureWork();
+      void Promise.allSettled(work.pending);
+      this.#abandonCapture(chunk, work, error);
+      return "done";
+    }
+    if (work.pending.length === 0) {
+      this.#finishCapture(chunk, from, to, work);
+      return "done";
+    }
+    this.#work = new CaptureWork();
+    return Promise.allSettled(work.pending).then((results) => {
+      const failure = results.find((result) => result.status === "rejected");
+      if (failure) this.#abandonCapture(chunk, work, failure.reason);
+      else this.#finishCapture(chunk, from, to, work);
+    });
+  }
+
+  /** Starts the reads of all blocks that need a capture; false when the buffer has no room and may not spill. */
+  #readMissing(work: CaptureWork, chunk: number, from: number, to: number): boolean {
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    const firstBlock = Math.floor((from - base) / BLOCK_BYTES);
+    const endBlock = Math.ceil((to - base) / BLOCK_BYTES);
+    const missing = this.#findMissing(chunk, from, to, firstBlock, endBlock);
+    if (missing === 0) return true;
+    this.#reclaimIfLow(missing);
+    if (this.#slots.freeBlockCount >= missing) {
+      this.#readIntoSlots(work, base, firstBlock, endBlock);
+      return true;
+    }
+    this.#roomNeeded = missing;
+    if (this.#options.policy.onBufferFull !== "spill") return false;
+    this.#readIntoSpill(work, chunk, firstBlock, endBlock);
+    return true;
+  }
+
+  #refuseForRoom(chunk: number): Outcome {
+    this.#shared.release(chunk, 0, 0);
+    if (this.#options.policy.onBufferFull === "wait") return "buffer-full";
+    this.#breakSnapshot(
+      new CowcatcherError({
+        code: "BUFFER_FULL",
+        object: this.#objectName,
+        problem: "the copy-before-write buffer is full",
+        hint: "use a larger --cow-buffer-size, or --on-buffer-full spill or wait",
+      }),
+    );
+    return "done";
+  }
+
+  /**
+   * Flags in #held the blocks that need no capture (captured before, or in a cluster that is DONE) and returns the
+   * number of blocks in [firstBlock, endBlock) that do.
+   */
+  #findMissing(chunk: number, from: number, to: number, firstBlock: number, endBlock: number): number {
+    const shared = this.#shared;
+    const held = this.#held;
+    held.fill(0, firstBlock, endBlock);
+    for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
+      const info = shared.captureInfo[capture];
+      const start = captureStart(info);
+      held.fill(1, start, start + captureLength(info));
+    }
+    if ((shared.chunkWords[chunk] & SPILLED) !== 0) this.#flagSpilled(chunk);
+    this.#flagDone(chunk, from, to);
+    let missing = 0;
+    for (let block = firstBlock; block < endBlock; block++) if (!held[block]) missing++;
+    return missing;
+  }
+
+  #flagSpilled(chunk: number): void {
+    this.#spillFile().readBitmap(chunk, this.#spillBitmap);
+    for (let block = 0; block < this.#held.length; block++) {
+      if (this.#spillBitmap[block >> 3] & (1 << (block & 7))) this.#held[block] = 1;
+    }
+  }
+
+  #flagDone(chunk: number, from: number, to: number): void {
+    const { clusterStates, geometry } = this.#shared;
+    const { clusterBytes } = geometry;
+    const base = chunk * geometry.chunkBytes;
+    const last = Math.floor((to - 1) / clusterBytes);
+    for (let cluster = Math.floor(from / clusterBytes); cluster <= last; cluster++) {
+      if (clusterStates[cluster] !== DONE) continue;
+      const start = (cluster * clusterBytes - base) / BLOCK_BYTES;
+      this.#held.fill(1, start, start + clusterBytes / BLOCK_BYTES);
+    }
+  }
+
+  #readIntoSlots(work: CaptureWork, base: number, firstBlock: number, endBlock: number): void {
+    for (let block = firstBlock; block < endBlock;) {
+      if (this.#held[block]) {
+        block++;
+        continue;
+      }
+      let wanted = 1;
+      while (wanted < BLOCKS_PER_SLOT && block + wanted < endBlock && !this.#held[block + wanted]) wanted++;
+      const capture = this.#slots.allocate(wanted);
+      const count = this.#slots.allocatedCount;
+      work.captures.push(capture, captureInfoOf(block, count));
+      this.#readBlocks(work, this.#shared.slots, capture * BLOCK_BYTES, count, base + block * BLOCK_BYTES);
+      block += count;
+    }
+  }
+
+  /** Reads T0 blocks; those past the disk's end are zeroes. */
+  #readBlocks(
+    work: CaptureWork,
+    buffer: Uint8Array,
+    bufferOffset: number,
+    count: number,
+    offsetBytes: number,
+  ): void {
+    const { image } = this.#options;
+    const wanted = count * BLOCK_BYTES;
+    const length = Math.min(wanted, image.sizeBytes - offsetBytes);
+    if (length < wanted) buffer.fill(0, bufferOffset + length, bufferOffset + wanted);
+    const pending = image.read(buffer, bufferOffset, length, offsetBytes);
+    if (pending) work.pending.push(pending);
+  }
+
+  #readIntoSpill(work: CaptureWork, chunk: number, firstBlock: number, endBlock: number): void {
+    const spill = this.#spillFile();
+    spill.readBitmap(chunk, this.#spillBitmap);
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    for (let block = firstBlock; block < endBlock;) {
+      if (this.#held[block]) {
+        block++;
+        continue;
+      }
+      let count = 1;
+      while (count < BLOCKS_PER_SLOT && block + count < endBlock && !this.#held[block + count]) count++;
+      this.#spillRun(work, spill, chunk, base, block, count);
+      for (let i = block; i < block + count; i++) {
+        this.#spillBitmap[i >> 3] = this.#spillBitmap[i >> 3] | (1 << (i & 7));
+      }
+      work.spilledBlocks += count;
+      block += count;
+    }
+    this.#checkSpillLimit(work.spilledBlocks);
+    work.spillBitmap = work.pending.length > 0 ? this.#spillBitmap.slice() : this.#spillBitmap;
+  }
+
+  #spillRun(
+    work: CaptureWork,
+    spill: SpillFile,
+    chunk: number,
+    base: number,
+    block: number,
+    count: number,
+  ): void {
+    const before = work.pending.length;
+    this.#readBlocks(work, this.#spillScratch, 0, count, base + block * BLOCK_BYTES);
+    const scratch = this.#spillScratch;
+    if (work.pending.length === before) {
+      spill.writeBlocks(scratch, 0, chunk, block, count);
+      return;
+    }
+    // Cold data: the scratch buffer goes with the read, and the next capture gets a new one.
+    this.#spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
+    const read = work.pending.pop() as Promise<void>;
+    work.pending.push(read.then(() => spill.writeBlocks(scratch, 0, chunk, block, count)));
+  }
+
+  #checkSpillLimit(addedBlocks: number): void {
+    const used = Atomics.load(this.#shared.control, CTL_SPILL_BLOCKS) * BLOCK_BYTES;
+    if (used + addedBlocks * BLOCK_BYTES <= this.#options.spillLimitBytes) return;
+    throw new CowcatcherError({
+      code: "BUFFER_FULL",
+      object: this.#spillFile().description.path,
+      problem: `the spill file has reached its limit of ${this.#options.spillLimitBytes} bytes`,
+      hint: "raise --spill-limit, use a larger --cow-buffer-size, or --on-buffer-full wait",
+    });
+  }
+
+  #finishCapture(chunk: number, from: number, to: number, work: CaptureWork): void {
+    const shared = this.#shared;
+    const { captures } = work;
+    let blocks = work.spilledBlocks;
+    try {
+      if (work.spillBitmap !== null) this.#spillFile().writeBitmap(chunk, work.spillBitmap);
+    } catch (error) {
+      this.#abandonCapture(chunk, work, error);
+      return;
+    }
+    for (let i = 0; i < captures.length; i += 2) {
+      const capture = captures[i];
+      const info = captures[i + 1];
+      shared.captureInfo[capture] = info;
+      shared.captureNext[capture] = shared.chunkHead(chunk);
+      shared.setChunkHead(chunk, capture);
+      blocks += captureLength(info);
+    }
+    if (blocks > 0) {
+      this.counters.captureCount++;
+      this.counters.capturedBytes += blocks * BLOCK_BYTES;
+    }
+    if (work.spilledBlocks > 0) {
+      this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
+      Atomics.add(shared.control, CTL_SPILL_BLOCKS, work.spilledBlocks);
+    }
+    Atomics.add(shared.control, CTL_USED_BLOCKS, blocks - work.spilledBlocks);
+    this.#pacer?.admitted(blocks);
+    this.#markCaptured(from, to);
+    this.#releaseUrgent(chunk, work.spilledBlocks > 0 ? SPILLED : 0);
+  }
+
+  #abandonCapture(chunk: number, work: CaptureWork, error: unknown): void {
+    const { captures } = work;
+    for (let i = 0; i < captures.length; i += 2) {
+      this.#slots.free(captures[i], captureLength(captures[i + 1]));
+    }
+    this.#shared.release(chunk, 0, 0);
+    this.#fail(toCowcatcherError(error, this.#objectName));
+  }
+
+  #reclaimIfLow(neededCount: number): void {
+    // Blocks come back a chain at a time; taking them early keeps the slots that are in the cache in use.
+    if (this.#slots.freeBlockCount < Math.max(neededCount, this.#slots.blockCount / 2)) this.#reclaim();
+  }
+
+  #reclaim(): void {
+    const { captureInfo, captureNext } = this.#shared;
+    for (let capture = this.#shared.takeFreed(); capture >= 0;) {
+      const next = captureNext[capture];
+      this.#slots.free(capture, captureLength(captureInfo[capture]));
+      capture = next;
+    }
+  }
+
+  #spillFile(): SpillFile {
+    if (this.#spill === null) {
+      if (this.#options.openSpill === undefined) throw new Error("the policy does not spill");
+      this.#spill = this.#options.openSpill();
+    }
+    return this.#spill;
+  }
+}
+
+/** What one capture has in hand: pairs of first block in the buffer and capture info; reads that go on. */
+class CaptureWork {
+  readonly captures: number[] = [];
+  readonly pending: Promise<void>[] = [];
+  spilledBlocks = 0;
+  spillBitmap: Uint8Array | null = null;
+
+  reset(): void {
+    this.captures.length = 0;
+    this.pending.length = 0;
+    this.spilledBlocks = 0;
+    this.spillBitmap = null;
+  }
+}
+
+function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}

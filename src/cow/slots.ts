@@ -1,0 +1,123 @@
+// The copy-before-write buffer's allocator. Main thread only; workers give blocks back through the freed stack.
+//
+// A slot is 64 KiB, cut into 16 blocks, with a 16-bit mask of its free ones. A capture takes a run of adjacent
+// blocks of one slot: a 4 KiB guest write takes 4 KiB of the buffer, not a slot, so for small writes the buffer is
+// 16 times as deep as with whole slots. Slots are kept in 17 doubly linked classes by the length of their longest
+// free run. A request takes the smallest class that fits, and within a class the slot that was touched last, whose
+// memory is likely still in the cache. When no slot has a run that long, the caller gets the longest there is and
+// splits its capture: nothing is lost to fragmentation.
+
+import { BLOCKS_PER_SLOT } from "./geometry.js";
+
+const FULL_MASK = 0xffff;
+const NONE = -1;
+
+/** For each mask of free blocks: length and start of its longest run. */
+const longestRun = new Uint8Array(65536);
+const longestRunStart = new Uint8Array(65536);
+let tablesReady = false;
+
+function prepareTables(): void {
+  if (tablesReady) return;
+  for (let mask = 0; mask < 65536; mask++) {
+    let best = 0;
+    let bestStart = 0;
+    let run = 0;
+    for (let bit = 0; bit < BLOCKS_PER_SLOT; bit++) {
+      run = (mask >> bit) & 1 ? run + 1 : 0;
+      if (run > best) {
+        best = run;
+        bestStart = bit - run + 1;
+      }
+    }
+    longestRun[mask] = best;
+    longestRunStart[mask] = bestStart;
+  }
+  tablesReady = true;
+}
+
+export class SlotAllocator {
+  /** Blocks in the run that `allocate` has just returned. */
+  allocatedCount = 0;
+  freeBlockCount: number;
+  readonly blockCount: number;
+  readonly #freeMask: Uint16Array;
+  readonly #next: Int32Array;
+  readonly #previous: Int32Array;
+  readonly #heads = new Int32Array(BLOCKS_PER_SLOT + 1).fill(NONE);
+
+  constructor(slotCount: number) {
+    prepareTables();
+    this.blockCount = slotCount * BLOCKS_PER_SLOT;
+    this.freeBlockCount = this.blockCount;
+    this.#freeMask = new Uint16Array(slotCount).fill(FULL_MASK);
+    this.#next = new Int32Array(slotCount);
+    this.#previous = new Int32Array(slotCount);
+    for (let slot = slotCount - 1; slot >= 0; slot--) this.#link(slot, BLOCKS_PER_SLOT);
+  }
+
+  /**
+   * Takes a run of at most `wantedCount` blocks (1 to 16): its first block, with `allocatedCount` set; -1 when
+   * the buffer is full.
+   */
+  allocate(wantedCount: number): number {
+    const slot = this.#findSlot(wantedCount);
+    if (slot === NONE) return NONE;
+    const mask = this.#freeMask[slot];
+    const run = longestRun[mask];
+    const start = longestRunStart[mask];
+    const count = Math.min(run, wantedCount);
+    this.#setMask(slot, mask & ~(((1 << count) - 1) << start));
+    this.allocatedCount = count;
+    this.freeBlockCount -= count;
+    return slot * BLOCKS_PER_SLOT + start;
+  }
+
+  /** Gives a run back that `allocate` returned. @throws RangeError if a block of it was free: a bug. */
+  free(firstBlock: number, count: number): void {
+    const slot = Math.floor(firstBlock / BLOCKS_PER_SLOT);
+    const bits = ((1 << count) - 1) << (firstBlock % BLOCKS_PER_SLOT);
+    const mask = this.#freeMask[slot];
+    if ((mask & bits) !== 0)
+      throw new RangeError(`blocks ${firstBlock}+${count} of the buffer were freed twice`);
+    this.#setMask(slot, mask | bits);
+    this.freeBlockCount += count;
+  }
+
+  #findSlot(wantedCount: number): number {
+    for (let run = wantedCount; run <= BLOCKS_PER_SLOT; run++) {
+      const slot = this.#heads[run];
+      if (slot !== NONE) return slot;
+    }
+    for (let run = wantedCount - 1; run > 0; run--) {
+      const slot = this.#heads[run];
+      if (slot !== NONE) return slot;
+    }
+    return NONE;
+  }
+
+  #setMask(slot: number, mask: number): void {
+    const before = longestRun[this.#freeMask[slot]];
+    const after = longestRun[mask];
+    this.#freeMask[slot] = mask;
+    if (before === after) return;
+    this.#unlink(slot, before);
+    this.#link(slot, after);
+  }
+
+  #link(slot: number, run: number): void {
+    const head = this.#heads[run];
+    this.#next[slot] = head;
+    this.#previous[slot] = NONE;
+    if (head !== NONE) this.#previous[head] = slot;
+    this.#heads[run] = slot;
+  }
+
+  #unlink(slot: number, run: number): void {
+    const next = this.#next[slot];
+    const previous = this.#previous[slot];
+    if (next !== NONE) this.#previous[next] = previous;
+    if (previous !== NONE) this.#next[previous] = next;
+    else this.#heads[run] = next;
+  }
+}

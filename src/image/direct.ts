@@ -1,0 +1,272 @@
+// O_DIRECT for requests of any alignment.
+//
+// The kernel takes aligned offsets, lengths and addresses only. A request that is so already goes straight to the
+// device. Any other goes through a bounce buffer; a write then reads the blocks that it covers in part, lays the
+// new bytes over them and writes whole blocks back. In between, another write to those blocks would be lost, so
+// every write holds the blocks that it touches (RangeLock), aligned ones too. Reads hold nothing.
+//
+// The end of a file whose size is no multiple of the alignment cannot be written in whole blocks without growing
+// the file. That last piece goes through a second, buffered descriptor; the kernel keeps the two coherent, as no
+// block is ever written both ways and a direct read waits for dirty pages in its way.
+//
+// Order of waiting: first the range, then a bounce buffer, then the device. Whoever has a bounce buffer waits for
+// the device only, so no circle can form. Main thread only; I/O runs in libuv's pool.
+
+import { constants } from "node:fs";
+import { CowcatcherError } from "../errors.js";
+import { KiB, roundDown, roundUp } from "../units.js";
+import {
+  DIRECT_ALIGNMENT_BYTES,
+  closeFile,
+  openFile,
+  pageAlignedMemory,
+  readFully,
+  readOnce,
+  writeFully,
+} from "./fileio.js";
+
+const BOUNCE_BYTES = 256 * KiB;
+/** As many as libuv has threads by default: more could not be in use at once. */
+const BOUNCE_COUNT = 4;
+
+export class DirectFile {
+  private readonly ranges = new RangeLock();
+  private readonly bounces = new BouncePool();
+  /** Start of the last, incomplete block; sizeBytes where there is none. */
+  private readonly tailStart: number;
+
+  private constructor(
+    private readonly name: string,
+    private readonly fd: number,
+    sizeBytes: number,
+    private readonly tailFd: number | null,
+  ) {
+    this.tailStart = roundDown(sizeBytes, DIRECT_ALIGNMENT_BYTES);
+  }
+
+  /** @param fd open with O_DIRECT; stays the caller's. @throws CowcatcherError IO */
+  static async open(name: string, fd: number, sizeBytes: number, readOnly: boolean): Promise<DirectFile> {
+    const needsTail = !readOnly && sizeBytes % DIRECT_ALIGNMENT_BYTES !== 0;
+    const tailFd = needsTail ? await openFile(`/proc/self/fd/${fd}`, constants.O_RDWR) : null;
+    return new DirectFile(name, fd, sizeBytes, tailFd);
+  }
+
+  async close(): Promise<void> {
+    if (this.tailFd !== null) await closeFile(this.tailFd);
+  }
+
+  async read(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const end = offsetBytes + lengthBytes;
+    const isStraight = isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset);
+    if (isStraight && (await this.readStraight(buffer, bufferOffset, lengthBytes, offsetBytes))) return;
+    const bounce = await this.bounces.take();
+    try {
+      let at = offsetBytes;
+      while (at < end) {
+        const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
+        const until = Math.min(from + BOUNCE_BYTES, roundUp(end, DIRECT_ALIGNMENT_BYTES));
+        await this.readBlocks(bounce, 0, until - from, from);
+        const count = Math.min(until, end) - at;
+        buffer.set(bounce.subarray(at - from, at - from + count), bufferOffset + (at - offsetBytes));
+        at += count;
+      }
+    } finally {
+      this.bounces.giveBack(bounce);
+    }
+  }
+
+  /** Holds the range against other writes, RMW included, while `action` runs. */
+  async exclusively(offsetBytes: number, lengthBytes: number, action: () => Promise<void>): Promise<void> {
+    const release = await this.ranges.hold(
+      roundDown(offsetBytes, DIRECT_ALIGNMENT_BYTES),
+      roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES),
+    );
+    try {
+      await action();
+    } finally {
+      release();
+    }
+  }
+
+  /** The caller holds the range (`exclusively`). */
+  async writeHeld(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const bodyBytes = Math.max(0, Math.min(offsetBytes + lengthBytes, this.tailStart) - offsetBytes);
+    if (bodyBytes > 0) await this.writeBody(buffer, bufferOffset, bodyBytes, offsetBytes);
+    if (bodyBytes === lengthBytes || this.tailFd === null) return;
+    const tailBytes = lengthBytes - bodyBytes;
+    const tailAt = offsetBytes + bodyBytes;
+    await writeFully(this.name, this.tailFd, buffer, bufferOffset + bodyBytes, tailBytes, tailAt);
+  }
+
+  private async writeBody(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const end = offsetBytes + lengthBytes;
+    const isStraight = isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset);
+    if (isStraight && (await this.writeStraight(buffer, bufferOffset, lengthBytes, offsetBytes))) return;
+    const bounce = await this.bounces.take();
+    try {
+      let at = offsetBytes;
+      while (at < end) {
+        const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
+        const until = Math.min(from + BOUNCE_BYTES, roundUp(end, DIRECT_ALIGNMENT_BYTES));
+        const count = Math.min(until, end) - at;
+        await this.readPartialBlocks(bounce, from, until, at, at + count);
+        const source = bufferOffset + (at - offsetBytes);
+        bounce.set(buffer.subarray(source, source + count), at - from);
+        await writeFully(this.name, this.fd, bounce, 0, until - from, from);
+        at += count;
+      }
+    } finally {
+      this.bounces.giveBack(bounce);
+    }
+  }
+
+  /** Fills the blocks of [from, until) that [at, end) covers in part: the first, the last or neither. */
+  private async readPartialBlocks(
+    bounce: Uint8Array,
+    from: number,
+    until: number,
+    at: number,
+    end: number,
+  ): Promise<void> {
+    const lastBlock = until - DIRECT_ALIGNMENT_BYTES;
+    const isFirstRead = at > from;
+    if (isFirstRead) await this.readBlocks(bounce, 0, DIRECT_ALIGNMENT_BYTES, from);
+    if (end === until || (isFirstRead && lastBlock === from)) return;
+    await this.readBlocks(bounce, lastBlock - from, DIRECT_ALIGNMENT_BYTES, lastBlock);
+  }
+
+  /** Whole blocks; what lies past the end of the file reads as zeroes. */
+  private async readBlocks(
+    place: Uint8Array,
+    placeOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const wholeBytes = Math.max(0, Math.min(lengthBytes, this.tailStart - offsetBytes));
+    let done = await readFully(this.name, this.fd, place, placeOffset, wholeBytes, offsetBytes);
+    if (done === wholeBytes && wholeBytes < lengthBytes) {
+      // The block that the file's end cuts short, in one call: going on from its odd end would be refused.
+      const tailAt = placeOffset + wholeBytes;
+      done += await readOnce(this.name, this.fd, place, tailAt, DIRECT_ALIGNMENT_BYTES, this.tailStart);
+    }
+    place.fill(0, placeOffset + done, placeOffset + lengthBytes);
+  }
+
+  /** @returns false where the device wants more alignment of the memory than this one has. */
+  private async readStraight(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<boolean> {
+    try {
+      const count = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
+      return true;
+    } catch (error) {
+      if (isRefusedAlignment(error)) return false;
+      throw error;
+    }
+  }
+
+  private async writeStraight(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<boolean> {
+    try {
+      await writeFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      return true;
+    } catch (error) {
+      if (isRefusedAlignment(error)) return false;
+      throw error;
+    }
+  }
+}
+
+function isAligned(value: number): boolean {
+  return value % DIRECT_ALIGNMENT_BYTES === 0;
+}
+
+/**
+ * Shared memory of this project starts on a page (pageAlignedMemory). Other buffers may, but nothing tells;
+ * a guess that is wrong costs one refused call.
+ */
+function isAlignedMemory(buffer: Uint8Array, bufferOffset: number): boolean {
+  return buffer.buffer instanceof SharedArrayBuffer && isAligned(buffer.byteOffset + bufferOffset);
+}
+
+function isRefusedAlignment(error: unknown): boolean {
+  return error instanceof CowcatcherError && error.errno === "EINVAL";
+}
+
+interface HeldRange {
+  from: number;
+  end: number;
+  released: Promise<void>;
+}
+
+/** Overlapping holders follow each other in the order in which they asked, so none starves and none deadlocks. */
+export class RangeLock {
+  private readonly held = new Set<HeldRange>();
+
+  /** Resolves with the function that releases, once every earlier holder of an overlapping range has released. */
+  async hold(from: number, end: number): Promise<() => void> {
+    const earlier: Promise<void>[] = [];
+    for (const range of this.held) {
+      if (range.from < end && from < range.end) earlier.push(range.released);
+    }
+    let markReleased: () => void = () => undefined;
+    const released = new Promise<void>((resolve) => {
+      markReleased = resolve;
+    });
+    const mine: HeldRange = { from, end, released };
+    this.held.add(mine);
+    await Promise.all(earlier);
+    return () => {
+      this.held.delete(mine);
+      markReleased();
+    };
+  }
+}
+
+/** BOUNCE_COUNT page-aligned buffers, made at the first use. */
+class BouncePool {
+  private free: Uint8Array[] | null = null;
+  private readonly waiting: ((bounce: Uint8Array) => void)[] = [];
+
+  take(): Promise<Uint8Array> {
+    this.free ??= carve(pageAlignedMemory(BOUNCE_COUNT * BOUNCE_BYTES));
+    const bounce = this.free.pop();
+    if (bounce !== undefined) return Promise.resolve(bounce);
+    return new Promise((resolve) => this.waiting.push(resolve));
+  }
+
+  giveBack(bounce: Uint8Array): void {
+    const next = this.waiting.shift();
+    if (next === undefined) this.free?.push(bounce);
+    else next(bounce);
+  }
+}
+
+function carve(memory: Uint8Array): Uint8Array[] {
+  return Array.from({ length: BOUNCE_COUNT }, (_, index) =>
+    memory.subarray(index * BOUNCE_BYTES, (index + 1) * BOUNCE_BYTES),
+  );
+}

@@ -1,0 +1,219 @@
+// From a path to an opened image with its backing chain: open, lock, probe, construct, in that order.
+//
+// Locks come before the first byte is read, so that what is probed is what will be used. Backing images are opened
+// read-only with readers' locks. Whatever fails, what was opened so far is closed before the error goes on.
+// A chain may not come back to a file that it holds already (by device and inode, so that links do not help), and
+// its depth is bounded.
+
+import { constants, fstatSync } from "node:fs";
+import type { Stats } from "node:fs";
+import * as path from "node:path";
+import { CowcatcherError, ioError } from "../errors.js";
+import type { Image } from "./device.js";
+import {
+  closeFile,
+  openFile,
+  readFirstBytes,
+  readFullySync,
+  readOnceSync,
+  pageAlignedMemory,
+  statPath,
+} from "./fileio.js";
+import { type ImageFormat, isImageFormat } from "./format.js";
+import { acquireImageLock } from "./locks.js";
+import { PROBE_BYTES, probeFormat } from "./probe.js";
+import { type Qcow2Header, readHeader } from "./qcow2/header.js";
+import { openQcow2 } from "./qcow2/image.js";
+import { openRaw } from "./raw.js";
+
+/** Stated bound of a backing chain; QEMU has none, and chains in use are shorter than 100. */
+export const MAX_BACKING_DEPTH = 200;
+
+export interface OpenOptions {
+  /** Undefined: probed. */
+  format?: ImageFormat | undefined;
+  readOnly: boolean;
+  /** O_DIRECT, for the backing files too. */
+  direct?: boolean | undefined;
+  /** QEMU's image locks (locks.ts); true by default. */
+  lock?: boolean | undefined;
+  /** Open the backing chain; true by default. Without it unallocated clusters read as zeroes. */
+  backing?: boolean | undefined;
+}
+
+/** Options as they hold for the whole chain, and the files that it consists of so far. */
+interface ChainState {
+  direct: boolean;
+  lock: boolean;
+  backing: boolean;
+  /** "device:inode" of each file. */
+  files: Set<string>;
+}
+
+/**
+ * Opens an image and its backing chain. Main thread.
+ * @throws CowcatcherError NOT_FOUND, IO, LOCKED, UNSUPPORTED (foreign format, protocol, O_DIRECT), FORMAT, LIMIT.
+ */
+export async function openImage(imagePath: string, options: OpenOptions): Promise<Image> {
+  const chain: ChainState = {
+    direct: options.direct ?? false,
+    lock: options.lock ?? true,
+    backing: options.backing ?? true,
+    files: new Set(),
+  };
+  return openLayer(imagePath, options.format, options.readOnly, chain);
+}
+
+async function openLayer(
+  imagePath: string,
+  format: ImageFormat | undefined,
+  readOnly: boolean,
+  chain: ChainState,
+): Promise<Image> {
+  const fd = await openImageFile(imagePath, { readOnly, direct: chain.direct });
+  let backing: Image | null = null;
+  try {
+    enterChain(imagePath, fstatSync(fd), chain);
+    if (chain.lock) acquireImageLock(fd, imagePath, { write: !readOnly });
+    const probed = format === undefined;
+    const known = format ?? probeFormat(imagePath, readFirstBytes(imagePath, fd, PROBE_BYTES));
+    const base = { path: imagePath, name: imagePath, fd, readOnly, direct: chain.direct, probed };
+    if (known === "raw") return await openRaw(base);
+    if (chain.lock && !readOnly) acquireImageLock(fd, imagePath, { write: true, resize: true });
+    if (chain.backing)
+      backing = await openBackingOf(imagePath, readHeaderOf(imagePath, fd, chain.direct), chain);
+    return await openQcow2({ ...base, backing });
+  } catch (error) {
+    await backing?.close();
+    await closeFile(fd);
+    throw ioError("open", imagePath, error);
+  }
+}
+
+/**
+ * Opens a regular file or a block device; nothing else can be an image.
+ * @throws CowcatcherError NOT_FOUND, IO or UNSUPPORTED
+ */
+export async function openImageFile(
+  imagePath: string,
+  { readOnly, direct }: { readOnly: boolean; direct: boolean },
+): Promise<number> {
+  try {
+    // Before opening: to open a FIFO would wait for its other end.
+    assertImageFile(imagePath, await statPath(imagePath));
+    const access = readOnly ? constants.O_RDONLY : constants.O_RDWR;
+    return await openFile(imagePath, access | (direct ? constants.O_DIRECT : 0));
+  } catch (error) {
+    if (direct && error instanceof Error && "code" in error && error.code === "EINVAL") {
+      throw unsupported(imagePath, "the file system there refuses O_DIRECT", "leave --direct out");
+    }
+    throw ioError("open", imagePath, error);
+  }
+}
+
+function assertImageFile(imagePath: string, stats: Stats): void {
+  if (stats.isFile() || stats.isBlockDevice()) return;
+  const kind = stats.isDirectory()
+    ? "a directory"
+    : stats.isFIFO()
+      ? "a FIFO"
+      : stats.isSocket()
+        ? "a socket"
+        : "a character device";
+  throw new CowcatcherError({
+    code: "IO",
+    object: imagePath,
+    problem: `is ${kind}, not an image`,
+    hint: "name a regular file or a block device",
+  });
+}
+
+function enterChain(imagePath: string, stats: Stats, chain: ChainState): void {
+  const file = stats.isBlockDevice() ? `rdev:${stats.rdev}` : `${stats.dev}:${stats.ino}`;
+  if (chain.files.has(file)) {
+    throw new CowcatcherError({
+      code: "FORMAT",
+      object: imagePath,
+      problem: "the backing chain comes back to this file",
+      hint: "correct the backing file name with qemu-img rebase -u",
+    });
+  }
+  if (chain.files.size > MAX_BACKING_DEPTH) {
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: imagePath,
+      problem: `the backing chain is deeper than ${MAX_BACKING_DEPTH}`,
+      hint: "shorten it with qemu-img commit or rebase",
+    });
+  }
+  chain.files.add(file);
+}
+
+async function openBackingOf(
+  overlayPath: string,
+  header: Qcow2Header,
+  chain: ChainState,
+): Promise<Image | null> {
+  if (header.backingFile === null || header.backingFile === "") return null;
+  const { backingFormat } = header;
+  if (backingFormat !== null && backingFormat !== "" && !isImageFormat(backingFormat)) {
+    throw unsupported(
+      overlayPath,
+      `its backing file has the format '${backingFormat}', which is not supported`,
+    );
+  }
+  const backingPath = resolveBackingPath(overlayPath, header.backingFile);
+  try {
+    return await openLayer(backingPath, backingFormat || undefined, true, chain);
+  } catch (error) {
+    throw asBackingError(overlayPath, backingPath, error);
+  }
+}
+
+/** A missing backing file is no news without the image that asks for it. */
+function asBackingError(overlayPath: string, backingPath: string, error: unknown): unknown {
+  const isMissing =
+    error instanceof CowcatcherError && error.code === "NOT_FOUND" && error.object === backingPath;
+  if (!isMissing) return error;
+  return new CowcatcherError({
+    code: "NOT_FOUND",
+    object: overlayPath,
+    problem: `its backing file '${backingPath}' does not exist`,
+    hint: "bring it back, or correct the name with qemu-img rebase -u",
+    errno: error.errno,
+    cause: error,
+  });
+}
+
+/**
+ * Where a backing file name leads, by QEMU's rules: a name with a colon before any slash names a protocol; "file:"
+ * is dropped; a relative name starts from the overlay's folder.
+ * @throws CowcatcherError UNSUPPORTED for other protocols.
+ */
+export function resolveBackingPath(overlayPath: string, backingFile: string): string {
+  const protocol = /^([^/:]*):/.exec(backingFile)?.[1];
+  if (protocol !== undefined && protocol !== "file") {
+    throw unsupported(
+      overlayPath,
+      `its backing file is '${protocol}:…', and backing files must be local files`,
+      "copy the backing chain to local files first, for example with qemu-img convert",
+    );
+  }
+  const plainName = protocol === "file" ? backingFile.slice("file:".length) : backingFile;
+  return path.isAbsolute(plainName) ? plainName : path.join(path.dirname(overlayPath), plainName);
+}
+
+/** The header of an image that is open, O_DIRECT or not. */
+function readHeaderOf(imagePath: string, fd: number, direct: boolean): Qcow2Header {
+  return readHeader((buffer, offsetBytes) => {
+    if (!direct) return readFullySync(imagePath, fd, buffer, 0, buffer.length, offsetBytes);
+    const place = pageAlignedMemory(Math.max(buffer.length, PROBE_BYTES * 8));
+    const count = Math.min(readOnceSync(imagePath, fd, place, 0, place.length, offsetBytes), buffer.length);
+    buffer.set(place.subarray(0, count));
+    return count;
+  }, imagePath);
+}
+
+function unsupported(object: string, problem: string, hint?: string): CowcatcherError {
+  return new CowcatcherError({ code: "UNSUPPORTED", object, problem, hint });
+}

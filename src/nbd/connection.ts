@@ -1,0 +1,214 @@
+// One client: its socket, its bounds, its life.
+//
+//   negotiating ──GO / EXPORT_NAME──► transmitting ──► finishing ──► closed
+//        └──────────────── ABORT, broken bytes ──────────┘
+//
+// - finishing: nothing more is handled, input is thrown away; when the last request in flight is answered and the
+//   socket has taken the answers, our side of the socket is closed. The client gets LINGER_MS to close its own.
+// - closed: the socket is gone. Devices may still be busy with requests; their answers are dropped, and `onGone` is
+//   called when the last one is done.
+//
+// The socket is paused while a bound (requests in flight, bytes held) is reached: back-pressure, not an error.
+// Main thread only.
+
+import type { Socket } from "node:net";
+import { readDirectly } from "./direct-socket.js";
+import type { NbdExport, NbdLogger } from "./export.js";
+import { Handshake } from "./handshake.js";
+import { HANDSHAKE_TIMEOUT_MS, LINGER_MS } from "./limits.js";
+import { MAX_OPTION_BYTES, OPTION_HEADER_BYTES } from "./protocol.js";
+import { ReceiveBuffer } from "./receive-buffer.js";
+import { ReplyQueue } from "./reply-queue.js";
+import type { SlabPool } from "./slab.js";
+import { Transmission } from "./transmission.js";
+
+export interface ConnectionOptions {
+  exports: ReadonlyMap<string, NbdExport>;
+  pool: SlabPool;
+  logger: NbdLogger;
+  /** The socket is closed and no device works for this client any more. */
+  onGone: () => void;
+}
+
+export class Connection {
+  private readonly socket: Socket;
+  private readonly receive: ReceiveBuffer;
+  private readonly replies: ReplyQueue;
+  private readonly handshake: Handshake;
+  private readonly logger: NbdLogger;
+  private readonly onGone: () => void;
+  private transmission: Transmission | undefined;
+  private phase: "negotiating" | "transmitting" | "finishing" | "closed" = "negotiating";
+  private isEnded = false;
+  private isGone = false;
+  private isFlushScheduled = false;
+  private timer: NodeJS.Timeout | undefined;
+
+  constructor(socket: Socket, { exports, pool, logger, onGone }: ConnectionOptions) {
+    this.logger = logger;
+    this.onGone = onGone;
+    this.receive = new ReceiveBuffer(pool);
+    this.socket = readDirectly(socket, {
+      landing: () => this.receive.landing,
+      received: (byteCount) => {
+        this.received(byteCount);
+      },
+    });
+    this.replies = new ReplyQueue(pool, this.socket, () => {
+      this.makeProgress();
+    });
+    this.handshake = new Handshake(exports, this.replies);
+    this.socket.on("end", () => {
+      this.finish();
+    });
+    this.socket.on("error", (error) => {
+      logger.debug({ err: error }, "connection broke");
+    });
+    this.socket.on("close", () => {
+      this.closed();
+    });
+    this.timer = setTimeout(() => {
+      this.logger.warn({}, "client did not finish its negotiation in time");
+      this.socket.destroy();
+    }, HANDSHAKE_TIMEOUT_MS);
+    this.timer.unref();
+    this.socket.resume();
+    this.handshake.greet();
+    this.replies.flush();
+  }
+
+  /** Answers what is in flight, refuses what still comes, then closes. */
+  shutDown(): void {
+    this.handshake.shuttingDown = true;
+    this.transmission?.refuseRequests();
+    if (this.phase === "transmitting") {
+      this.process();
+      this.settleBounds();
+    }
+    this.finish();
+  }
+
+  destroy(): void {
+    this.socket.destroy();
+  }
+
+  private received(byteCount: number): void {
+    this.receive.end += byteCount;
+    this.process();
+    this.receive.prepare(this.needBytes());
+    this.settleBounds();
+  }
+
+  private needBytes(): number {
+    return this.transmission?.needBytes ?? OPTION_HEADER_BYTES + MAX_OPTION_BYTES;
+  }
+
+  /** Handles what has arrived and hands the answers to the socket. */
+  private process(): void {
+    const { receive } = this;
+    if (this.phase === "negotiating") this.negotiate();
+    if (this.phase === "transmitting" && this.transmission !== undefined) {
+      receive.start = this.transmission.consume(receive.slab, receive.start, receive.end);
+      if (this.transmission.isStopped) {
+        const { stopReason } = this.transmission;
+        if (stopReason !== "") this.logger.warn({ reason: stopReason }, "client broke the protocol");
+        this.finish();
+      }
+    }
+    if (this.phase === "finishing" || this.phase === "closed") receive.start = receive.end;
+    this.replies.flush();
+  }
+
+  private negotiate(): void {
+    const { receive, handshake } = this;
+    receive.start = handshake.consume(receive.slab.bytes, receive.start, receive.end);
+    const { outcome } = handshake;
+    if (outcome === undefined) return;
+    clearTimeout(this.timer);
+    if (outcome.kind === "transmission") {
+      const { negotiated } = outcome;
+      this.phase = "transmitting";
+      this.transmission = new Transmission(negotiated, receive, this.replies, this.logger, () => {
+        this.scheduleProgress();
+      });
+      this.logger.debug({ export: negotiated.nbdExport.name }, "client connected");
+      return;
+    }
+    if (outcome.kind === "drop") this.logger.warn({ reason: outcome.reason }, "client broke the protocol");
+    this.finish();
+  }
+
+  /** Pauses or resumes the socket as the bounds ask. */
+  private settleBounds(): void {
+    const mustWait = this.transmission?.isWaiting === true && this.phase === "transmitting";
+    if (mustWait && !this.socket.isPaused()) this.socket.pause();
+    else if (!mustWait && this.socket.isPaused()) this.socket.resume();
+  }
+
+  /** Requests often settle several at a time; one pass of the microtask queue gathers their answers. */
+  private scheduleProgress(): void {
+    if (this.isFlushScheduled) return;
+    this.isFlushScheduled = true;
+    queueMicrotask(() => {
+      this.isFlushScheduled = false;
+      this.replies.flush();
+      this.makeProgress();
+    });
+  }
+
+  private makeProgress(): void {
+    if (this.phase === "transmitting" && this.transmission?.isWaiting === true) {
+      this.process();
+      this.settleBounds();
+    }
+    if (this.phase === "finishing") this.endWhenAnswered();
+    if (this.phase === "closed") this.goneWhenIdle();
+  }
+
+  private finish(): void {
+    if (this.phase === "finishing" || this.phase === "closed") return;
+    clearTimeout(this.timer);
+    this.phase = "finishing";
+    this.receive.start = this.receive.end;
+    // Paused, it would not notice that the client hangs up.
+    if (this.socket.isPaused()) this.socket.resume();
+    this.replies.flush();
+    this.endWhenAnswered();
+  }
+
+  private endWhenAnswered(): void {
+    if (this.isEnded || (this.transmission?.requestsInFlight ?? 0) > 0) return;
+    this.isEnded = true;
+    this.replies.flush();
+    this.socket.end(() => {
+      // The client has all answers; if it has hung up too, this closes the socket, else the timer does.
+      if (this.socket.readableEnded) this.socket.destroy();
+      else this.linger();
+    });
+  }
+
+  private linger(): void {
+    this.socket.on("end", () => {
+      this.socket.destroy();
+    });
+    this.timer = setTimeout(() => {
+      this.socket.destroy();
+    }, LINGER_MS);
+  }
+
+  private closed(): void {
+    if (this.phase === "closed") return;
+    this.phase = "closed";
+    clearTimeout(this.timer);
+    this.replies.close();
+    this.receive.start = this.receive.end;
+    this.receive.release(this.receive.slab);
+    this.goneWhenIdle();
+  }
+
+  private goneWhenIdle(): void {
+    if (this.isGone || (this.transmission?.requestsInFlight ?? 0) > 0) return;
+    this.isGone = true;
+    this.onGone();
+  }
+}

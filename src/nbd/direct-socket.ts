@@ -1,0 +1,76 @@
+// Reading a socket straight into our own buffers.
+//
+// Node gives each read a fresh 64 KiB buffer. A net.Socket that is made with `onread` reads into buffers of the
+// caller's choice instead, of any size and without an allocation a read. Node's servers cannot be told to make
+// such sockets, so an accepted socket's handle is moved into a new one. The handle is not documented; where it does
+// not look as expected (a TLS socket has none of its own), the socket stays as it is and its chunks are copied.
+
+import { Socket, type OnReadOpts, type SocketConstructorOpts } from "node:net";
+
+export interface SocketReader {
+  /** Where the next bytes go; never empty. Asked for again after each `received`. */
+  landing(): Buffer;
+  /** byteCount bytes lie in the landing. To stop, pause the socket. */
+  received(byteCount: number): void;
+}
+
+interface MovableHandle {
+  useUserBuffer: unknown;
+  readStart: unknown;
+}
+
+interface SocketWithHandle {
+  _handle?: MovableHandle | null;
+}
+
+/** Node's documented option for outgoing sockets; its types leave it out of the constructor's. */
+type OptionsWithHandle = SocketConstructorOpts & { handle: MovableHandle; onread: OnReadOpts };
+
+/** Starts reading. Returns the socket to use from now on, which may not be the one given. */
+export function readDirectly(socket: Socket, reader: SocketReader): Socket {
+  const owner = socket as unknown as SocketWithHandle;
+  const handle = owner._handle;
+  const canMove =
+    socket.constructor === Socket &&
+    socket.readableLength === 0 &&
+    typeof handle?.useUserBuffer === "function" &&
+    typeof handle.readStart === "function";
+  if (!canMove) return readByCopy(socket, reader);
+  const options: OptionsWithHandle = {
+    handle,
+    allowHalfOpen: true,
+    readable: true,
+    writable: true,
+    onread: {
+      buffer: () => reader.landing(),
+      callback: (byteCount) => {
+        reader.received(byteCount);
+        return true;
+      },
+    },
+  };
+  owner._handle = null;
+  const moved = new Socket(options);
+  // Without its handle the old socket has nothing to close; this only takes it off its server's list.
+  socket.destroy();
+  return moved;
+}
+
+function readByCopy(socket: Socket, reader: SocketReader): Socket {
+  socket.allowHalfOpen = true;
+  let rest: Buffer | undefined;
+  const deliver = (): void => {
+    while (rest !== undefined && !socket.isPaused()) {
+      const landing = reader.landing();
+      const byteCount = rest.copy(landing);
+      rest = byteCount === rest.length ? undefined : rest.subarray(byteCount);
+      reader.received(byteCount);
+    }
+  };
+  socket.on("data", (chunk: Buffer) => {
+    rest = rest === undefined ? chunk : Buffer.concat([rest, chunk]);
+    deliver();
+  });
+  socket.on("resume", deliver);
+  return socket;
+}

@@ -1,0 +1,169 @@
+// Replies on their way to the socket.
+//
+// Replies are laid out one behind another in a slab; `flush` hands the socket everything that has gathered, in one
+// write where it is one stretch. A reply whose data the device fills in later is detached: its stretch is left out
+// and sent on its own when it is ready (NBD lets replies leave in any order).
+//
+//   slab   | sealed, with the socket | detached, device reads into it | gathering ....| free |
+//                                                                     ^segmentStart    ^end
+//
+// A slab's references: one while it is the current slab, one a sealed segment, one a detached stretch. The one that
+// gives back the last reference gives the slab back to the pool. `reserve` and the `commit` or `detach` that belongs
+// to it happen in one turn with nothing between them.
+//
+// Main thread only.
+
+import type { Slab, SlabPool } from "./slab.js";
+
+/** The part of a socket that replies need. */
+export interface ReplySocket {
+  write(bytes: Buffer, written: () => void): unknown;
+  cork(): void;
+  uncork(): void;
+}
+
+export class ReplyQueue {
+  /** Capacity of the slabs that this queue holds. */
+  heldBytes = 0;
+  private current: Slab | undefined;
+  private segmentStart = 0;
+  private end = 0;
+  private ready: { slab: Slab; start: number; end: number }[] = [];
+  /** Slabs of the writes that the socket has not taken yet, oldest first; `writtenCount` of them are done. */
+  private writing: Slab[] = [];
+  private writtenCount = 0;
+  private isClosed = false;
+  private readonly onWritten = (): void => {
+    this.written();
+  };
+
+  constructor(
+    private readonly pool: SlabPool,
+    private readonly socket: ReplySocket,
+    /** Called whenever the socket has taken a write. */
+    private readonly onProgress: () => void,
+  ) {}
+
+  /** The socket has not yet taken everything. */
+  get isBusy(): boolean {
+    return this.writing.length > this.writtenCount || this.ready.length > 0 || this.end > this.segmentStart;
+  }
+
+  /** The slab that the last `reserve` reserved in. */
+  get slab(): Slab {
+    if (this.current === undefined) throw new TypeError("nothing is reserved");
+    return this.current;
+  }
+
+  /** Makes room for a reply of lengthBytes and returns where it goes in `slab`. */
+  reserve(lengthBytes: number): number {
+    if (this.current !== undefined && this.end + lengthBytes > this.current.capacityBytes) {
+      this.seal();
+      const full = this.current;
+      this.current = undefined;
+      this.release(full);
+    }
+    if (this.current === undefined) {
+      this.current = this.pool.take(lengthBytes);
+      this.current.references = 1;
+      this.heldBytes += this.current.capacityBytes;
+      this.segmentStart = 0;
+      this.end = 0;
+    }
+    return this.end;
+  }
+
+  /** The first lengthBytes of what was reserved are a reply to send. */
+  commit(lengthBytes: number): void {
+    this.end += lengthBytes;
+  }
+
+  /** Leaves lengthBytes of what was reserved to a device; `sendDetached` or `dropDetached` must follow. */
+  detach(lengthBytes: number): Slab {
+    const { slab } = this;
+    this.seal();
+    slab.references++;
+    this.end += lengthBytes;
+    this.segmentStart = this.end;
+    return slab;
+  }
+
+  sendDetached(slab: Slab, start: number, lengthBytes: number): void {
+    this.ready.push({ slab, start, end: start + lengthBytes });
+  }
+
+  dropDetached(slab: Slab): void {
+    this.release(slab);
+  }
+
+  /** A reply made elsewhere; copied. */
+  append(bytes: Uint8Array): void {
+    const at = this.reserve(bytes.length);
+    this.slab.bytes.set(bytes, at);
+    this.commit(bytes.length);
+  }
+
+  /** Bytes that gathered since the last flush, in the current slab. */
+  get gatheredBytes(): number {
+    return this.end - this.segmentStart;
+  }
+
+  flush(): void {
+    this.seal();
+    if (this.ready.length === 0) return;
+    const segments = this.ready;
+    this.ready = [];
+    if (this.isClosed) {
+      for (const { slab } of segments) this.release(slab);
+      return;
+    }
+    if (segments.length > 1) this.socket.cork();
+    for (const { slab, start, end } of segments) {
+      this.writing.push(slab);
+      this.socket.write(slab.bytes.subarray(start, end), this.onWritten);
+    }
+    if (segments.length > 1) this.socket.uncork();
+  }
+
+  /** The socket is gone: replies are dropped from now on. */
+  close(): void {
+    this.isClosed = true;
+    this.flush();
+    while (this.writtenCount < this.writing.length) this.written();
+    const { current } = this;
+    this.current = undefined;
+    if (current !== undefined) this.release(current);
+  }
+
+  private seal(): void {
+    if (this.current === undefined || this.end === this.segmentStart) return;
+    this.current.references++;
+    this.ready.push({ slab: this.current, start: this.segmentStart, end: this.end });
+    this.segmentStart = this.end;
+  }
+
+  private written(): void {
+    const slab = this.writing[this.writtenCount];
+    // A socket calls back for writes that `close` has accounted for already.
+    if (slab === undefined) return;
+    this.writtenCount++;
+    if (this.writtenCount === this.writing.length) {
+      this.writing = [];
+      this.writtenCount = 0;
+    }
+    this.release(slab);
+    this.onProgress();
+  }
+
+  private release(slab: Slab): void {
+    slab.references--;
+    // The current slab, once nobody else needs it, goes back too: the next reply starts at a slab's beginning.
+    if (slab === this.current && slab.references === 1 && this.end === this.segmentStart) {
+      this.current = undefined;
+      slab.references = 0;
+    }
+    if (slab.references > 0) return;
+    this.heldBytes -= slab.capacityBytes;
+    this.pool.give(slab);
+  }
+}

@@ -1,0 +1,32 @@
+// Makes a target from what the user asked for. Main thread only.
+
+import { CowcatcherError } from "../errors.js";
+import { NULL_TARGET_PATH, NullTarget } from "./null.js";
+import { createQcow2Target } from "./qcow2.js";
+import { createRawTarget } from "./raw.js";
+import type { Target, TargetOptions } from "./target.js";
+
+/**
+ * Opens what the target is written to; nothing stands at `options.path` until finish().
+ * @throws CowcatcherError EXISTS without `force`, NOT_FOUND for a missing folder, LOCKED for a file or device
+ * that another program uses, USAGE or LIMIT for a geometry that the format does not have, UNSUPPORTED, NO_SPACE, IO.
+ */
+export async function createTarget(options: TargetOptions): Promise<Target> {
+  if (options.path === NULL_TARGET_PATH) return new NullTarget();
+  if (/^nbds?(\+\w+)?:\/\//.test(options.path)) {
+    throw new CowcatcherError({
+      code: "UNSUPPORTED",
+      object: options.path,
+      problem: "an NBD export cannot be a target yet",
+      hint: "write to a file and copy it",
+    });
+  }
+  if (!Number.isSafeInteger(options.sizeBytes) || options.sizeBytes < 0) {
+    throw new CowcatcherError({
+      code: "USAGE",
+      object: options.path,
+      problem: `${options.sizeBytes} is not a size in bytes`,
+    });
+  }
+  return options.format === "qcow2" ? createQcow2Target(options) : createRawTarget(options);
+}

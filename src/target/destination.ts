@@ -1,0 +1,132 @@
+// Where a target's final name leads, and whether a target may be put there. Nothing is changed here.
+
+import * as fs from "node:fs";
+import { dirname, basename, join, resolve } from "node:path";
+import { CowcatcherError, errnoOf, ioError } from "../errors.js";
+import { closeFile, openFile } from "../image/fileio.js";
+import { acquireImageLock } from "../image/locks.js";
+
+export interface FileDestination {
+  kind: "file";
+  /** Absolute, symbolic links of an existing file resolved: the temporary goes beside what the link points to. */
+  path: string;
+  /** The file that stands there and is to be replaced. */
+  existing: fs.Stats | null;
+}
+
+export interface BlockDestination {
+  kind: "block";
+  path: string;
+  capacityBytes: number;
+}
+
+export type Destination = FileDestination | BlockDestination;
+
+/**
+ * @throws CowcatcherError EXISTS (without force), NOT_FOUND (no folder, a dangling link), UNSUPPORTED (neither a
+ * file nor a block device), LOCKED (a file to be replaced that another program uses), IO.
+ */
+export async function resolveDestination(path: string, force: boolean): Promise<Destination> {
+  if (path === "") throw new CowcatcherError({ code: "USAGE", object: "TARGET", problem: "an empty path" });
+  const stats = await statTarget(path);
+  if (stats === null) return newFile(path);
+  if (stats.isDirectory()) throw wrongKind(path, "is a directory", "name a file in it");
+  if (stats.isCharacterDevice()) {
+    throw wrongKind(path, "is a character device", "to throw the data away, the target is null:");
+  }
+  if (!stats.isFile() && !stats.isBlockDevice()) {
+    throw wrongKind(path, "is neither a file nor a block device", undefined);
+  }
+  if (!force) throw existsError(path);
+  const realPath = await fs.promises.realpath(path);
+  if (stats.isBlockDevice()) {
+    return { kind: "block", path: realPath, capacityBytes: await blockDeviceBytes(path, stats.rdev) };
+  }
+  await refuseIfInUse(path, realPath);
+  return { kind: "file", path: realPath, existing: stats };
+}
+
+export function existsError(path: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "EXISTS",
+    object: path,
+    problem: "exists already",
+    hint: "--force overwrites it",
+  });
+}
+
+/** Whether two paths name one file or device, by whatever names and links. False where one does not exist. */
+export async function sameFile(pathA: string, pathB: string): Promise<boolean> {
+  const [a, b] = await Promise.all(
+    [pathA, pathB].map((path) => fs.promises.stat(path, { bigint: true }).catch(() => null)),
+  );
+  if (!a || !b) return false;
+  if (a.isBlockDevice() && b.isBlockDevice()) return a.rdev === b.rdev;
+  return a.dev === b.dev && a.ino === b.ino;
+}
+
+async function statTarget(path: string): Promise<fs.Stats | null> {
+  try {
+    return await fs.promises.stat(path);
+  } catch (error) {
+    if (errnoOf(error) !== "ENOENT") throw ioError("look at the target", path, error);
+  }
+  const link = await fs.promises.readlink(path).catch(() => null);
+  if (link === null) return null;
+  throw new CowcatcherError({
+    code: "NOT_FOUND",
+    object: path,
+    problem: `is a symbolic link to ${link}, which does not exist`,
+    hint: "remove the link, or name the file itself",
+  });
+}
+
+async function newFile(path: string): Promise<FileDestination> {
+  const folder = dirname(resolve(path));
+  if (/[/\\]$/.test(path)) throw wrongKind(path, "names a folder that does not exist", "name a file");
+  try {
+    const realFolder = await fs.promises.realpath(folder);
+    return { kind: "file", path: join(realFolder, basename(path)), existing: null };
+  } catch (error) {
+    if (errnoOf(error) !== "ENOENT") throw ioError("look at the target's folder", path, error);
+    throw new CowcatcherError({
+      code: "NOT_FOUND",
+      object: path,
+      problem: `the folder ${folder} does not exist`,
+      hint: "create it first",
+      cause: error,
+    });
+  }
+}
+
+function wrongKind(path: string, problem: string, hint: string | undefined): CowcatcherError {
+  return new CowcatcherError({ code: "UNSUPPORTED", object: path, problem, hint });
+}
+
+/** A rename would leave a running machine on a file without a name. */
+async function refuseIfInUse(name: string, path: string): Promise<void> {
+  let fd: number;
+  try {
+    fd = await openFile(path, fs.constants.O_RDONLY);
+  } catch (error) {
+    if (errnoOf(error) === "EACCES") return;
+    throw ioError("open the file to be replaced", name, error);
+  }
+  try {
+    acquireImageLock(fd, name, { write: true, resize: true });
+  } finally {
+    await closeFile(fd);
+  }
+}
+
+/** stat() has no size for a block device; sysfs has it, in units of 512 bytes whatever its sectors are. */
+async function blockDeviceBytes(path: string, rdev: number): Promise<number> {
+  const major = (rdev >>> 8) & 0xfff;
+  const minor = (rdev & 0xff) | ((rdev >>> 12) & 0xfff00);
+  try {
+    const text = await fs.promises.readFile(`/sys/dev/block/${major}:${minor}/size`, "utf8");
+    return Number(text.trim()) * 512;
+  } catch (error) {
+    throw ioError("find the device's size", path, error);
+  }
+}

@@ -1,0 +1,114 @@
+// The life of a target that is a file or a block device: open → finished | aborted.
+//
+// finish() closes the gate to workers first, so the metadata that it writes is the last; abort() closes it too,
+// unlinks at once and closes the descriptors when the last user is gone (see gate.ts): a write to a server that
+// does not answer may take its time, and abort() does not wait for it. Main thread only.
+
+import { CowcatcherError } from "../errors.js";
+import type { TargetFile } from "./file.js";
+import { closeGate, writesInFlight } from "./gate.js";
+import type { Target, TargetDescription } from "./target.js";
+
+const CLOSE_POLL_MS = 100;
+/** A write that hangs for longer keeps its descriptors until the process ends. */
+const CLOSE_WAIT_MS_MAX = 10 * 60_000;
+
+export interface FileTargetParts {
+  file: TargetFile;
+  description: TargetDescription;
+  granularityBytes: number;
+  /** The gate's memory, and whatever the format adds to it. */
+  shared: SharedArrayBuffer;
+  /** Writes the format's own metadata. Asks `checkOpen` now and then, which throws once the target is aborted. */
+  writeMetadata(checkOpen: () => void): Promise<void>;
+}
+
+export class FileTarget implements Target {
+  readonly name: string;
+  readonly granularityBytes: number;
+  readonly description: TargetDescription;
+  readonly #parts: FileTargetParts;
+  readonly #gate: Int32Array;
+  #state: "open" | "finishing" | "finished" | "aborted" = "open";
+  /** finish() uses the descriptors as a worker does. */
+  #finishInFlight = false;
+  #closed = false;
+
+  constructor(parts: FileTargetParts) {
+    this.name = parts.file.name;
+    this.granularityBytes = parts.granularityBytes;
+    this.description = parts.description;
+    this.#parts = parts;
+    this.#gate = new Int32Array(parts.shared);
+  }
+
+  async finish(): Promise<void> {
+    if (this.#state !== "open") throw this.#misuse(`finish() on a target that is ${this.#state}`);
+    const inFlight = closeGate(this.#gate);
+    if (inFlight !== 0) throw this.#misuse(`finish() while ${inFlight} writes are in flight`);
+    this.#state = "finishing";
+    this.#finishInFlight = true;
+    try {
+      await this.#parts.writeMetadata(() => this.#checkNotAborted());
+      this.#checkNotAborted();
+      await this.#parts.file.commit();
+    } catch (error) {
+      // What the abort led to is not the cause.
+      this.#checkNotAborted();
+      throw error;
+    } finally {
+      this.#finishInFlight = false;
+    }
+    // An abort that came while the file got its name was too late: the target is complete and stays.
+    this.#state = "finished";
+    await this.#closeDescriptors();
+  }
+
+  async abort(): Promise<void> {
+    if (!this.#abandon()) return;
+    if (this.#isIdle()) await this.#closeDescriptors();
+    else this.#closeWhenIdle();
+  }
+
+  abortSync(): void {
+    this.#abandon();
+  }
+
+  #abandon(): boolean {
+    if (this.#state === "finished" || this.#closed) return false;
+    this.#state = "aborted";
+    closeGate(this.#gate);
+    this.#parts.file.unlink();
+    return true;
+  }
+
+  #isIdle(): boolean {
+    return !this.#finishInFlight && writesInFlight(this.#gate) === 0;
+  }
+
+  #closeWhenIdle(): void {
+    let waitedMs = 0;
+    const timer = setInterval(() => {
+      waitedMs += CLOSE_POLL_MS;
+      if (!this.#isIdle() && waitedMs < CLOSE_WAIT_MS_MAX) return;
+      clearInterval(timer);
+      if (this.#isIdle()) void this.#closeDescriptors();
+    }, CLOSE_POLL_MS);
+    timer.unref();
+  }
+
+  async #closeDescriptors(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    await this.#parts.file.closeDescriptors();
+  }
+
+  #checkNotAborted(): void {
+    if (this.#state !== "aborted") return;
+    throw new CowcatcherError({ code: "CANCELLED", object: this.name, problem: "the target was aborted" });
+  }
+
+  #misuse(problem: string): CowcatcherError {
+    return new CowcatcherError({ code: "INTERNAL", object: this.name, problem });
+  }
+}

@@ -1,0 +1,216 @@
+// The file or block device behind a raw or qcow2 target: opened, then either committed or discarded.
+//
+// A regular file is written as a temporary (see temporary.ts). commit() syncs it, gives it its final name and
+// syncs the folder. Without --force the name is given by link(2), which fails where a file has appeared since the
+// check at the start; with it by rename(2). A block device is written in place: commit() only syncs.
+//
+// Main thread only. What touches the target's data is asynchronous, since this thread serves the guest too.
+
+import * as fs from "node:fs";
+import { basename, dirname } from "node:path";
+import { CowcatcherError, errnoOf, ioError } from "../errors.js";
+import { closeFile, openFile, syncFileData } from "../image/fileio.js";
+import { acquireImageLock } from "../image/locks.js";
+import { existsError, type FileDestination, resolveDestination } from "./destination.js";
+import type { TargetOptions } from "./target.js";
+import {
+  createTemporary,
+  keepTemporary,
+  removeStaleTemporaries,
+  type Temporary,
+  unlinkTemporary,
+} from "./temporary.js";
+
+const { O_DIRECT, O_EXCL, O_RDWR } = fs.constants;
+/** What link(2) answers on file systems without hard links. */
+const NO_LINKS_ERRNOS = new Set(["EPERM", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV"]);
+
+export interface TargetFile {
+  readonly name: string;
+  /** Never O_DIRECT. */
+  readonly bufferedFd: number;
+  /** O_DIRECT if asked for, else the same as bufferedFd. */
+  readonly dataFd: number;
+  readonly direct: boolean;
+  /** It reads as zeroes where nothing was written. */
+  readonly startsZeroed: boolean;
+  /** Of a block device, in bytes; null for a file, which grows. */
+  readonly capacityBytes: number | null;
+  /** Sync, and for a file the final name. `closeDescriptors` is still to be called. */
+  commit(): Promise<void>;
+  /** Removes the unfinished file; a device keeps what was written. Never throws. */
+  unlink(): void;
+  /** Asynchronous, as closing an unlinked file frees its blocks: seconds for a large one. Never rejects. */
+  closeDescriptors(): Promise<void>;
+}
+
+/** @throws CowcatcherError as resolveDestination; UNSUPPORTED where O_DIRECT is asked for and not to be had. */
+export async function openTargetFile(options: TargetOptions, direct: boolean): Promise<TargetFile> {
+  const destination = await resolveDestination(options.path, options.force);
+  if (destination.kind === "file") {
+    await removeStaleTemporaries(destination.path);
+    return createRegular(options.path, destination, direct);
+  }
+  return openBlockDevice(options.path, destination.path, destination.capacityBytes, direct);
+}
+
+async function createRegular(
+  name: string,
+  destination: FileDestination,
+  direct: boolean,
+): Promise<TargetFile> {
+  const temporary = createTemporary(dirname(destination.path), basename(destination.path));
+  try {
+    const finalMode = fs.fstatSync(temporary.fd).mode & 0o777;
+    // Until it is complete it is nobody else's business.
+    fs.fchmodSync(temporary.fd, 0o600);
+    const dataFd = direct ? await openDirect(name, temporary.path) : temporary.fd;
+    return {
+      name,
+      bufferedFd: temporary.fd,
+      dataFd,
+      direct,
+      startsZeroed: true,
+      capacityBytes: null,
+      commit: () => commitRegular(name, temporary, destination, finalMode),
+      unlink: () => unlinkTemporary(temporary),
+      closeDescriptors: () => closeAll(temporary.fd, dataFd),
+    };
+  } catch (error) {
+    unlinkTemporary(temporary);
+    await closeAll(temporary.fd, temporary.fd);
+    throw ioError("create the target", name, error);
+  }
+}
+
+async function openBlockDevice(
+  name: string,
+  path: string,
+  capacityBytes: number,
+  direct: boolean,
+): Promise<TargetFile> {
+  // O_EXCL without O_CREAT: the kernel refuses a device that is mounted or part of an array.
+  const bufferedFd = await openFile(path, O_RDWR | O_EXCL).catch((error: unknown) => {
+    throw errnoOf(error) === "EBUSY" ? deviceBusy(name, error) : ioError("open the device", name, error);
+  });
+  try {
+    acquireImageLock(bufferedFd, name, { write: true, resize: true });
+    const dataFd = direct ? await openDirect(name, path) : bufferedFd;
+    return {
+      name,
+      bufferedFd,
+      dataFd,
+      direct,
+      startsZeroed: false,
+      capacityBytes,
+      commit: () => syncData(name, bufferedFd),
+      unlink: () => undefined,
+      closeDescriptors: () => closeAll(bufferedFd, dataFd),
+    };
+  } catch (error) {
+    await closeAll(bufferedFd, bufferedFd);
+    throw error;
+  }
+}
+
+function deviceBusy(name: string, cause: unknown): CowcatcherError {
+  return new CowcatcherError({
+    code: "LOCKED",
+    object: name,
+    problem: "the device is in use",
+    hint: "unmount it first",
+    cause,
+  });
+}
+
+async function openDirect(name: string, path: string): Promise<number> {
+  try {
+    return await openFile(path, O_RDWR | O_DIRECT);
+  } catch (error) {
+    if (errnoOf(error) !== "EINVAL") throw ioError("open the target", name, error);
+    throw new CowcatcherError({
+      code: "UNSUPPORTED",
+      object: name,
+      problem: "the file system has no O_DIRECT",
+      hint: "leave out --direct",
+      cause: error,
+    });
+  }
+}
+
+export async function syncData(name: string, fd: number): Promise<void> {
+  try {
+    await syncFileData(fd);
+  } catch (error) {
+    throw ioError("sync", name, error);
+  }
+}
+
+async function commitRegular(
+  name: string,
+  temporary: Temporary,
+  destination: FileDestination,
+  finalMode: number,
+): Promise<void> {
+  await takeOver(temporary.fd, destination.existing, finalMode);
+  await syncData(name, temporary.fd);
+  try {
+    if (destination.existing !== null) await fs.promises.rename(temporary.path, destination.path);
+    else await giveNewName(temporary.path, destination.path);
+  } catch (error) {
+    throw errnoOf(error) === "EEXIST" ? existsError(name) : ioError("give the target its name", name, error);
+  }
+  keepTemporary(temporary);
+  await syncFolder(name, dirname(destination.path));
+}
+
+/** A replaced file's successor has its owner and mode, as if it had been written in place. */
+function takeOver(fd: number, existing: fs.Stats | null, newMode: number): Promise<void> {
+  return new Promise((resolve) => {
+    const setMode = (): void =>
+      fs.fchmod(fd, existing === null ? newMode : existing.mode & 0o7777, () => resolve());
+    // Only root may give a file away; anyone else's new file is their own.
+    if (existing === null) setMode();
+    else fs.fchown(fd, existing.uid, existing.gid, setMode);
+  });
+}
+
+async function giveNewName(from: string, to: string): Promise<void> {
+  try {
+    await fs.promises.link(from, to);
+  } catch (error) {
+    if (!NO_LINKS_ERRNOS.has(errnoOf(error) ?? "")) throw error;
+    // No hard links here: look, then rename. A file that appears in between is lost; nothing better exists.
+    if (await exists(to)) throw Object.assign(new Error("EEXIST"), { code: "EEXIST" });
+    await fs.promises.rename(from, to);
+    return;
+  }
+  // An abort in between may have been quicker.
+  await fs.promises.rm(from, { force: true });
+}
+
+async function exists(path: string): Promise<boolean> {
+  return fs.promises.lstat(path).then(
+    () => true,
+    () => false,
+  );
+}
+
+async function syncFolder(name: string, folder: string): Promise<void> {
+  let fd: number | undefined;
+  try {
+    fd = await openFile(folder, fs.constants.O_RDONLY);
+    await syncFileData(fd);
+  } catch (error) {
+    // Some file systems cannot sync a folder (EINVAL), and one that cannot be read (EACCES) may be written.
+    if (!["EINVAL", "EACCES", "ENOSYS"].includes(errnoOf(error) ?? ""))
+      throw ioError("sync the folder of", name, error);
+  } finally {
+    if (fd !== undefined) await closeFile(fd);
+  }
+}
+
+async function closeAll(bufferedFd: number, dataFd: number): Promise<void> {
+  // After a sync that succeeded, close has nothing left to report; after an abort, nothing matters.
+  await Promise.allSettled([...new Set([bufferedFd, dataFd])].map((fd) => closeFile(fd)));
+}

@@ -1,0 +1,149 @@
+// A JobHost whose jobs do what a test tells them, for the control socket's tests.
+import { CowcatcherError } from "../../src/errors.js";
+import type {
+  BackupJob,
+  BackupRequest,
+  DiskInfo,
+  JobHost,
+  JobStatus,
+  JobStatusListener,
+} from "../../src/backup/host.js";
+import type { JobOptions } from "../../src/backup/options.js";
+import type { JobProgress } from "../../src/backup/progress.js";
+
+export const NO_PROGRESS: JobProgress = {
+  bytesDone: 0,
+  bytesTotal: 4096,
+  bytesWritten: 0,
+  bufferBytesUsed: 0,
+  bufferBytesTotal: 0,
+  captureCount: 0,
+  capturedBytes: 0,
+  spilledBytes: 0,
+  guestWaitCount: 0,
+  guestWaitMsMax: 0,
+  guestWaitMsTotal: 0,
+  targetRate: 0,
+  elapsedMs: 0,
+  ignoredErrorCount: 0,
+};
+
+export class FakeJob implements BackupJob {
+  readonly id: string;
+  readonly disk: string;
+  readonly options: JobOptions;
+  status: JobStatus = "created";
+  error: CowcatcherError | undefined;
+  speed: number;
+  counters: JobProgress = { ...NO_PROGRESS };
+  readonly #report: JobStatusListener;
+
+  constructor({ id, disk, options }: BackupRequest, report: JobStatusListener) {
+    this.id = id;
+    this.disk = disk;
+    this.options = options;
+    this.speed = options.rateLimitBytes;
+    this.#report = report;
+  }
+
+  to(...statuses: JobStatus[]): void {
+    for (const status of statuses) {
+      this.status = status;
+      this.#report(this, status);
+    }
+  }
+
+  succeed(): void {
+    this.counters.bytesDone = this.counters.bytesTotal;
+    this.to("waiting", "pending", "concluded");
+  }
+
+  fail(error: CowcatcherError): void {
+    this.error = error;
+    this.to("aborting", "concluded");
+  }
+
+  progress(): JobProgress {
+    return { ...this.counters };
+  }
+
+  cancel(): void {
+    this.fail(new CowcatcherError({ code: "CANCELLED", object: this.id, problem: "cancelled" }));
+  }
+
+  pause(): void {
+    this.to("paused");
+  }
+
+  resume(): void {
+    this.to("running");
+  }
+
+  setSpeed(bytesPerSecond: number): void {
+    this.speed = bytesPerSecond;
+  }
+}
+
+export class FakeJobHost implements JobHost {
+  readonly diskList: DiskInfo[] = ["disk", "data"].map((name) => ({
+    name,
+    path: `/images/${name}.raw`,
+    format: "raw",
+    sizeBytes: 4096,
+    readOnly: false,
+  }));
+  jobList: FakeJob[] = [];
+  readonly listeners = new Set<JobStatusListener>();
+  /** What startBackups was called with. */
+  readonly starts: (readonly BackupRequest[])[] = [];
+  /** The next start rejects with it. */
+  startError: CowcatcherError | undefined;
+  /** Runs after each start, before it resolves. */
+  afterStart: (jobs: FakeJob[]) => void = () => undefined;
+  reportsNull = false;
+  quitCount = 0;
+
+  disks(): readonly DiskInfo[] {
+    return this.diskList;
+  }
+
+  jobs(): readonly FakeJob[] {
+    return this.jobList;
+  }
+
+  job(id: string): FakeJob {
+    const found = this.jobList.find((job) => job.id === id);
+    if (found === undefined) throw new Error(`the test has no job ${id}`);
+    return found;
+  }
+
+  async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
+    this.starts.push(requests);
+    await Promise.resolve();
+    if (this.startError !== undefined) throw this.startError;
+    const jobs = requests.map((request) => new FakeJob(request, (job, status) => this.report(job, status)));
+    this.jobList.push(...jobs);
+    for (const job of jobs) job.to("created", "running");
+    this.afterStart(jobs);
+    return jobs;
+  }
+
+  dismiss(id: string): void {
+    const job = this.job(id);
+    this.jobList = this.jobList.filter((other) => other !== job);
+    if (this.reportsNull) job.to("null");
+  }
+
+  onStatus(listener: JobStatusListener): () => void {
+    this.listeners.add(listener);
+    return () => this.listeners.delete(listener);
+  }
+
+  quit(): void {
+    this.quitCount++;
+  }
+
+  report(job: BackupJob, status: JobStatus): void {
+    for (const listener of this.listeners) listener(job, status);
+  }
+}

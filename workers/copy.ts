@@ -1,0 +1,117 @@
+// A worker of a backup: one endless task. It opens its doors to source and target, prefaults its share of the
+// buffer, says that it is ready, and from T0 on takes chunks until none is left. On the data path it meets the
+// main thread only in shared memory; its port carries what happens once: ready, begin, stopped for an error.
+
+import { once } from "node:events";
+import type { MessagePort } from "node:worker_threads";
+import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy-task.js";
+import { Drainer, type DrainStep } from "../src/cow/drain.js";
+import { BLOCK_BYTES } from "../src/cow/geometry.js";
+import { allocatePages } from "../src/cow/page-memory.js";
+import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
+import { SpillFile } from "../src/cow/spill.js";
+import { toCowcatcherError } from "../src/errors.js";
+import type { SourceDescription } from "../src/image/device.js";
+import { openSource } from "../src/image/reader.js";
+import { openTarget } from "../src/target/writer.js";
+
+/** Waiters look again after this time, so that a thread that died cannot hold the others. */
+const RECHECK_MS = 250;
+
+export default async function copy(task: CopyTask): Promise<CopyResult> {
+  const { port } = task;
+  try {
+    const shared = new SharedState(task.shared);
+    const chunkBuffer = new Uint8Array(allocatePages(shared.geometry.chunkBytes, task.target.name));
+    chunkBuffer.fill(0);
+    prefault(shared, task.workerIndex, task.workerCount);
+    send(port, { kind: "ready" });
+    const [command] = (await once(port, "message")) as [WorkerCommand];
+    if (command.kind === "begin") await copyAll(task, shared, chunkBuffer, command.source);
+    return {};
+  } catch (error) {
+    const typed = toCowcatcherError(error, task.target.name);
+    return { error: typed.toDetails(), stack: typed.stack };
+  } finally {
+    port.close();
+  }
+}
+
+/** Touches this worker's share of the slots, so that no capture pays for a page fault. */
+function prefault(shared: SharedState, workerIndex: number, workerCount: number): void {
+  const share = Math.ceil(shared.bufferBlockCount / workerCount);
+  const end = Math.min((workerIndex + 1) * share, shared.bufferBlockCount);
+  for (let block = workerIndex * share; block < end; block++) {
+    Atomics.store(shared.slots, block * BLOCK_BYTES, 0);
+  }
+}
+
+async function copyAll(
+  task: CopyTask,
+  shared: SharedState,
+  chunkBuffer: Uint8Array,
+  source: SourceDescription,
+): Promise<void> {
+  const reader = openSource(source);
+  const writer = openTarget(task.target);
+  try {
+    const drainer = new Drainer({
+      shared,
+      reader,
+      writer,
+      zeroUnitBytes: task.zeroUnitBytes,
+      spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
+      chunkBuffer,
+      onSourceError: task.onSourceError,
+      onTargetError: task.onTargetError,
+      targetRetries: task.targetRetries,
+      onStop(error, operation) {
+        Atomics.compareExchange(shared.control, CTL_RUN, RUN_RUNNING, RUN_PAUSED);
+        send(task.port, { kind: "stopped", error: error.toDetails(), operation });
+      },
+      now: () => process.hrtime.bigint(),
+    });
+    await drive(drainer.run(), shared.control);
+  } finally {
+    reader.close();
+    writer.close();
+  }
+}
+
+async function drive(steps: Generator<DrainStep, void, void>, control: Int32Array): Promise<void> {
+  let result = steps.next();
+  while (!result.done) {
+    const step = result.value;
+    switch (step.kind) {
+      case "step":
+        break;
+      case "wait":
+        Atomics.wait(step.words, step.index, step.value, RECHECK_MS);
+        break;
+      case "sleep":
+        sleepUntil(step.untilNs, control);
+        break;
+      case "promise":
+        try {
+          await step.promise;
+        } catch (error) {
+          result = steps.throw(error);
+          continue;
+        }
+        break;
+    }
+    result = steps.next();
+  }
+}
+
+/** Sleeps on the run state, so that a change of it (pause, resume, another speed, the end) wakes the worker. */
+function sleepUntil(untilNs: bigint, control: Int32Array): void {
+  const state = Atomics.load(control, CTL_RUN);
+  if (state === RUN_ABORTING) return;
+  const ms = Number(untilNs - process.hrtime.bigint()) / 1e6;
+  if (ms > 0) Atomics.wait(control, CTL_RUN, state, ms);
+}
+
+function send(port: MessagePort, message: WorkerMessage): void {
+  port.postMessage(message);
+}
