@@ -5,6 +5,7 @@
 import { once } from "node:events";
 import type { MessagePort } from "node:worker_threads";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy-task.js";
+import { FAULTS_VARIABLE, withFaults } from "../src/backup/faults.js";
 import { Drainer, type DrainStep } from "../src/cow/drain.js";
 import { BLOCK_BYTES } from "../src/cow/geometry.js";
 import { allocatePages } from "../src/cow/page-memory.js";
@@ -52,8 +53,18 @@ async function copyAll(
   chunkBuffer: Uint8Array,
   source: SourceDescription,
 ): Promise<void> {
-  const reader = openSource(source);
-  const writer = openTarget(task.target);
+  const { reader, writer } = withFaults(
+    process.env[FAULTS_VARIABLE],
+    openSource(source),
+    openTarget(task.target),
+    {
+      control: shared.control,
+      workerIndex: task.workerIndex,
+      chunkBytes: shared.geometry.chunkBytes,
+      sourceName: source.name,
+      targetName: task.target.name,
+    },
+  );
   try {
     const drainer = new Drainer({
       shared,
@@ -65,9 +76,9 @@ async function copyAll(
       onSourceError: task.onSourceError,
       onTargetError: task.onTargetError,
       targetRetries: task.targetRetries,
-      onStop(error, operation) {
+      onStop(error) {
         Atomics.compareExchange(shared.control, CTL_RUN, RUN_RUNNING, RUN_PAUSED);
-        send(task.port, { kind: "stopped", error: error.toDetails(), operation });
+        send(task.port, { kind: "stopped", error: error.toDetails() });
       },
       now: () => process.hrtime.bigint(),
     });

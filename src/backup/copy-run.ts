@@ -50,7 +50,7 @@ export interface CopyRunOptions {
   bufferBytes: number;
   live: boolean;
   /** A worker has paused the job for an error under the policy `stop`. */
-  onStopped?: ((error: CowcatcherError, operation: "read" | "write") => void) | undefined;
+  onStopped?: ((error: CowcatcherError) => void) | undefined;
 }
 
 export class CopyRun {
@@ -149,7 +149,7 @@ export class CopyRun {
     return new Promise((resolve, reject) => {
       port.on("message", (message: WorkerMessage) => {
         if (message.kind === "ready") resolve();
-        else this.#options.onStopped?.(new CowcatcherError(message.error), message.operation);
+        else this.#options.onStopped?.(new CowcatcherError(message.error));
       });
       task.then((result) => {
         if (result.error) reject(new CowcatcherError(result.error));

@@ -31,6 +31,6 @@ export interface CopyResult {
 export type WorkerMessage =
   | { kind: "ready" }
   /** The job has paused for an error under the policy `stop`. */
-  | { kind: "stopped"; error: ErrorDetails; operation: "read" | "write" };
+  | { kind: "stopped"; error: ErrorDetails };
 
 export type WorkerCommand = { kind: "begin"; source: SourceDescription } | { kind: "leave" };

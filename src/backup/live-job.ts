@@ -86,7 +86,7 @@ export class LiveJob implements BackupJob {
         slots: lease.memory,
         bufferBytes,
         live: true,
-        onStopped: (error, operation) => job.#stopped(error, operation),
+        onStopped: (error) => job.#stopped(error),
       });
       const job: LiveJob = new LiveJob(parts, target, run, lease);
       return job;
@@ -159,14 +159,11 @@ export class LiveJob implements BackupJob {
   }
 
   /** A worker has paused the job for an error under the policy `stop`. */
-  #stopped(error: CowcatcherError, operation: "read" | "write"): void {
+  #stopped(error: CowcatcherError): void {
     if (this.status !== "running") return;
-    this.stoppedFor = { error, operation };
+    this.error = error;
     this.#setStatus("paused");
   }
-
-  /** What paused the job, until it is resumed. */
-  stoppedFor: { error: CowcatcherError; operation: "read" | "write" } | undefined;
 
   #setStatus(status: JobStatus): void {
     this.status = status;
@@ -179,7 +176,9 @@ export class LiveJob implements BackupJob {
   }
 
   cancel(): void {
-    if (this.status === "running" || this.status === "paused") this.#fail(this.#cancelled());
+    if (this.status !== "running" && this.status !== "paused") return;
+    // Paused for an error: the error is what ended the backup, not the user who gave up.
+    this.#fail(this.error ?? this.#cancelled());
   }
 
   #cancelled(): CowcatcherError {
@@ -198,7 +197,8 @@ export class LiveJob implements BackupJob {
 
   resume(): void {
     if (this.status !== "paused") return;
-    this.stoppedFor = undefined;
+    // Set if it was an error that paused the job; the operation is tried again.
+    this.error = undefined;
     this.#setStatus("running");
     this.#run.resume();
   }

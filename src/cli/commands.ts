@@ -183,9 +183,10 @@ function addInfo(program: Command, run: RunCommand): void {
     .addOption(forceShareOption())
     .option("--backing-chain", "describe the backing files as well");
   addCommonOptions(command).action((image: string, flags: InfoFlags & CommonFlags) =>
-    run("info", flags, async (context) =>
-      (await import("./info.js")).runInfo(parseImage(image), flags, context),
-    ),
+    run("info", flags, async (context) => {
+      const path = parseImage(image);
+      return (await import("./info.js")).runInfo(path, flags, context);
+    }),
   );
 }
 
@@ -204,9 +205,10 @@ function addMap(program: Command, run: RunCommand): void {
     .addOption(sizeOption("-s, --start-offset <SIZE>", "where to begin (0)"))
     .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"));
   addCommonOptions(command).action((image: string, flags: MapFlags & CommonFlags) =>
-    run("map", flags, async (context) =>
-      (await import("./map.js")).runMap(parseImage(image), flags, context),
-    ),
+    run("map", flags, async (context) => {
+      const path = parseImage(image);
+      return (await import("./map.js")).runMap(path, flags, context);
+    }),
   );
 }
 
@@ -221,9 +223,10 @@ function addCheck(program: Command, run: RunCommand): void {
     .addOption(formatOption("-f, --format <FMT>", "qcow2 (probed)"))
     .addOption(forceShareOption());
   addCommonOptions(command).action((image: string, flags: CheckFlags & CommonFlags) =>
-    run("check", flags, async (context) =>
-      (await import("./check.js")).runCheck(parseImage(image), flags, context),
-    ),
+    run("check", flags, async (context) => {
+      const path = parseImage(image);
+      return (await import("./check.js")).runCheck(path, flags, context);
+    }),
   );
 }
 
@@ -243,9 +246,10 @@ function addCompare(program: Command, run: RunCommand): void {
     .addOption(forceShareOption())
     .option("-s, --strict", "different sizes and allocation are differences, too");
   addCommonOptions(command).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
-    run("compare", flags, async (context) =>
-      (await import("./compare.js")).runCompare(parseImage(a, "A"), parseImage(b, "B"), flags, context),
-    ),
+    run("compare", flags, async (context) => {
+      const paths = [parseImage(a, "A"), parseImage(b, "B")] as const;
+      return (await import("./compare.js")).runCompare(...paths, flags, context);
+    }),
   );
 }
 
@@ -270,8 +274,9 @@ function addCreate(program: Command, run: RunCommand): void {
     );
   addCommonOptions(command).action(
     (image: string, size: string | undefined, flags: CreateFlags & CommonFlags) =>
-      run("create", flags, async (context) =>
-        (await import("./create.js")).runCreate(parseImage(image), size, flags, context),
-      ),
+      run("create", flags, async (context) => {
+        const path = parseImage(image);
+        return (await import("./create.js")).runCreate(path, size, flags, context);
+      }),
   );
 }

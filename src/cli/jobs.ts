@@ -1,6 +1,8 @@
 // `jobs`: what a server is backing up, and the commands to a job, over the control socket.
 import { ControlClient } from "../control/client.js";
 import { listJobs, type JobSummary } from "../control/jobs-from-qmp.js";
+import { QmpError } from "../control/qmp.js";
+import { CowcatcherError } from "../errors.js";
 import { formatBytes, formatDuration, parseSize } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext, type OutputSettings } from "./context.js";
 import { EXIT } from "./exit-codes.js";
@@ -52,7 +54,7 @@ export async function runJobs(
 ): Promise<number> {
   const client = await ControlClient.connect(control);
   try {
-    await execute(client, request);
+    if (request.action !== "list") await command(client, request, request.id);
     if (request.action === "list" || output.json) printJobs(output, await listJobs(client));
   } finally {
     client.close();
@@ -60,17 +62,25 @@ export async function runJobs(
   return EXIT.done;
 }
 
-async function execute(client: ControlClient, request: JobsRequest): Promise<void> {
-  switch (request.action) {
-    case "list":
-      return;
-    case "cancel":
-    case "pause":
-    case "resume":
-      await client.execute(`job-${request.action}`, { id: request.id });
-      return;
-    case "set-speed":
-      await client.execute("block-job-set-speed", { device: request.id, speed: request.speed });
+/** What the server refuses is about the job, not about its socket. */
+async function command(
+  client: ControlClient,
+  request: Exclude<JobsRequest, { action: "list" }>,
+  id: string,
+): Promise<void> {
+  try {
+    if (request.action === "set-speed") {
+      await client.execute("block-job-set-speed", { device: id, speed: request.speed });
+    } else {
+      await client.execute(`job-${request.action}`, { id });
+    }
+  } catch (error) {
+    if (!(error instanceof QmpError) || error.object !== client.path) throw error;
+    throw new CowcatcherError({
+      ...error.toDetails(),
+      object: `job ${id}`,
+      hint: "cowcatcher jobs lists the jobs",
+    });
   }
 }
 

@@ -3,9 +3,12 @@ import { CowcatcherError } from "../errors.js";
 import type { BlockStatus, Image } from "../image/device.js";
 import type { ImageFormat } from "../image/format.js";
 import { openImage } from "../image/open.js";
+import { roundUp } from "../units.js";
 import { printLine, type CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
 import { qemuHex } from "./qemu-text.js";
+
+const SECTOR_BYTES = 512;
 
 export interface MapFlags {
   format?: ImageFormat;
@@ -36,7 +39,7 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
   try {
     const start = Math.min(flags.startOffset ?? 0, image.sizeBytes);
     const end = Math.min(image.sizeBytes, start + (flags.maxLength ?? image.sizeBytes));
-    const entries = mergedEntries(image, start, end);
+    const entries = withLastSector(mergedEntries(image, start, end), image, end);
     await (context.output.json ? printJson(entries, context) : printText(entries, image, context));
   } finally {
     await image.close();
@@ -46,14 +49,14 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
 
 /** Entries of [start, end), with neighbours made one where nothing but the offset changes, and that in step. */
 export async function* mergedEntries(
-  image: Pick<Image, "blockStatus">,
+  image: Pick<Image, "blockStatus" | "backing">,
   start: number,
   end: number,
 ): AsyncGenerator<MapEntry> {
   let pending: MapEntry | undefined;
   for (let at = start; at < end;) {
     const answer = image.blockStatus(at, end - at);
-    const next = toEntry(at, answer instanceof Promise ? await answer : answer);
+    const next = asQemuShowsIt(toEntry(at, answer instanceof Promise ? await answer : answer), image);
     at += next.length;
     if (pending === undefined) {
       pending = next;
@@ -65,6 +68,18 @@ export async function* mergedEntries(
     }
   }
   if (pending !== undefined) yield pending;
+}
+
+/** QEMU counts disks in sectors: behind a raw file that ends within one, the rest of it reads as zeroes. */
+async function* withLastSector(
+  entries: AsyncIterable<MapEntry>,
+  { sizeBytes }: Image,
+  end: number,
+): AsyncGenerator<MapEntry> {
+  yield* entries;
+  const length = roundUp(sizeBytes, SECTOR_BYTES) - sizeBytes;
+  if (end < sizeBytes || length === 0) return;
+  yield { start: sizeBytes, length, depth: 0, present: true, zero: true, data: false, offset: sizeBytes };
 }
 
 function toEntry(start: number, status: BlockStatus): MapEntry {
@@ -105,6 +120,20 @@ async function printText(
 
 function mapRow(offset: string, length: string, mappedTo: string, file: string): string {
   return `${offset.padEnd(16)}${length.padEnd(16)}${mappedTo.padEnd(16)}${file}`;
+}
+
+/**
+ * QEMU asks layer by layer and stops where one knows the answer. A layer without data whose backing file ends
+ * before the range, or that has none, knows it: zeroes, which no layer holds. That layer's depth is what it shows.
+ */
+function asQemuShowsIt(entry: MapEntry, image: Pick<Image, "backing">): MapEntry {
+  const provider = entry.present ? entry.depth : Infinity;
+  let depth = 0;
+  for (let layer = image.backing; depth < provider; layer = layer.backing) {
+    if (layer === null || layer.sizeBytes <= entry.start) return { ...entry, present: false, depth };
+    depth++;
+  }
+  return entry;
 }
 
 function layerAt(image: Image, depth: number): Image {

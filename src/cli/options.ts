@@ -89,15 +89,15 @@ export function parseImage(text: string, argument = "IMAGE"): string {
   return text;
 }
 
-const FORMAT_OF_EXTENSION: Record<string, ImageFormat> = {
-  raw: "raw",
-  img: "raw",
-  qcow2: "qcow2",
-  qcow: "qcow2",
-};
+const FORMAT_OF_EXTENSION = new Map<string, ImageFormat>([
+  ["raw", "raw"],
+  ["img", "raw"],
+  ["qcow2", "qcow2"],
+  ["qcow", "qcow2"],
+]);
 
 /** The format that a target's extension says, if it says one. */
 export function formatByExtension(path: string): ImageFormat | undefined {
   const extension = /\.([^./]+)$/.exec(path)?.[1]?.toLowerCase();
-  return extension === undefined ? undefined : FORMAT_OF_EXTENSION[extension];
+  return extension === undefined ? undefined : FORMAT_OF_EXTENSION.get(extension);
 }

@@ -1,4 +1,133 @@
-import type { RunServe } from "./context.js";
-import { unsupported } from "./options.js";
+// `serve`: opens the images, serves them to guests over NBD, and takes backup jobs on the control socket.
 
-export const runServe: RunServe = () => Promise.reject(unsupported("serve", "is not in this version"));
+import { unlinkSync } from "node:fs";
+import { LiveHost } from "../backup/live-host.js";
+import { ControlServer } from "../control/server.js";
+import { DiskNode } from "../cow/disk-node.js";
+import type { Image } from "../image/device.js";
+import { openImage } from "../image/open.js";
+import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../nbd/listen.js";
+import { notifyReady } from "../nbd/notify.js";
+import { type NbdExport, NbdServer } from "../nbd/server.js";
+import { type CommandContext, printJsonLine, printLine, type RunServe } from "./context.js";
+import { EXIT } from "./exit-codes.js";
+import type { ListenSettings, ServedImage, ServeSettings } from "./serve-options.js";
+import { onInterrupt } from "./signals.js";
+import { packageVersion } from "./version.js";
+
+export const runServe: RunServe = async (settings, context) => {
+  const images: { served: ServedImage; image: Image }[] = [];
+  let quit: () => void = () => {};
+  const quitting = new Promise<void>((resolve) => {
+    quit = resolve;
+  });
+  const removeHandlers = onInterrupt(context, { onFirst: quit, onSecond: () => removeSockets(settings) });
+  try {
+    for (const served of settings.images) {
+      const options = { format: served.format, readOnly: settings.readOnly };
+      images.push({ served, image: await openImage(served.path, options) });
+    }
+    const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
+    const host = new LiveHost(nodes, quit);
+    await serveNodes(settings, context, nodes, host, quitting);
+  } finally {
+    removeHandlers();
+    // Flushes: what a guest was told is stored must be, whatever ended the server.
+    const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
+    const failure = closed.find((result) => result.status === "rejected");
+    if (failure !== undefined) throw failure.reason;
+  }
+  return EXIT.done;
+};
+
+async function serveNodes(
+  settings: ServeSettings,
+  context: CommandContext,
+  nodes: ReadonlyMap<string, DiskNode>,
+  host: LiveHost,
+  quitting: Promise<void>,
+): Promise<void> {
+  const { logger } = context;
+  const server = new NbdServer({
+    exports: exportsOf(nodes),
+    maxConnections: settings.maxConnections,
+    logger,
+  });
+  const control = new ControlServer({
+    host,
+    logger,
+    jobDefaults: { cowBufferSizeBytes: settings.cowBufferSizeBytes },
+    version: packageVersion(),
+  });
+  const listeners: NbdListener[] = [];
+  try {
+    listeners.push(...(await listen(settings.listen)));
+    if (settings.control !== undefined) await control.listen(settings.control);
+    for (const listener of listeners) listener.serve(server);
+    announce(settings, context, listeners);
+    await quitting;
+  } finally {
+    await Promise.all(listeners.map((listener) => listener.close()));
+    // Jobs first: a guest that waits for one is let go, so that its last requests can be answered.
+    await host.close();
+    await server.close();
+    await control.close();
+  }
+}
+
+function exportsOf(nodes: ReadonlyMap<string, DiskNode>): Map<string, NbdExport> {
+  const exports = new Map<string, NbdExport>();
+  for (const [name, device] of nodes) {
+    exports.set(name, {
+      name,
+      description: device.name,
+      device,
+      readOnly: device.readOnly,
+      canMultiConn: true,
+    });
+  }
+  return exports;
+}
+
+async function listen(settings: ListenSettings): Promise<NbdListener[]> {
+  switch (settings.type) {
+    case "unix":
+      return [await listenUnix(settings.path)];
+    case "tcp":
+      return [await listenTcp(settings.address, settings.port)];
+    case "inherited":
+      return systemdListeners();
+  }
+}
+
+function announce(
+  settings: ServeSettings,
+  { output }: CommandContext,
+  listeners: readonly NbdListener[],
+): void {
+  const addresses = listeners.map(({ address }) => address);
+  const names = settings.images.map(({ name }) => name);
+  if (output.json) {
+    printJsonLine(output, {
+      message_type: "listening",
+      addresses,
+      exports: names,
+      control: settings.control ?? null,
+    });
+  } else {
+    printLine(output, `listening on ${addresses.join(", ")} (${names.join(", ")})`);
+  }
+  notifyReady();
+}
+
+/** The process ends at once: the sockets' files would stay. */
+function removeSockets({ listen, control }: ServeSettings): void {
+  for (const path of [listen.type === "unix" ? listen.path : undefined, control]) {
+    if (path === undefined) continue;
+    try {
+      unlinkSync(path);
+    } catch {
+      // Gone already.
+    }
+  }
+}

@@ -1,15 +1,25 @@
 import { readFileSync } from "node:fs";
 
-// From dist/src/cli to the package's root.
-const PACKAGE_JSON = new URL("../../../package.json", import.meta.url);
+// The package's root, seen from dist/src/cli and, when tests load the sources, from src/cli.
+const CANDIDATES = ["../../../package.json", "../../package.json"];
 
 /** The package's version; "unknown" where package.json is not beside the program. */
 export function packageVersion(): string {
-  try {
-    const parsed: unknown = JSON.parse(readFileSync(PACKAGE_JSON, "utf8"));
-    if (typeof parsed === "object" && parsed !== null && "version" in parsed) return String(parsed.version);
-  } catch {
-    // A program that cannot name its version still works.
+  for (const candidate of CANDIDATES) {
+    const version = versionIn(new URL(candidate, import.meta.url));
+    if (version !== undefined) return version;
   }
   return "unknown";
+}
+
+function versionIn(file: URL): string | undefined {
+  try {
+    const parsed: unknown = JSON.parse(readFileSync(file, "utf8"));
+    if (typeof parsed !== "object" || parsed === null || !("name" in parsed && "version" in parsed))
+      return undefined;
+    return parsed.name === "cowcatcher" ? String(parsed.version) : undefined;
+  } catch {
+    // A program that cannot name its version still works.
+    return undefined;
+  }
 }

@@ -74,7 +74,7 @@ export interface DrainOptions {
   onTargetError: OnIoError;
   targetRetries: number;
   /** Called before the job pauses for an error under the policy `stop`. */
-  onStop(error: CowcatcherError, operation: "read" | "write"): void;
+  onStop(error: CowcatcherError): void;
   /** Monotonic clock in nanoseconds. */
   now(): bigint;
 }
@@ -438,7 +438,7 @@ export class Drainer {
           this.#options.chunkBuffer.fill(0, from, to);
           return false;
         }
-        if (!(yield* this.#stopFor(error, "read"))) throw error;
+        if (!(yield* this.#stopFor(error))) throw error;
       }
     }
   }
@@ -464,7 +464,7 @@ export class Drainer {
           Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
           return;
         }
-        if (!(yield* this.#stopFor(error, "write"))) throw error;
+        if (!(yield* this.#stopFor(error))) throw error;
         attempt = 0;
       }
     }
@@ -476,9 +476,9 @@ export class Drainer {
   }
 
   /** Pauses the job until somebody resumes it; false if it was aborted instead. */
-  *#stopFor(error: CowcatcherError, operation: "read" | "write"): Steps<boolean> {
+  *#stopFor(error: CowcatcherError): Steps<boolean> {
     const { control } = this.#shared;
-    this.#options.onStop(error, operation);
+    this.#options.onStop(error);
     for (;;) {
       const state = Atomics.load(control, CTL_RUN);
       if (state === RUN_ABORTING) return false;

@@ -55,6 +55,14 @@ export interface InterceptorOptions {
   onBroken(error: CowcatcherError): void;
   /** A waiter looks again after this time even if nobody woke it, so that a dead thread cannot hold a guest. */
   recheckMs?: number | undefined;
+  /** Replaced in simulations. */
+  clock?: Clock | undefined;
+}
+
+export interface Clock {
+  /** Monotonic, in milliseconds. */
+  nowMs(): number;
+  sleep(ms: number): Promise<void>;
 }
 
 export interface GuestWaitCounters {
@@ -88,6 +96,7 @@ export class Interceptor {
   readonly #slots: SlotAllocator;
   readonly #pacer: Pacer | null;
   readonly #unbuffered: boolean;
+  readonly #clock: Clock;
   readonly #objectName: string;
   /** Blocks of the chunk in hand that an earlier capture holds. */
   readonly #held: Uint8Array;
@@ -108,6 +117,7 @@ export class Interceptor {
     this.#options = options;
     this.#shared = options.shared;
     this.#objectName = options.image.name;
+    this.#clock = options.clock ?? REAL_CLOCK;
     this.#unbuffered = options.shared.bufferBlockCount === 0;
     this.#slots = new SlotAllocator(options.shared.bufferBlockCount / BLOCKS_PER_SLOT);
     this.#held = new Uint8Array(options.shared.geometry.blocksPerChunk);
@@ -145,7 +155,7 @@ export class Interceptor {
   }
 
   async #captureSlowly(offsetBytes: number, lengthBytes: number): Promise<void> {
-    const startMs = performance.now();
+    const startMs = this.#clock.nowMs();
     const { chunkBytes } = this.#shared.geometry;
     const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
     const first = Math.floor(offsetBytes / chunkBytes);
@@ -159,7 +169,7 @@ export class Interceptor {
       // Detached meanwhile: the snapshot is gone, and the write needs no capture any more.
       if (!this.#detached) throw error;
     } finally {
-      if (waited) this.#countWait(performance.now() - startMs);
+      if (waited) this.#countWait(this.#clock.nowMs() - startMs);
     }
   }
 
@@ -179,7 +189,7 @@ export class Interceptor {
         await outcome;
         continue;
       }
-      if (performance.now() - startMs > this.#options.policy.guestTimeoutMs) {
+      if (this.#clock.nowMs() - startMs > this.#options.policy.guestTimeoutMs) {
         this.#fail(this.#timeoutError(offset));
         return waited;
       }
@@ -238,13 +248,13 @@ export class Interceptor {
   /** Waits in line until workers have given `neededCount` blocks back and the pacer lets the write through. */
   async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
     const turn = this.#roomQueue.then(async () => {
-      while (!this.#detached && performance.now() - startMs <= this.#options.policy.guestTimeoutMs) {
+      while (!this.#detached && this.#clock.nowMs() - startMs <= this.#options.policy.guestTimeoutMs) {
         const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
         this.#reclaim();
-        const delayMs = this.#pacer?.delayMs(performance.now()) ?? 0;
+        const delayMs = this.#pacer?.delayMs(this.#clock.nowMs()) ?? 0;
         const roomy = this.#slots.freeBlockCount >= neededCount;
         if (roomy && delayMs <= 0) return;
-        if (roomy) await this.#untilDetached(sleep(delayMs));
+        if (roomy) await this.#untilDetached(this.#clock.sleep(delayMs));
         else await this.#waitOn(this.#shared.control, CTL_FREED_EVENT, event);
       }
     });
@@ -292,7 +302,7 @@ export class Interceptor {
     const state = this.#touchRegion(region);
     if (state === REGION_HOLE) return "done";
     if (state === REGION_QUERYING) return "region-busy";
-    if (this.#pacer !== null && this.#pacer.delayMs(performance.now()) > 0) {
+    if (this.#pacer !== null && this.#pacer.delayMs(this.#clock.nowMs()) > 0) {
       this.#roomNeeded = 0;
       return "buffer-full";
     }
@@ -608,6 +618,7 @@ function nextTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
-}
+const REAL_CLOCK: Clock = {
+  nowMs: () => performance.now(),
+  sleep: (ms) => new Promise((resolve) => setTimeout(resolve, ms)),
+};

@@ -5,25 +5,18 @@
 // A chain may not come back to a file that it holds already (by device and inode, so that links do not help), and
 // its depth is bounded.
 
-import { constants, fstatSync } from "node:fs";
+import { closeSync, fstatSync, openSync } from "node:fs";
 import type { Stats } from "node:fs";
 import * as path from "node:path";
 import { CowcatcherError, ioError } from "../errors.js";
 import type { Image } from "./device.js";
-import {
-  closeFile,
-  openFile,
-  readFirstBytes,
-  readFullySync,
-  readOnceSync,
-  pageAlignedMemory,
-  statPath,
-} from "./fileio.js";
+import { closeFile, readFirstBytes, readFullySync } from "./fileio.js";
 import { type ImageFormat, isImageFormat } from "./format.js";
 import { acquireImageLock } from "./locks.js";
 import { PROBE_BYTES, probeFormat } from "./probe.js";
 import { type Qcow2Header, readHeader } from "./qcow2/header.js";
 import { openQcow2 } from "./qcow2/image.js";
+import { openImageFile } from "./imagefile.js";
 import { openRaw } from "./raw.js";
 
 /** Stated bound of a backing chain; QEMU has none, and chains in use are shorter than 100. */
@@ -88,44 +81,6 @@ async function openLayer(
     await closeFile(fd);
     throw ioError("open", imagePath, error);
   }
-}
-
-/**
- * Opens a regular file or a block device; nothing else can be an image.
- * @throws CowcatcherError NOT_FOUND, IO or UNSUPPORTED
- */
-export async function openImageFile(
-  imagePath: string,
-  { readOnly, direct }: { readOnly: boolean; direct: boolean },
-): Promise<number> {
-  try {
-    // Before opening: to open a FIFO would wait for its other end.
-    assertImageFile(imagePath, await statPath(imagePath));
-    const access = readOnly ? constants.O_RDONLY : constants.O_RDWR;
-    return await openFile(imagePath, access | (direct ? constants.O_DIRECT : 0));
-  } catch (error) {
-    if (direct && error instanceof Error && "code" in error && error.code === "EINVAL") {
-      throw unsupported(imagePath, "the file system there refuses O_DIRECT", "leave --direct out");
-    }
-    throw ioError("open", imagePath, error);
-  }
-}
-
-function assertImageFile(imagePath: string, stats: Stats): void {
-  if (stats.isFile() || stats.isBlockDevice()) return;
-  const kind = stats.isDirectory()
-    ? "a directory"
-    : stats.isFIFO()
-      ? "a FIFO"
-      : stats.isSocket()
-        ? "a socket"
-        : "a character device";
-  throw new CowcatcherError({
-    code: "IO",
-    object: imagePath,
-    problem: `is ${kind}, not an image`,
-    hint: "name a regular file or a block device",
-  });
 }
 
 function enterChain(imagePath: string, stats: Stats, chain: ChainState): void {
@@ -203,15 +158,17 @@ export function resolveBackingPath(overlayPath: string, backingFile: string): st
   return path.isAbsolute(plainName) ? plainName : path.join(path.dirname(overlayPath), plainName);
 }
 
-/** The header of an image that is open, O_DIRECT or not. */
+/** O_DIRECT would want aligned memory for these few bytes, so the file is opened a second time without it. */
 function readHeaderOf(imagePath: string, fd: number, direct: boolean): Qcow2Header {
-  return readHeader((buffer, offsetBytes) => {
-    if (!direct) return readFullySync(imagePath, fd, buffer, 0, buffer.length, offsetBytes);
-    const place = pageAlignedMemory(Math.max(buffer.length, PROBE_BYTES * 8));
-    const count = Math.min(readOnceSync(imagePath, fd, place, 0, place.length, offsetBytes), buffer.length);
-    buffer.set(place.subarray(0, count));
-    return count;
-  }, imagePath);
+  const bufferedFd = direct ? openSync(`/proc/self/fd/${fd}`, "r") : fd;
+  try {
+    return readHeader(
+      (buffer, offsetBytes) => readFullySync(imagePath, bufferedFd, buffer, 0, buffer.length, offsetBytes),
+      imagePath,
+    );
+  } finally {
+    if (direct) closeSync(bufferedFd);
+  }
 }
 
 function unsupported(object: string, problem: string, hint?: string): CowcatcherError {

@@ -33,7 +33,7 @@ import { ProbeGuard } from "./probeguard.js";
 
 /** Copying this much takes well under a millisecond. */
 const SYNC_LIMIT_BYTES = 1 * MiB;
-/** Up to here zeroes are written rather than asked of fallocate, which waits for dirty pages to reach the disk. */
+/** Up to here zeroes are written, rather than asked of fallocate: on older kernels that waits for dirty pages. */
 const WRITTEN_ZEROES_BYTES = 64 * KiB;
 /** One fallocate call; between two the event loop runs. */
 const FALLOCATE_PIECE_BYTES = 16 * MiB;

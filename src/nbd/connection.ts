@@ -39,6 +39,7 @@ export class Connection {
   private readonly onGone: () => void;
   private transmission: Transmission | undefined;
   private phase: "negotiating" | "transmitting" | "finishing" | "closed" = "negotiating";
+  private isShuttingDown = false;
   private isEnded = false;
   private isGone = false;
   private isFlushScheduled = false;
@@ -79,13 +80,11 @@ export class Connection {
 
   /** Answers what is in flight, refuses what still comes, then closes. */
   shutDown(): void {
+    this.isShuttingDown = true;
     this.handshake.shuttingDown = true;
     this.transmission?.refuseRequests();
-    if (this.phase === "transmitting") {
-      this.process();
-      this.settleBounds();
-    }
-    this.finish();
+    if (this.phase === "negotiating") this.finish();
+    else this.makeProgress();
   }
 
   destroy(): void {
@@ -97,6 +96,10 @@ export class Connection {
     this.process();
     this.receive.prepare(this.needBytes());
     this.settleBounds();
+  }
+
+  private get requestsInFlight(): number {
+    return this.transmission?.requestsInFlight ?? 0;
   }
 
   private needBytes(): number {
@@ -161,6 +164,7 @@ export class Connection {
       this.process();
       this.settleBounds();
     }
+    if (this.phase === "transmitting" && this.isShuttingDown && this.requestsInFlight === 0) this.finish();
     if (this.phase === "finishing") this.endWhenAnswered();
     if (this.phase === "closed") this.goneWhenIdle();
   }
@@ -177,7 +181,7 @@ export class Connection {
   }
 
   private endWhenAnswered(): void {
-    if (this.isEnded || (this.transmission?.requestsInFlight ?? 0) > 0) return;
+    if (this.isEnded || this.requestsInFlight > 0) return;
     this.isEnded = true;
     this.replies.flush();
     this.socket.end(() => {
@@ -207,7 +211,7 @@ export class Connection {
   }
 
   private goneWhenIdle(): void {
-    if (this.isGone || (this.transmission?.requestsInFlight ?? 0) > 0) return;
+    if (this.isGone || this.requestsInFlight > 0) return;
     this.isGone = true;
     this.onGone();
   }

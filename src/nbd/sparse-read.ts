@@ -122,7 +122,14 @@ export function startSparseRead(
       place += OFFSET_HOLE_CHUNK_BYTES;
     } else {
       writeChunkHeader(view, place, isLast, NBD_REPLY_TYPE_OFFSET_DATA, high, low, 8 + runBytes, runOffset);
-      const completion = readRun(device, bytes, place + OFFSET_DATA_HEADER_BYTES, runBytes, runOffset, pending);
+      const completion = readRun(
+        device,
+        bytes,
+        place + OFFSET_DATA_HEADER_BYTES,
+        runBytes,
+        runOffset,
+        pending,
+      );
       if (completion !== undefined) pending.push(completion);
       place += OFFSET_DATA_HEADER_BYTES + runBytes;
     }

@@ -339,7 +339,16 @@ export class Transmission {
     const at = replies.reserve(headerBytes + lengthBytes);
     const { slab } = replies;
     if (isStructured) {
-      writeChunkHeader(slab.view, at, true, NBD_REPLY_TYPE_OFFSET_DATA, high, low, 8 + lengthBytes, offsetBytes);
+      writeChunkHeader(
+        slab.view,
+        at,
+        true,
+        NBD_REPLY_TYPE_OFFSET_DATA,
+        high,
+        low,
+        8 + lengthBytes,
+        offsetBytes,
+      );
     } else {
       writeSimpleReply(slab.view, at, high, low, 0);
     }

@@ -3,21 +3,20 @@
 import { CowcatcherError, errnoOf } from "../errors.js";
 import { NBD_EIO, NBD_ENOMEM, NBD_ENOSPC, NBD_EPERM } from "./protocol.js";
 
-/** NBD's eight values are all that the protocol allows; whatever has none of its own is EIO. */
+const NBD_ERROR_OF_ERRNO: Readonly<Record<string, number>> = {
+  EPERM: NBD_EPERM,
+  EACCES: NBD_EPERM,
+  EROFS: NBD_EPERM,
+  ENOMEM: NBD_ENOMEM,
+  ENOSPC: NBD_ENOSPC,
+  EDQUOT: NBD_ENOSPC,
+  EFBIG: NBD_ENOSPC,
+};
+
+/** NBD's few values are all that the protocol allows; whatever has none of its own is EIO. */
 export function nbdErrorOf(error: unknown): number {
-  if (error instanceof CowcatcherError && error.code === "NO_SPACE") return NBD_ENOSPC;
-  switch (errnoOf(error) ?? (error instanceof CowcatcherError ? error.errno : undefined)) {
-    case "EPERM":
-    case "EACCES":
-    case "EROFS":
-      return NBD_EPERM;
-    case "ENOMEM":
-      return NBD_ENOMEM;
-    case "ENOSPC":
-    case "EDQUOT":
-    case "EFBIG":
-      return NBD_ENOSPC;
-    default:
-      return NBD_EIO;
-  }
+  const errno = error instanceof CowcatcherError ? error.errno : errnoOf(error);
+  const known = errno === undefined ? undefined : NBD_ERROR_OF_ERRNO[errno];
+  if (known !== undefined) return known;
+  return error instanceof CowcatcherError && error.code === "NO_SPACE" ? NBD_ENOSPC : NBD_EIO;
 }

@@ -12,9 +12,7 @@
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and
 // the new one is written after all else is synced. A file needs neither: it has no name yet.
 
-import * as fs from "node:fs";
-import { promisify } from "node:util";
-import { CowcatcherError, ioError } from "../errors.js";
+import { CowcatcherError } from "../errors.js";
 import { writeFully } from "../image/fileio.js";
 import { KiB, MiB } from "../units.js";
 import { FileTarget } from "./file-target.js";
@@ -38,7 +36,6 @@ import {
 import { COPIED_HIGH_WORD, TWO_POW_32 } from "./qcow2-writer.js";
 import type { Qcow2TargetDescription, Target, TargetOptions } from "./target.js";
 
-const truncateFile: (fd: number, lengthBytes: number) => Promise<void> = promisify(fs.ftruncate);
 const WRITE_BYTES = 1 * MiB;
 /** Data and tables must not share a page: the largest page of the platforms that Node runs on. */
 const DIRECT_CLUSTER_BYTES_MIN = 64 * KiB;
@@ -127,22 +124,13 @@ class MetadataWriter {
     const { file, geometry } = this;
     const refcounts = planRefcounts(Atomics.load(this.words, NEXT_FREE), geometry.clusterBytes);
     const header = encodeHeaderCluster(file.name, geometry, refcounts, this.backing);
-    if (file.capacityBytes === null) await this.#extend(refcounts.totalClusterCount * geometry.clusterBytes);
+    // The blocks end the file, so whatever cluster before them is short or a hole becomes whole.
     await this.#writeRefcountBlocks(refcounts, checkOpen);
     await this.#writeRefcountTable(refcounts);
     await this.#writeL1Table(checkOpen);
     checkOpen();
     if (!file.startsZeroed) await syncData(file.name, file.bufferedFd);
     await this.#write(header, header.length, 0);
-  }
-
-  /** The last clusters may be short, or holes; the image has them whole. */
-  async #extend(lengthBytes: number): Promise<void> {
-    try {
-      await truncateFile(this.file.bufferedFd, lengthBytes);
-    } catch (error) {
-      throw ioError("size the target", this.file.name, error);
-    }
   }
 
   async #writeRefcountBlocks(plan: RefcountPlan, checkOpen: () => void): Promise<void> {

@@ -393,8 +393,9 @@ describe("worker threads", () => {
       const next = new SharedArrayBuffer(8);
       new Int32Array(next)[1] = workerCount;
       const workerData = { description: target.description, content, next, runBytes };
-      const url = new URL(`data:text/javascript,${encodeURIComponent(WORKER_SOURCE)}`);
-      const workers = Array.from({ length: workerCount }, () => new Worker(url, { workerData }));
+      const script = join(compiled, "worker.js");
+      fs.writeFileSync(script, WORKER_SOURCE);
+      const workers = Array.from({ length: workerCount }, () => new Worker(script, { workerData }));
       for (const [code] of await Promise.all(workers.map((worker) => once(worker, "exit"))))
         expect(code).toBe(0);
       await target.finish();

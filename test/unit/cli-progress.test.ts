@@ -194,11 +194,11 @@ describe("bars", () => {
 
   it("show as many parts as the terminal has room for", () => {
     expect(barText(watched(PROGRESS), 200)).toBe(
-      "root [============------------] 50%, 5.00 GiB of 10.0 GiB, 50.0 MiB/s, 1:00 left, buffer 25%, " +
+      "root [==========----------] 50%, 5.00 GiB of 10.0 GiB, 50.0 MiB/s, 1:00 left, buffer 25%, " +
         "longest guest wait 12 ms, 3.00 MiB spilled",
     );
     expect(barText(watched(PROGRESS), 80)).toBe(
-      "root [============------------] 50%, 5.00 GiB of 10.0 GiB, 50.0 MiB/s, 1:00 left",
+      "root [==========----------] 50%, 5.00 GiB of 10.0 GiB, 50.0 MiB/s, 1:00 left",
     );
     for (let columns = 40; columns < 200; columns++) {
       expect(barText(watched(PROGRESS), columns).length).toBeLessThan(columns + 1);

@@ -26,7 +26,7 @@ const USAGE: [string, string, number?][] = [
   ["", "COMMAND: is missing (see cowcatcher --help)"],
   ["bakup", "bakup: is not a command (did you mean backup?)"],
   ["xyz", "xyz: is not a command (see cowcatcher --help)"],
-  ["--json info", "--json: is not an option (see cowcatcher --help)"],
+  ["-q info", "-q: is not an option (see cowcatcher --help)"],
   ["backup", "SOURCE: is missing (give SOURCE and TARGET)"],
   ["backup a.img", "TARGET: is missing (give SOURCE and TARGET)"],
   ["backup a.img b.img c.img", "c.img: is one argument too many (give SOURCE and TARGET)"],

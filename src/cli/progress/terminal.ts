@@ -13,7 +13,7 @@ import { bufferPart, progressParts } from "./text.js";
 import type { JobInfo, JobResult, PrintableView } from "./view.js";
 
 const REDRAWS_A_SECOND = 5;
-const BAR_COLUMNS = 24;
+const BAR_COLUMNS = 20;
 const MAX_NAME_COLUMNS = 24;
 const DEFAULT_COLUMNS = 80;
 const ALMOST_FULL = 0.75;

@@ -69,13 +69,14 @@ export interface Qcow2Layout {
 export function createQcow2(fd: number, name: string, options: CreateOptions): Qcow2Layout {
   const layout = planQcow2(name, options);
   const { refcountTableOffset, refcountBlocksOffset, endOffset } = layout;
+  const headerCluster = serialiseHeader(layout.header, name);
   const write = (bytes: Uint8Array, offsetBytes: number): void =>
     writeFullySync(name, fd, bytes, 0, bytes.length, offsetBytes);
   setLength(fd, name, endOffset);
   write(refcountTable(layout), refcountTableOffset);
   write(refcountBlocks(layout), refcountBlocksOffset);
   // Last, so that what is half written does not look like an image.
-  write(serialiseHeader(layout.header, name), 0);
+  write(headerCluster, 0);
   return layout;
 }
 

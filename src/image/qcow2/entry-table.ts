@@ -18,7 +18,7 @@ export class EntryTable {
 
   /** `words` holds two words an entry. */
   constructor(
-    readonly words: Uint32Array<ArrayBuffer>,
+    readonly words: Uint32Array,
     public offsetBytes: number,
   ) {}
 

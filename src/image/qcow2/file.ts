@@ -7,10 +7,11 @@
 // Main thread only. One process writes the file (its locks say so), so its length is known without asking.
 
 import * as fs from "node:fs";
-import { getSystemErrorName } from "node:util";
 import { ioError } from "../../errors.js";
 import { EAGAIN, EOPNOTSUPP, libc } from "../../native/libc.js";
 import type { Completion } from "../device.js";
+import { sizeOf } from "../devicesize.js";
+import { closeFile, errnoError, readFully, readFullySync, syncFileData, writeFullySync } from "../fileio.js";
 
 export interface QcowFile {
   readonly name: string;
@@ -28,100 +29,52 @@ export interface QcowFile {
   close(): Promise<void>;
 }
 
-/** fs.close as a promise, with typed errors. */
-export function closeFd(fd: number, name: string): Promise<void> {
-  return new Promise((resolve, reject) => {
-    fs.close(fd, (error) => (error ? reject(ioError("close", name, error)) : resolve()));
-  });
-}
-
-export function fdatasync(fd: number, name: string): Promise<void> {
-  return new Promise((resolve, reject) => {
-    fs.fdatasync(fd, (error) => (error ? reject(ioError("flush", name, error)) : resolve()));
-  });
-}
-
-/** Reads until done or the end of the file; resolves with the count. */
-export async function readFully(
-  fd: number,
-  buffer: Uint8Array,
-  bufferOffset: number,
-  lengthBytes: number,
-  offsetBytes: number,
-  name: string,
-): Promise<number> {
-  let done = 0;
-  while (done < lengthBytes) {
-    const count = await new Promise<number>((resolve, reject) => {
-      fs.read(fd, buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done, (error, bytesRead) =>
-        error ? reject(ioError("read", name, error, offsetBytes + done)) : resolve(bytesRead),
-      );
-    });
-    if (count === 0) break;
-    done += count;
-  }
-  return done;
-}
-
-/** A negated errno as the kind of error that Node throws. */
-export function systemError(result: number): Error {
-  const code = getSystemErrorName(result);
-  return Object.assign(new Error(code), { code });
-}
-
-export interface FileFacts {
-  isBlockDevice: boolean;
-  sizeBytes: number;
-}
-
-/** @throws CowcatcherError IO */
-export function fileFacts(fd: number, name: string): FileFacts {
-  try {
-    const stat = fs.fstatSync(fd);
-    if (!stat.isBlockDevice()) return { isBlockDevice: false, sizeBytes: stat.size };
-    return { isBlockDevice: true, sizeBytes: blockDeviceSize(fd) };
-  } catch (cause) {
-    throw ioError("examine", name, cause);
-  }
-}
-
-/** A device has no length in fstat; the last offset that can be read is found by bisection. */
-function blockDeviceSize(fd: number): number {
-  const block = Buffer.alloc(4096);
-  let low = 0;
-  let high = 2 ** 41; // in blocks of 4 KiB: 8 PiB
-  while (low < high) {
-    const middle = Math.floor((low + high) / 2);
-    let count = 0;
-    try {
-      count = fs.readSync(fd, block, 0, block.length, middle * block.length);
-    } catch {
-      count = 0;
-    }
-    if (count === block.length) low = middle + 1;
-    else high = middle;
-  }
-  return low * block.length;
-}
-
 const TMPFS_MAGIC = 0x01021994;
 
-/** Buffered I/O: reads try the page cache first, writes go to it synchronously. */
-export class BufferedFile implements QcowFile {
+/** What both kinds of file have in common. */
+export abstract class QcowFileBase {
   readonly isBlockDevice: boolean;
   endOffset: number;
-  /** A file in memory never blocks; tmpfs may lack RWF_NOWAIT. */
-  private readonly isMemory: boolean;
-  private hasNowait = libc !== null;
 
   constructor(
     readonly fd: number,
     readonly name: string,
   ) {
-    const facts = fileFacts(fd, name);
-    this.isBlockDevice = facts.isBlockDevice;
-    this.endOffset = facts.sizeBytes;
-    this.isMemory = process.platform === "linux" && isTmpfs(fd);
+    try {
+      const stats = fs.fstatSync(fd);
+      this.isBlockDevice = stats.isBlockDevice();
+      this.endOffset = sizeOf(name, fd, stats);
+    } catch (error) {
+      throw ioError("examine", name, error);
+    }
+  }
+
+  async sync(): Promise<void> {
+    try {
+      await syncFileData(this.fd);
+    } catch (error) {
+      throw ioError("flush", this.name, error);
+    }
+  }
+
+  async close(): Promise<void> {
+    try {
+      await closeFile(this.fd);
+    } catch (error) {
+      throw ioError("close", this.name, error);
+    }
+  }
+}
+
+/** Buffered I/O: reads try the page cache first, writes go to it synchronously. */
+export class BufferedFile extends QcowFileBase implements QcowFile {
+  /** A file in memory never blocks; tmpfs may lack RWF_NOWAIT. */
+  private readonly isMemory: boolean;
+  private hasNowait = libc !== null;
+
+  constructor(fd: number, name: string) {
+    super(fd, name);
+    this.isMemory = isTmpfs(fd);
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
@@ -148,7 +101,7 @@ export class BufferedFile implements QcowFile {
     else result = libc.readNowait(this.fd, buffer.buffer, position, lengthBytes, offsetBytes);
     if (result >= 0) return result;
     if (result === -EOPNOTSUPP) this.hasNowait = false;
-    else if (result !== -EAGAIN) throw ioError("read", this.name, systemError(result), offsetBytes);
+    else if (result !== -EAGAIN) throw errnoError("read", this.name, result, offsetBytes);
     return 0;
   }
 
@@ -158,62 +111,20 @@ export class BufferedFile implements QcowFile {
     lengthBytes: number,
     offsetBytes: number,
   ): Promise<void> {
-    const done = await readFully(this.fd, buffer, bufferOffset, lengthBytes, offsetBytes, this.name);
+    const done = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
     if (done < lengthBytes) buffer.fill(0, bufferOffset + done, bufferOffset + lengthBytes);
   }
 
   readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void {
-    let done = 0;
-    try {
-      while (done < lengthBytes) {
-        const count = fs.readSync(
-          this.fd,
-          buffer,
-          bufferOffset + done,
-          lengthBytes - done,
-          offsetBytes + done,
-        );
-        if (count === 0) break;
-        done += count;
-      }
-    } catch (cause) {
-      throw ioError("read", this.name, cause, offsetBytes + done);
-    }
+    const done = readFullySync(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
     buffer.fill(0, bufferOffset + done, bufferOffset + lengthBytes);
   }
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    let done = 0;
-    while (done < lengthBytes) {
-      done += this.writeOnce(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-    }
+    // Raised before the write: one that fails halfway may have left bytes there.
     this.endOffset = Math.max(this.endOffset, offsetBytes + lengthBytes);
+    writeFullySync(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
     return undefined;
-  }
-
-  private writeOnce(
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-    offsetBytes: number,
-  ): number {
-    try {
-      if (libc === null) return fs.writeSync(this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-      const position = buffer.byteOffset + bufferOffset;
-      const count = libc.pwrite(this.fd, buffer.buffer, position, lengthBytes, offsetBytes);
-      if (count < 0) throw systemError(count);
-      return count;
-    } catch (cause) {
-      throw ioError("write", this.name, cause, offsetBytes);
-    }
-  }
-
-  sync(): Promise<void> {
-    return fdatasync(this.fd, this.name);
-  }
-
-  close(): Promise<void> {
-    return closeFd(this.fd, this.name);
   }
 }
 

@@ -48,6 +48,13 @@ export class Flusher {
     return this.next;
   }
 
+  /** Starts a flush in the background unless one runs; returns it if the caller has to wait for room. */
+  relieve(mustWait: boolean): Completion {
+    if (mustWait) return this.flush();
+    if (this.running === undefined) this.flush()?.catch(() => undefined); // the tables stay dirty: reported later
+    return undefined;
+  }
+
   get isDirty(): boolean {
     return this.hasUnsyncedData || this.isMetadataDirty;
   }
@@ -70,25 +77,25 @@ export class Flusher {
   }
 
   private async run(): Promise<void> {
-    const hadData = this.hasUnsyncedData;
-    this.hasUnsyncedData = false;
     if (!this.isMetadataDirty) {
+      this.hasUnsyncedData = false;
       try {
         await this.file.sync();
       } catch (error) {
-        this.hasUnsyncedData = hadData;
+        this.hasUnsyncedData = true;
         throw error;
       }
       return;
     }
     this.mapping.moveFrozenTables();
     const stock = this.takeStock();
+    this.hasUnsyncedData = false;
     try {
       await this.writeRefcounts(stock);
       await this.file.sync();
       await this.writeMapping(stock);
     } catch (error) {
-      this.hasUnsyncedData ||= hadData;
+      this.hasUnsyncedData = true;
       this.giveBack(stock);
       throw error;
     }

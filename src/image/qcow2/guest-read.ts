@@ -76,12 +76,7 @@ export class GuestReader {
     this.decompressedFrom = -1;
   }
 
-  private step(
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-    offsetBytes: number,
-  ): number {
+  private step(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): number {
     const { mapping, run } = this;
     const { clusterSizeBytes, entriesPerTable } = mapping;
     const cluster = Math.floor(offsetBytes / clusterSizeBytes);
@@ -123,8 +118,7 @@ export class GuestReader {
     offsetBytes: number,
   ): void {
     const { backing } = this;
-    const stored =
-      backing === null ? 0 : Math.min(lengthBytes, Math.max(0, backing.sizeBytes - offsetBytes));
+    const stored = backing === null ? 0 : Math.min(lengthBytes, Math.max(0, backing.sizeBytes - offsetBytes));
     if (stored < lengthBytes) buffer.fill(0, bufferOffset + stored, bufferOffset + lengthBytes);
     if (backing !== null && stored > 0) {
       this.wait = backing.read(buffer, bufferOffset, stored, offsetBytes);

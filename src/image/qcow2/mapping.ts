@@ -48,8 +48,8 @@ export class Mapping {
   /** Set where a look-up returned null because it has to wait. */
   wait: Promise<void> | undefined;
   readonly frozen = new Set<FrozenTables>();
-  /** Starts a flush: called when dirty tables crowd the cache. */
-  requestFlush: () => Completion = () => undefined;
+  /** Called when dirty tables crowd the caches: starts a flush; what it returns must be awaited if `mustWait`. */
+  relieve: (mustWait: boolean) => Completion = () => undefined;
 
   private readonly loading = new Map<number, Promise<void>>();
 
@@ -98,11 +98,8 @@ export class Mapping {
   /** The L2 table for changing, made or copied if need be; null (with `wait` set) where the caller must wait. */
   writableTable(l1Index: number): CachedTable | null {
     if (this.isCrowded()) {
-      const flushed = this.requestFlush();
-      if (flushed !== undefined && this.l2.dirtyCount >= this.l2.capacity * 0.75) {
-        this.wait = flushed;
-        return null;
-      }
+      this.wait = this.relieve(this.l2.dirtyCount >= this.l2.capacity * 0.75);
+      if (this.wait !== undefined) return null;
     }
     if (this.l1.offsetAt(l1Index, L1_HIGH_MASK) === 0) return this.createTable(l1Index);
     const table = this.tableFor(l1Index);

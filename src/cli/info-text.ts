@@ -1,19 +1,6 @@
-// The JSON documents of `info` and `check`, member for member those of qemu-img 7.2, and the text that qemu-img
-// makes of them.
+// The JSON document of `info`, member for member that of qemu-img 7.2, and the text that qemu-img makes of it.
+import type { BitmapInfo, SnapshotInfo } from "../image/qcow2/info.js";
 import { qemuDump, qemuSize, type JsonValue } from "./qemu-text.js";
-
-/** QEMU's SnapshotInfo (qapi/block-core.json). */
-export interface SnapshotDocument {
-  id: string;
-  name: string;
-  "vm-state-size": number;
-  "date-sec": number;
-  "date-nsec": number;
-  "vm-clock-sec": number;
-  "vm-clock-nsec": number;
-  /** Left out where the image does not say. */
-  icount?: number;
-}
 
 /** QEMU's ImageInfo. */
 export interface ImageInfoDocument {
@@ -27,22 +14,22 @@ export interface ImageInfoDocument {
   "backing-filename"?: string;
   "full-backing-filename"?: string;
   "backing-filename-format"?: string;
-  snapshots?: SnapshotDocument[];
-  "format-specific"?: { type: string; data: { [key: string]: JsonValue } };
+  snapshots?: SnapshotInfo[];
+  "format-specific"?: { type: string; data: FormatSpecificDocument };
 }
 
-/** QEMU's ImageCheck. Counts that are zero are left out, as there. */
-export interface ImageCheckDocument {
-  filename: string;
-  format: string;
-  "check-errors": number;
-  "image-end-offset"?: number;
-  corruptions?: number;
-  leaks?: number;
-  "total-clusters"?: number;
-  "allocated-clusters"?: number;
-  "fragmented-clusters"?: number;
-  "compressed-clusters"?: number;
+/** QEMU's ImageInfoSpecificQCow2; of `encrypt` the format alone. */
+export interface FormatSpecificDocument {
+  compat: string;
+  "compression-type": string;
+  "lazy-refcounts"?: boolean;
+  bitmaps?: BitmapInfo[];
+  "refcount-bits": number;
+  "data-file"?: string;
+  "data-file-raw"?: boolean;
+  encrypt?: { format: string };
+  corrupt?: boolean;
+  "extended-l2"?: boolean;
 }
 
 export function infoLines(info: ImageInfoDocument): string[] {
@@ -58,9 +45,25 @@ export function infoLines(info: ImageInfoDocument): string[] {
   lines.push(...backingLines(info));
   if (info.snapshots !== undefined) lines.push("Snapshot list:", ...snapshotLines(info.snapshots));
   if (info["format-specific"] !== undefined) {
-    lines.push("Format specific information:", ...qemuDump(info["format-specific"].data));
+    lines.push("Format specific information:", ...qemuDump(dumpOrder(info["format-specific"].data)));
   }
   return lines;
+}
+
+function dumpOrder(data: FormatSpecificDocument): Record<string, JsonValue> {
+  const bitmaps = data.bitmaps?.map(({ flags, name, granularity }) => ({ flags, name, granularity }));
+  return {
+    compat: data.compat,
+    "compression-type": data["compression-type"],
+    "lazy-refcounts": data["lazy-refcounts"],
+    bitmaps,
+    "refcount-bits": data["refcount-bits"],
+    "data-file": data["data-file"],
+    "data-file-raw": data["data-file-raw"],
+    encrypt: data.encrypt,
+    corrupt: data.corrupt,
+    "extended-l2": data["extended-l2"],
+  };
 }
 
 function backingLines(info: ImageInfoDocument): string[] {
@@ -75,7 +78,7 @@ function backingLines(info: ImageInfoDocument): string[] {
   return lines;
 }
 
-function snapshotLines(snapshots: readonly SnapshotDocument[]): string[] {
+function snapshotLines(snapshots: readonly SnapshotInfo[]): string[] {
   return [
     snapshotRow("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"),
     ...snapshots.map((snapshot) =>
@@ -119,48 +122,4 @@ function clock(seconds: number, nanoseconds: number): string {
 
 function twoDigits(value: number): string {
   return String(value).padStart(2, "0");
-}
-
-export function checkLines(check: ImageCheckDocument): string[] {
-  return [...verdictLines(check), ...clusterLines(check), ...endLines(check)];
-}
-
-function verdictLines({
-  corruptions = 0,
-  leaks = 0,
-  "check-errors": checkErrors,
-}: ImageCheckDocument): string[] {
-  if (corruptions + leaks + checkErrors === 0) return ["No errors were found on the image."];
-  const lines: string[] = [];
-  if (corruptions > 0) {
-    lines.push(
-      "",
-      `${corruptions} errors were found on the image.`,
-      "Data may be corrupted, or further writes to the image may corrupt it.",
-    );
-  }
-  if (leaks > 0) {
-    lines.push(
-      "",
-      `${leaks} leaked clusters were found on the image.`,
-      "This means waste of disk space, but no harm to data.",
-    );
-  }
-  if (checkErrors > 0) lines.push("", `${checkErrors} internal errors have occurred during the check.`);
-  return lines;
-}
-
-function clusterLines(check: ImageCheckDocument): string[] {
-  const { "total-clusters": total = 0, "allocated-clusters": allocated = 0 } = check;
-  if (total === 0 || allocated === 0) return [];
-  const percent = (part: number, whole: number): string => `${((part * 100) / whole).toFixed(2)}%`;
-  return [
-    `${allocated}/${total} = ${percent(allocated, total)} allocated, ` +
-      `${percent(check["fragmented-clusters"] ?? 0, allocated)} fragmented, ` +
-      `${percent(check["compressed-clusters"] ?? 0, allocated)} compressed clusters`,
-  ];
-}
-
-function endLines({ "image-end-offset": end = 0 }: ImageCheckDocument): string[] {
-  return end > 0 ? [`Image end offset: ${end}`] : [];
 }

@@ -1,0 +1,118 @@
+// Breaks the copy-before-write engine on purpose, one rule at a time, and shows that the model test notices:
+// npm run test:mutants. Each mutant is a copy of the project's sources with one line changed.
+import { spawnSync } from "node:child_process";
+import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+
+const MUTANTS = [
+  {
+    rule: "1: capture before the write",
+    file: "src/cow/interceptor.ts",
+    from: 'if (this.#allDone(from, to)) return "done";\n    const region',
+    to: 'if (this.#allDone(from, to) || from % 3 === 0) return "done";\n    const region',
+  },
+  {
+    rule: "1: only blocks that a capture holds are held",
+    file: "src/cow/interceptor.ts",
+    from: "held.fill(1, start, start + captureLength(info));",
+    to: "held.fill(1, start, start + captureLength(info) + 1);",
+  },
+  {
+    rule: "1: the guest waits while a worker reads",
+    file: "src/cow/shared.ts",
+    from: "if ((word & OWNER_MASK) !== 0) return false;",
+    to: "if ((word & OWNER_MASK) !== 0 && owner !== OWNER_MAIN) return false;",
+  },
+  {
+    rule: "2: no claim across a write to the target",
+    file: "src/cow/drain.ts",
+    from: "if (!this.#unbuffered) this.#letGo(chunk, clearBits);",
+    to: "",
+    also: [
+      { from: "if (this.#unbuffered) this.#letGo(chunk, clearBits);", to: "this.#letGo(chunk, clearBits);" },
+    ],
+  },
+  {
+    rule: "2: who waits is woken",
+    file: "src/cow/shared.ts",
+    from: "if ((word & WAITING) !== 0) Atomics.notify(this.chunkWords, chunk);",
+    to: "",
+  },
+  {
+    rule: "3: captured data goes over what was read",
+    file: "src/cow/drain.ts",
+    from: "    yield* this.#readMissing(chunk);\n    this.#takeSlots(chunk);",
+    to: "    this.#takeSlots(chunk);\n    yield* this.#readMissing(chunk);",
+  },
+  {
+    rule: "3: once: clusters that are done are not taken again",
+    file: "src/cow/drain.ts",
+    from: "if (state !== CAPTURED && (state !== PENDING || capturedOnly)) continue;",
+    to: "if (state === READING) continue;",
+  },
+  {
+    rule: "3: spilled blocks are part of the backup",
+    file: "src/cow/drain.ts",
+    from: "if (spilled) this.#takeSpilled(chunk);",
+    to: "",
+  },
+  {
+    rule: "3: a region is a hole only if all of it is",
+    file: "src/cow/drain.ts",
+    from: "hole = extent.zero && extent.lengthBytes >= length;",
+    to: "hole = extent.zero;",
+  },
+  {
+    rule: "3: slots are given back when they have been copied",
+    file: "src/cow/drain.ts",
+    from: "blockCount += count;\n      last = capture;",
+    to: "blockCount += count;\n      last = first;",
+  },
+  {
+    rule: "5: no write is in flight at T0",
+    file: "src/cow/disk-node.ts",
+    from: "if (this.#inFlight > 0) {",
+    to: "if (this.#inFlight > 1e9) {",
+  },
+  {
+    rule: "5: a write that starts after T0 is intercepted",
+    file: "src/cow/disk-node.ts",
+    from: "if (this.#gate !== null) return this.#gate;",
+    to: "",
+  },
+];
+
+let survivors = 0;
+for (const mutant of MUTANTS) {
+  const directory = mkdtempSync(join(process.cwd(), ".mutant-"));
+  try {
+    for (const part of ["src", "test", "package.json", "tsconfig.json", "vitest.config.ts"]) {
+      cpSync(part, join(directory, part), { recursive: true });
+    }
+    symlinkSync(join(process.cwd(), "node_modules"), join(directory, "node_modules"));
+    apply(join(directory, mutant.file), mutant);
+    const result = spawnSync("npx", ["vitest", "run", "test/model/cow.test.ts"], {
+      cwd: directory,
+      encoding: "utf8",
+      env: { ...process.env, COW_MODEL_SCHEDULES: "3000" },
+    });
+    const reason = /Error.*?: (.*)/.exec(`${result.stdout}${result.stderr}`.replace(/\u001b\[[0-9;]*m/g, ""));
+    const caught = result.status !== 0;
+    if (!caught) survivors++;
+    console.log(
+      `${caught ? "caught  " : "SURVIVED"}  ${mutant.rule}${caught ? `  →  ${reason?.[1] ?? "failed"}` : ""}`,
+    );
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+}
+process.exitCode = survivors === 0 ? 0 : 1;
+
+function apply(file, { from, to, also = [] }) {
+  let text = readFileSync(file, "utf8");
+  for (const change of [{ from, to }, ...also]) {
+    if (text.split(change.from).length !== 2) throw new Error(`${file}: does not hold once: ${change.from}`);
+    text = text.replace(change.from, () => change.to);
+  }
+  writeFileSync(file, text);
+}

@@ -1,0 +1,172 @@
+// `create`: a new, empty image, as qemu-img create makes it: an existing file is replaced. It is locked first, so
+// that an image in use is refused, and nothing is touched before every option is known to be good.
+import {
+  closeSync,
+  constants,
+  fstatSync,
+  fsyncSync,
+  ftruncateSync,
+  openSync,
+  rmSync,
+  statSync,
+} from "node:fs";
+import { ioError } from "../errors.js";
+import type { ImageFormat } from "../image/format.js";
+import { acquireImageLock } from "../image/locks.js";
+import { openImage, resolveBackingPath } from "../image/open.js";
+import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create.js";
+import { parseSize, roundUp } from "../units.js";
+import { printJsonDocument, printLine, type CommandContext } from "./context.js";
+import { parseFormatOptions, type FormatOptions } from "./create-options.js";
+import { EXIT } from "./exit-codes.js";
+import { formatByExtension, parseImage, unsupported, usageError } from "./options.js";
+
+/** Disks are counted in sectors. */
+const SECTOR_BYTES = 512;
+
+export interface CreateFlags {
+  format?: ImageFormat;
+  backingFile?: string;
+  backingFormat?: ImageFormat;
+  options?: string;
+}
+
+interface NewImage extends FormatOptions {
+  path: string;
+  format: ImageFormat;
+  sizeBytes: number;
+}
+
+export async function runCreate(
+  path: string,
+  sizeText: string | undefined,
+  flags: CreateFlags,
+  { output }: CommandContext,
+): Promise<number> {
+  const image = await plan(path, sizeText, flags);
+  write(image);
+  if (output.json) printJsonDocument(output, createDocument(image));
+  else if (!output.quiet) printLine(output, formattingLine(image));
+  return EXIT.done;
+}
+
+async function plan(path: string, sizeText: string | undefined, flags: CreateFlags): Promise<NewImage> {
+  const format = flags.format ?? formatByExtension(path) ?? "raw";
+  const options = parseFormatOptions(flags.options, format);
+  const backingFile = flags.backingFile ?? options.backingFile;
+  const backingFormat = flags.backingFormat ?? options.backingFormat;
+  checkBacking(format, backingFile, backingFormat);
+  const given = sizeText === undefined ? options.sizeBytes : parseSize(sizeText, "SIZE");
+  // The backing file must open even where its size is not needed, as for qemu-img.
+  const inherited =
+    backingFile === undefined ? undefined : await backingSize(path, backingFile, backingFormat);
+  const sizeBytes = given ?? inherited;
+  if (sizeBytes === undefined) throw usageError("SIZE", "is missing", "give a size, such as 20G");
+  return { ...options, path, format, sizeBytes, ...(backingFile && { backingFile, backingFormat }) };
+}
+
+function checkBacking(
+  format: ImageFormat,
+  backingFile: string | undefined,
+  backingFormat: ImageFormat | undefined,
+): void {
+  if (backingFile === undefined) {
+    if (backingFormat !== undefined) throw usageError("--backing-format", "needs --backing-file");
+    return;
+  }
+  parseImage(backingFile, "--backing-file");
+  if (format === "raw") {
+    throw usageError("--backing-file", "a raw image has no backing file", "choose qcow2 with -f qcow2");
+  }
+  if (backingFormat === undefined) {
+    throw usageError("--backing-format", "is missing", "name the backing file's format: raw or qcow2");
+  }
+}
+
+async function backingSize(
+  path: string,
+  backingFile: string,
+  format: ImageFormat | undefined,
+): Promise<number> {
+  const backing = await openImage(resolveBackingPath(path, backingFile), { format, readOnly: true });
+  const { sizeBytes } = backing;
+  await backing.close();
+  return sizeBytes;
+}
+
+function write(image: NewImage): void {
+  const { path, format, sizeBytes } = image;
+  if (format === "qcow2") planQcow2(path, image);
+  const { fd, isNew } = openForCreation(path);
+  try {
+    acquireImageLock(fd, path, { write: true, resize: true });
+    truncate(fd, path);
+    if (format === "qcow2") createQcow2(fd, path, image);
+    else createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES));
+    sync(fd, path);
+  } catch (error) {
+    if (isNew) rmSync(path, { force: true });
+    throw error;
+  } finally {
+    closeSync(fd);
+  }
+}
+
+function openForCreation(path: string): { fd: number; isNew: boolean } {
+  const isNew = statSync(path, { throwIfNoEntry: false }) === undefined;
+  try {
+    const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_NONBLOCK, 0o644);
+    if (fstatSync(fd).isFile()) return { fd, isNew };
+    closeSync(fd);
+  } catch (cause) {
+    throw ioError("create", path, cause);
+  }
+  throw unsupported(path, "is not a regular file", "images are created in regular files alone");
+}
+
+function truncate(fd: number, path: string): void {
+  try {
+    ftruncateSync(fd, 0);
+  } catch (cause) {
+    throw ioError("empty", path, cause);
+  }
+}
+
+function sync(fd: number, path: string): void {
+  try {
+    fsyncSync(fd);
+  } catch (cause) {
+    throw ioError("flush", path, cause);
+  }
+}
+
+/** qemu-img's line. */
+export function formattingLine(image: NewImage): string {
+  const { path, format, sizeBytes, backingFile, backingFormat } = image;
+  const parts = [`Formatting '${path}', fmt=${format}`];
+  if (format === "qcow2") {
+    parts.push(
+      `cluster_size=${image.clusterSizeBytes} extended_l2=off compression_type=${image.compressionType}`,
+    );
+  }
+  parts.push(`size=${sizeBytes}`);
+  if (backingFile !== undefined) parts.push(`backing_file=${backingFile} backing_fmt=${backingFormat}`);
+  if (format === "qcow2") {
+    parts.push(`lazy_refcounts=${image.lazyRefcounts ? "on" : "off"} refcount_bits=${image.refcountBits}`);
+  }
+  return parts.join(" ");
+}
+
+/** What was made, in the words of `info`. */
+export function createDocument(image: NewImage): object {
+  return {
+    filename: image.path,
+    format: image.format,
+    "virtual-size": roundUp(image.sizeBytes, SECTOR_BYTES),
+    ...(image.format === "qcow2" && { "cluster-size": image.clusterSizeBytes }),
+    ...(image.backingFile !== undefined && {
+      "backing-filename": image.backingFile,
+      "backing-filename-format": image.backingFormat,
+    }),
+  };
+}

@@ -1,0 +1,145 @@
+// `info`: what an image is, in the words of qemu-img info.
+//
+// It reads the header alone, so that it also describes images that this version cannot open: encrypted ones, and
+// those with an external data file or extended L2 entries.
+import { fstatSync, statSync } from "node:fs";
+import { dirname, isAbsolute } from "node:path";
+import { CowcatcherError } from "../errors.js";
+import { sizeOf } from "../image/devicesize.js";
+import { closeFile, readFirstBytes, readFullySync } from "../image/fileio.js";
+import { isImageFormat, type ImageFormat } from "../image/format.js";
+import { openImageFile } from "../image/imagefile.js";
+import { acquireImageLock } from "../image/locks.js";
+import { MAX_BACKING_DEPTH } from "../image/open.js";
+import { PROBE_BYTES, probeFormat } from "../image/probe.js";
+import { BufferedFile } from "../image/qcow2/file.js";
+import {
+  AUTOCLEAR_RAW_EXTERNAL_DATA,
+  CRYPT_LUKS,
+  CRYPT_NONE,
+  INCOMPATIBLE_EXTERNAL_DATA,
+  readHeader,
+  type Qcow2Header,
+} from "../image/qcow2/header.js";
+import { describeImage } from "../image/qcow2/info.js";
+import { roundUp } from "../units.js";
+import { printJsonDocument, printLine, type CommandContext } from "./context.js";
+import { EXIT } from "./exit-codes.js";
+import { infoLines, type FormatSpecificDocument, type ImageInfoDocument } from "./info-text.js";
+import { isNbdUri } from "./options.js";
+
+export interface InfoFlags {
+  format?: ImageFormat;
+  forceShare?: boolean;
+  backingChain?: boolean;
+}
+
+const SECTOR_BYTES = 512;
+/** Of st_blocks (stat(2)). */
+const STAT_BLOCK_BYTES = 512;
+
+export async function runInfo(path: string, flags: InfoFlags, { output }: CommandContext): Promise<number> {
+  const lock = flags.forceShare !== true;
+  const layers =
+    flags.backingChain === true
+      ? await describeChain(path, flags.format, lock)
+      : [await describeLayer(path, flags.format, lock)];
+  if (output.json) printJsonDocument(output, flags.backingChain === true ? layers : layers[0]);
+  else printLine(output, layers.map((layer) => infoLines(layer).join("\n")).join("\n\n"));
+  return EXIT.done;
+}
+
+async function describeChain(
+  path: string,
+  format: ImageFormat | undefined,
+  lock: boolean,
+): Promise<ImageInfoDocument[]> {
+  const layers: ImageInfoDocument[] = [];
+  const seen = new Set<string>();
+  for (let next: string | undefined = path, nextFormat = format; next !== undefined;) {
+    const { dev, ino } = statSync(next, { throwIfNoEntry: false }) ?? { dev: -1, ino: -1 };
+    if (seen.has(`${dev}:${ino}`))
+      throw chainError("FORMAT", next, "the backing chain comes back to this file");
+    if (layers.length > MAX_BACKING_DEPTH) {
+      throw chainError("LIMIT", path, `the backing chain is deeper than ${MAX_BACKING_DEPTH}`);
+    }
+    seen.add(`${dev}:${ino}`);
+    const layer = await describeLayer(next, nextFormat, lock);
+    layers.push(layer);
+    next = layer["full-backing-filename"];
+    const named = layer["backing-filename-format"];
+    nextFormat = named !== undefined && isImageFormat(named) ? named : undefined;
+  }
+  return layers;
+}
+
+function chainError(code: "FORMAT" | "LIMIT", object: string, problem: string): CowcatcherError {
+  return new CowcatcherError({ code, object, problem, hint: "leave --backing-chain out" });
+}
+
+/** @throws CowcatcherError NOT_FOUND, IO, LOCKED, FORMAT, UNSUPPORTED (a foreign format) */
+async function describeLayer(
+  path: string,
+  format: ImageFormat | undefined,
+  lock: boolean,
+): Promise<ImageInfoDocument> {
+  const fd = await openImageFile(path, { readOnly: true, direct: false });
+  try {
+    if (lock) acquireImageLock(fd, path, { write: false });
+    const known = format ?? probeFormat(path, readFirstBytes(path, fd, PROBE_BYTES));
+    return known === "raw" ? describeRaw(path, fd) : describeQcow2(path, fd);
+  } finally {
+    await closeFile(fd);
+  }
+}
+
+function describeRaw(path: string, fd: number): ImageInfoDocument {
+  const stats = fstatSync(fd);
+  return {
+    "virtual-size": roundUp(sizeOf(path, fd, stats), SECTOR_BYTES),
+    filename: path,
+    format: "raw",
+    "actual-size": stats.blocks * STAT_BLOCK_BYTES,
+    "dirty-flag": false,
+  };
+}
+
+function describeQcow2(path: string, fd: number): ImageInfoDocument {
+  const header = readHeader(
+    (buffer, offsetBytes) => readFullySync(path, fd, buffer, 0, buffer.length, offsetBytes),
+    path,
+  );
+  const { "format-specific": specific, ...described } = describeImage(header, new BufferedFile(fd, path));
+  const backing = header.backingFile === null ? undefined : backingPath(path, header.backingFile);
+  const encrypted = header.cryptMethod !== CRYPT_NONE;
+  return {
+    ...described,
+    "virtual-size": header.sizeBytes,
+    filename: path,
+    format: "qcow2",
+    "actual-size": fstatSync(fd).blocks * STAT_BLOCK_BYTES,
+    ...(encrypted && { encrypted }),
+    ...(backing !== undefined && { "full-backing-filename": backing }),
+    "format-specific": { type: "qcow2", data: { ...specific.data, ...specialData(header) } },
+  };
+}
+
+/** What describeImage leaves to images that this version opens. */
+function specialData(header: Qcow2Header): Partial<FormatSpecificDocument> {
+  const data: Partial<FormatSpecificDocument> = {};
+  if ((header.incompatibleFeatures & INCOMPATIBLE_EXTERNAL_DATA) !== 0n) {
+    data["data-file-raw"] = (header.autoclearFeatures & AUTOCLEAR_RAW_EXTERNAL_DATA) !== 0n;
+    if (header.externalDataFile !== null) data["data-file"] = header.externalDataFile;
+  }
+  if (header.cryptMethod !== CRYPT_NONE) {
+    data.encrypt = { format: header.cryptMethod === CRYPT_LUKS ? "luks" : "aes" };
+  }
+  return data;
+}
+
+/** As QEMU joins them: the image's folder and the name, with nothing taken out ("d/../a.qcow2"). */
+function backingPath(imagePath: string, name: string): string {
+  if (isNbdUri(name) || isAbsolute(name) || !imagePath.includes("/")) return name;
+  const folder = dirname(imagePath);
+  return folder === "/" ? `/${name}` : `${folder}/${name}`;
+}

@@ -1,0 +1,139 @@
+// What the phases of a check share: the file, the references counted so far, the findings.
+//
+// Memory: one counter for each host cluster of the file, 2 bytes (4 where refcounts are wider than 16 bits), and
+// one bit. MAX_HOST_CLUSTERS bounds that to about 1 GiB. Beside it one table is in memory at a time: an L1
+// table (32 MiB at most), the refcount table (8 MiB at most), an L2 table and a refcount block (a cluster each).
+
+import { CowcatcherError } from "../../errors.js";
+import { formatBytes } from "../../units.js";
+import { readFully } from "../fileio.js";
+import type { Qcow2Header } from "./header.js";
+
+/** 2^29 clusters: an image file of 32 TiB with 64 KiB clusters. */
+export const MAX_HOST_CLUSTERS = 2 ** 29;
+/** Messages kept; findings beyond are counted but not described. */
+export const MAX_MESSAGES = 1000;
+const SECTOR_BYTES = 512;
+
+export interface CheckCounts {
+  corruptions: number;
+  leaks: number;
+  checkErrors: number;
+  allocatedClusters: number;
+  fragmentedClusters: number;
+  compressedClusters: number;
+}
+
+export class CheckState {
+  readonly counts: CheckCounts = {
+    corruptions: 0,
+    leaks: 0,
+    checkErrors: 0,
+    allocatedClusters: 0,
+    fragmentedClusters: 0,
+    compressedClusters: 0,
+  };
+  readonly messages: string[] = [];
+  readonly clusterSizeBytes: number;
+  /** As QEMU sees it: in whole sectors. */
+  readonly fileBytes: number;
+  readonly hostClusterCount: number;
+  /** How often each host cluster is referred to. */
+  readonly references: Uint16Array | Uint32Array;
+  private readonly referenceMax: number;
+
+  /** @throws CowcatcherError LIMIT for a file with more than MAX_HOST_CLUSTERS. */
+  constructor(
+    readonly name: string,
+    private readonly fd: number,
+    readonly header: Qcow2Header,
+    fileSizeBytes: number,
+  ) {
+    this.clusterSizeBytes = 2 ** header.clusterBits;
+    this.fileBytes = Math.ceil(fileSizeBytes / SECTOR_BYTES) * SECTOR_BYTES;
+    this.hostClusterCount = Math.ceil(this.fileBytes / this.clusterSizeBytes);
+    if (this.hostClusterCount > MAX_HOST_CLUSTERS) {
+      const most = formatBytes(MAX_HOST_CLUSTERS * this.clusterSizeBytes);
+      const problem = `the file of ${formatBytes(this.fileBytes)} is larger than a check can hold in memory (${most})`;
+      throw new CowcatcherError({ code: "LIMIT", object: name, problem });
+    }
+    const isNarrow = header.refcountOrder <= 4;
+    this.references = isNarrow
+      ? new Uint16Array(this.hostClusterCount)
+      : new Uint32Array(this.hostClusterCount);
+    this.referenceMax = Math.min(2 ** (2 ** header.refcountOrder) - 1, 2 ** 32 - 1);
+  }
+
+  corruption(message: string): void {
+    this.counts.corruptions++;
+    this.note(`ERROR ${message}`);
+  }
+
+  leak(message: string): void {
+    this.counts.leaks++;
+    this.note(`Leaked ${message}`);
+  }
+
+  /** The check itself could not look at something. */
+  checkError(message: string): void {
+    this.counts.checkErrors++;
+    this.note(message);
+  }
+
+  private note(message: string): void {
+    if (this.messages.length < MAX_MESSAGES) this.messages.push(message);
+  }
+
+  /**
+   * Counts a reference to each host cluster that [offsetBytes, +lengthBytes) touches. The file's last cluster may
+   * be cut short; what lies further out is a corruption.
+   */
+  refer(offsetBytes: number, lengthBytes: number): void {
+    if (lengthBytes <= 0) return;
+    const { clusterSizeBytes } = this;
+    const end = offsetBytes + lengthBytes;
+    if (end - this.fileBytes >= clusterSizeBytes) {
+      const where = `offset ${hex(offsetBytes)} size ${hex(lengthBytes)}`;
+      const what = "counting reference for region exceeding the end of the file by one cluster or more";
+      this.corruption(`${what}: ${where}`);
+      return;
+    }
+    const first = Math.floor(offsetBytes / clusterSizeBytes);
+    const last = Math.min(Math.ceil(end / clusterSizeBytes), this.hostClusterCount);
+    for (let cluster = first; cluster < last; cluster++) {
+      const count = this.references[cluster] ?? 0;
+      if (count < this.referenceMax) this.references[cluster] = count + 1;
+      else this.corruption(`overflow cluster offset=${hex(cluster * clusterSizeBytes)}`);
+    }
+  }
+
+  isMisaligned(offsetBytes: number): boolean {
+    return offsetBytes % this.clusterSizeBytes !== 0;
+  }
+
+  /**
+   * Bytes of the file; zeroes past its end.
+   * @throws CowcatcherError IO
+   */
+  async read(offsetBytes: number, lengthBytes: number): Promise<DataView> {
+    const bytes = new Uint8Array(Math.max(lengthBytes, 0));
+    if (offsetBytes < this.fileBytes) {
+      await readFully(this.name, this.fd, bytes, 0, bytes.length, offsetBytes);
+    }
+    return new DataView(bytes.buffer);
+  }
+}
+
+export function hex(value: number | bigint): string {
+  return `0x${value.toString(16)}`;
+}
+
+/** Bits 9..55 of a table entry given as two words. Exact: such an offset has 47 significant bits. */
+export function offsetOf(high: number, low: number): number {
+  return (high & 0x00ffffff) * 2 ** 32 + ((low & 0xfffffe00) >>> 0);
+}
+
+export function entryHex(high: number, low: number): string {
+  const digits = high.toString(16) + low.toString(16).padStart(8, "0");
+  return digits.replace(/^0+(?=.)/, "");
+}

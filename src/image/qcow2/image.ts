@@ -1,0 +1,248 @@
+// A qcow2 image as a block device.
+//
+// Parts and who owns what (all on the main thread):
+//   header.ts       bytes of the header                     entry.ts        bits of L2 entries
+//   file.ts         the file (direct-file.ts: O_DIRECT)     mapping.ts      L1, L2 cache, what a change needs
+//   refcounts.ts    refcounts, allocation                   frees.ts        host space on its way to being free
+//   guest-read.ts, guest-write.ts, guest-zero.ts            what the guest asks for
+//   flusher.ts      the order in which metadata reaches the file
+//   reader.ts       a worker's view of T0
+//
+// Invariants:
+//  1. The file's refcounts are never lower than the references that its tables hold (a crash leaks, no more).
+//  2. An L2 entry, in memory or in the file, points to data that is written.
+//  3. A host cluster is reused only after no table in the file, no operation in flight and no frozen T0 needs it.
+//  4. While a freeze lasts, the file holds T0's L2 tables unchanged where T0's L1 table says (but those that were
+//     handed over in memory).
+
+import { CowcatcherError, toCowcatcherError } from "../../errors.js";
+import type {
+  BlockStatus,
+  Completion,
+  FrozenSource,
+  Image,
+  Qcow2SourceDescription,
+  WriteZeroesOptions,
+} from "../device.js";
+import { blockStatusAt } from "./block-status.js";
+import { Decompressor } from "./decompress.js";
+import { DirectQcowFile } from "./direct-file.js";
+import { EntryTable } from "./entry-table.js";
+import { BufferedFile, type QcowFile } from "./file.js";
+import { Flusher } from "./flusher.js";
+import { GuestReader } from "./guest-read.js";
+import { GuestWriter } from "./guest-write.js";
+import { GuestZeroer, ZeroMode } from "./guest-zero.js";
+import {
+  FIELD_OFFSET,
+  INCOMPATIBLE_CORRUPT,
+  INCOMPATIBLE_DIRTY,
+  assertSupported,
+  readHeader,
+  type Qcow2Header,
+} from "./header.js";
+import { describeImage, type Qcow2ImageInfo } from "./info.js";
+import { Mapping, type FrozenTables } from "./mapping.js";
+
+export interface OpenQcow2Options {
+  path: string;
+  /** What errors call the image. */
+  name: string;
+  /** Opened by the caller; the image closes it. On failure to open it stays the caller's. */
+  fd: number;
+  readOnly: boolean;
+  /** The fd was opened with O_DIRECT. */
+  direct: boolean;
+  probed: boolean;
+  backing: Image | null;
+  /** In place of the fd's file: for tests. */
+  file?: QcowFile | undefined;
+}
+
+/**
+ * Opens an image on a file that the caller has opened and locked.
+ * @throws CowcatcherError FORMAT, UNSUPPORTED, LIMIT or IO.
+ */
+export async function openQcow2(options: OpenQcow2Options): Promise<Qcow2Image> {
+  const { fd, name, direct, readOnly } = options;
+  const file = options.file ?? (direct ? new DirectQcowFile(fd, name) : new BufferedFile(fd, name));
+  const header = readHeader((buffer, offsetBytes) => {
+    const count = Math.min(buffer.length, Math.max(0, file.endOffset - offsetBytes));
+    file.readSync(buffer, 0, count, offsetBytes);
+    return count;
+  }, name);
+  assertSupported(header, name);
+  if (!readOnly) {
+    assertWritable(header, name);
+    await clearAutoclear(header, file);
+  }
+  return new Qcow2Image(options, header, file);
+}
+
+function assertWritable(header: Qcow2Header, name: string): void {
+  const isCorrupt = (header.incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n;
+  const isDirty = (header.incompatibleFeatures & INCOMPATIBLE_DIRTY) !== 0n;
+  if (!isCorrupt && !isDirty) return;
+  throw new CowcatcherError({
+    code: "FORMAT",
+    object: name,
+    problem: isCorrupt
+      ? "the image is marked corrupt, so it can only be opened read-only"
+      : "the image was not closed cleanly and its refcounts may be wrong, so it can only be opened read-only",
+    hint: "repair it with qemu-img check -r all",
+  });
+}
+
+/**
+ * Features that a writer which does not maintain them must clear first: bitmaps, and all that are unknown.
+ * It is durable before any write.
+ */
+async function clearAutoclear(header: Qcow2Header, file: QcowFile): Promise<void> {
+  if (header.autoclearFeatures === 0n) return;
+  header.autoclearFeatures = 0n;
+  await file.write(new Uint8Array(8), 0, 8, FIELD_OFFSET.autoclearFeatures);
+  await file.sync();
+}
+
+export class Qcow2Image implements Image {
+  readonly format = "qcow2";
+  readonly path: string;
+  readonly name: string;
+  readonly readOnly: boolean;
+  readonly probed: boolean;
+  readonly backing: Image | null;
+  readonly sizeBytes: number;
+  readonly clusterSizeBytes: number;
+
+  private readonly direct: boolean;
+  private readonly mapping: Mapping;
+  private readonly reader: GuestReader;
+  private readonly writer: GuestWriter;
+  private readonly zeroer: GuestZeroer;
+  private readonly flusher: Flusher;
+
+  /** Use openQcow2. */
+  constructor(
+    options: OpenQcow2Options,
+    readonly header: Qcow2Header,
+    private readonly file: QcowFile,
+  ) {
+    this.path = options.path;
+    this.name = options.name;
+    this.readOnly = options.readOnly;
+    this.probed = options.probed;
+    this.backing = options.backing;
+    this.direct = options.direct;
+    this.sizeBytes = header.sizeBytes;
+    this.clusterSizeBytes = 2 ** header.clusterBits;
+    const { backing, name, sizeBytes } = this;
+    this.mapping = new Mapping(header, file);
+    const decompressor = new Decompressor(header.compressionType, name);
+    this.reader = new GuestReader(this.mapping, file, backing, decompressor);
+    this.flusher = new Flusher(this.mapping, file, () => this.reader.forget());
+    this.mapping.relieve = (mustWait) => this.flusher.relieve(mustWait);
+    this.writer = new GuestWriter(this.mapping, file, backing, this.reader, this.flusher, sizeBytes);
+    this.zeroer = new GuestZeroer(this.mapping, backing, this.writer, header.version, sizeBytes, name);
+  }
+
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    return this.reader.read(buffer, bufferOffset, lengthBytes, offsetBytes);
+  }
+
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    if (this.readOnly) return Promise.reject(this.readOnlyError());
+    return this.writer.write(buffer, bufferOffset, lengthBytes, offsetBytes);
+  }
+
+  writeZeroes(offsetBytes: number, lengthBytes: number, { mayUnmap }: WriteZeroesOptions): Completion {
+    if (this.readOnly) return Promise.reject(this.readOnlyError());
+    return this.zeroer.zero(offsetBytes, lengthBytes, mayUnmap ? ZeroMode.Unmap : ZeroMode.Keep);
+  }
+
+  discard(offsetBytes: number, lengthBytes: number): Completion {
+    if (this.readOnly) return Promise.reject(this.readOnlyError());
+    return this.zeroer.zero(offsetBytes, lengthBytes, ZeroMode.Discard);
+  }
+
+  flush(): Completion {
+    return this.readOnly ? undefined : this.flusher.flush();
+  }
+
+  blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
+    try {
+      return blockStatusAt(this.mapping, this.backing, offsetBytes, lengthBytes);
+    } catch (error) {
+      return Promise.reject(toCowcatcherError(error, this.name));
+    }
+  }
+
+  /** What `qemu-img info --output=json` shows of the format. @throws CowcatcherError */
+  imageInfo(): Qcow2ImageInfo {
+    return describeImage(this.header, this.file);
+  }
+
+  freeze(): FrozenSource {
+    const backing = this.backing?.freeze() ?? null;
+    const { mapping, clusterSizeBytes } = this;
+    const l1Table = new SharedArrayBuffer(mapping.l1.lengthBytes);
+    const l1Words = new Uint32Array(l1Table);
+    l1Words.set(mapping.l1.words);
+    const tables = mapping.l2.pinnedTables();
+    const dirtyL2Tables = new SharedArrayBuffer(tables.length * clusterSizeBytes);
+    const dirtyBytes = new Uint8Array(dirtyL2Tables);
+    tables.forEach(({ bytes }, position) => dirtyBytes.set(bytes, position * clusterSizeBytes));
+    const dirtyL2Index = tables.map(({ index }) => index);
+    const frozen: FrozenTables = {
+      l1: new EntryTable(l1Words, mapping.l1.offsetBytes),
+      handedOver: new Set(dirtyL2Index),
+    };
+    mapping.frozen.add(frozen);
+    mapping.frees.freeze();
+    const description: Qcow2SourceDescription = {
+      format: "qcow2",
+      name: this.name,
+      fd: this.file.fd,
+      dataFd: this.file.fd,
+      sizeBytes: this.sizeBytes,
+      direct: this.direct,
+      clusterBits: this.header.clusterBits,
+      compressionType: this.header.compressionType,
+      l1Table,
+      dirtyL2Tables,
+      dirtyL2Index,
+      backing: backing?.description ?? null,
+    };
+    const release = (): void => {
+      if (!mapping.frozen.delete(frozen)) return;
+      mapping.frees.release();
+      backing?.release();
+    };
+    return { description, release };
+  }
+
+  async close(): Promise<void> {
+    let failure: unknown;
+    try {
+      if (!this.readOnly) await this.flushAll();
+    } catch (error) {
+      failure = error;
+    }
+    await this.file.close();
+    await this.backing?.close();
+    if (failure !== undefined) throw toCowcatcherError(failure, this.name);
+  }
+
+  /** Until nothing is left to write: settled frees change refcounts after the flush that settled them. */
+  private async flushAll(): Promise<void> {
+    while (this.flusher.isDirty || this.mapping.applyFrees()) await this.flusher.flush();
+  }
+
+  private readOnlyError(): CowcatcherError {
+    return new CowcatcherError({
+      code: "IO",
+      object: this.name,
+      problem: "the image is read-only",
+      errno: "EROFS",
+    });
+  }
+}

@@ -1,0 +1,23 @@
+// Thousands of schedules of the copy-before-write engine, each from its seed. To look into one that failed:
+// COW_MODEL_SEED=12345 npx vitest run test/model/cow.test.ts
+import { expect, test } from "vitest";
+import { type Outcome, Simulation } from "./cow-simulator.js";
+
+const SCHEDULES = Number(process.env["COW_MODEL_SCHEDULES"] ?? 3000);
+const only = process.env["COW_MODEL_SEED"];
+const first = only === undefined ? 1 : Number(only);
+const last = only === undefined ? SCHEDULES : first;
+
+test("the five invariants hold in every schedule", { timeout: 300_000 }, async () => {
+  const outcomes: Outcome[] = [];
+  for (let seed = first; seed <= last; seed++) outcomes.push(await new Simulation(seed).run());
+  if (only !== undefined) return;
+  // Schedules in which nothing happens would prove nothing.
+  const count = (condition: (outcome: Outcome) => boolean) => outcomes.filter(condition).length;
+  expect(count(({ ended }) => ended === "complete")).toBeGreaterThan(SCHEDULES / 2);
+  expect(count(({ ended }) => ended === "aborted")).toBeGreaterThan(SCHEDULES / 50);
+  expect(count(({ ended }) => ended === "broken")).toBeGreaterThan(SCHEDULES / 100);
+  expect(count(({ captures }) => captures > 3)).toBeGreaterThan(SCHEDULES / 6);
+  expect(count(({ spilledBytes }) => spilledBytes > 0)).toBeGreaterThan(SCHEDULES / 50);
+  expect(count(({ waits }) => waits > 0)).toBeGreaterThan(SCHEDULES / 10);
+});

@@ -1,0 +1,186 @@
+// Crashes at any moment: what was synced is in the file, of the rest any sectors may be. After each, QEMU's check
+// may find leaked clusters but no corruption, and every byte that a completed flush covered reads back.
+
+import { execFileSync, spawnSync } from "node:child_process";
+import * as fs from "node:fs";
+import * as os from "node:os";
+import * as path from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { openQcow2, type Qcow2Image } from "../../src/image/qcow2/image.js";
+import { KiB, MiB } from "../../src/units.js";
+import { MemoryFile, crashedContent, randomFrom } from "../support/qcow2-memory.js";
+
+const SIZE = 256 * KiB;
+const CRASHES_PER_EPISODE = Number(process.env["QCOW2_CRASHES"] ?? 24);
+const SEEDS = Number(process.env["QCOW2_SEEDS"] ?? 2);
+const OPTIONS = { path: "", name: "memory", fd: -1, direct: false, probed: false, backing: null };
+let folder: string;
+
+interface Shape {
+  name: string;
+  options: string;
+  snapshot?: boolean;
+  compress?: boolean;
+  /** Freezes as a backup makes come and go. */
+  freezes?: boolean;
+  /** The file is made this long at first, so that the refcount table is soon too small. */
+  fileBytes?: number;
+}
+
+const SHAPES: Shape[] = [
+  { name: "4K clusters", options: "cluster_size=4096" },
+  {
+    name: "refcount table grows",
+    options: "cluster_size=512,refcount_bits=64",
+    fileBytes: 2 * MiB - 8 * KiB,
+    snapshot: true,
+  },
+  { name: "1-bit refcounts", options: "cluster_size=1024,refcount_bits=1" },
+  { name: "internal snapshot", options: "cluster_size=512", snapshot: true },
+  { name: "compressed", options: "cluster_size=4096", compress: true },
+  { name: "version 2", options: "cluster_size=512,compat=0.10" },
+  { name: "a backup comes and goes", options: "cluster_size=512", freezes: true },
+];
+
+beforeAll(() => {
+  folder = fs.mkdtempSync(path.join(os.tmpdir(), "qcow2-crash-"));
+});
+afterAll(() => fs.rmSync(folder, { recursive: true, force: true }));
+
+function makeImage({ options, snapshot, compress, fileBytes }: Shape): { file: Buffer; content: Buffer } {
+  const image = path.join(folder, "new.qcow2");
+  const raw = path.join(folder, "new.raw");
+  const content = Buffer.alloc(SIZE);
+  for (let at = 0; at < SIZE; at += 6000) content.fill(`${at} `, at, at + 3000);
+  fs.writeFileSync(raw, content);
+  const flags = compress ? ["-c"] : [];
+  execFileSync("qemu-img", ["convert", ...flags, "-f", "raw", "-O", "qcow2", "-o", options, raw, image]);
+  if (snapshot) execFileSync("qemu-img", ["snapshot", "-c", "s", image]);
+  if (fileBytes !== undefined) fs.truncateSync(image, fileBytes);
+  return { file: fs.readFileSync(image), content };
+}
+
+interface Touch {
+  /** Length of the log when it began: a crash before that knows nothing of it. */
+  events: number;
+  start: number;
+  length: number;
+}
+
+/** What a flush promises from the event on at which it was complete. */
+interface Promised {
+  events: number;
+  content: Buffer;
+  /** Bytes that were discarded, so that nobody knows what they hold. */
+  isOpen: Uint8Array;
+  /** Touches that began before the flush. */
+  touchCount: number;
+}
+
+class Episode {
+  private readonly random: (limit: number) => number;
+  private readonly initial: Buffer;
+  private readonly file: MemoryFile;
+  private readonly model: Buffer;
+  private readonly isOpen = new Uint8Array(SIZE);
+  private readonly touches: Touch[] = [];
+  private readonly promises: Promised[] = [];
+
+  constructor(
+    private readonly shape: Shape,
+    seed: number,
+  ) {
+    this.random = randomFrom(seed);
+    const randomTurns = randomFrom(seed + 1000);
+    const { file, content } = makeImage(shape);
+    this.initial = file;
+    this.model = Buffer.from(content);
+    this.file = new MemoryFile(file, "memory", () => (randomTurns(4) === 0 ? randomTurns(3) : 0));
+    this.promises.push(this.promise(0));
+  }
+
+  private promise(events: number): Promised {
+    const { model, isOpen, touches } = this;
+    return { events, content: Buffer.from(model), isOpen: isOpen.slice(), touchCount: touches.length };
+  }
+
+  async play(): Promise<void> {
+    const image = await openQcow2({ ...OPTIONS, readOnly: false, file: this.file });
+    const pending: Promise<void>[] = [];
+    let frozen: { release(): void } | undefined;
+    for (let step = 0; step < 60; step++) {
+      if (this.random(6) === 0) {
+        const promised = this.promise(Infinity);
+        const flush = Promise.resolve(image.flush()).then(() => {
+          promised.events = this.file.log.length;
+          this.promises.push(promised);
+        });
+        if (this.random(2) === 0) await flush;
+        else pending.push(flush);
+      } else if (this.shape.freezes && this.random(8) === 0) {
+        frozen?.release();
+        frozen = this.random(2) === 0 ? image.freeze() : undefined;
+      } else await this.act(image);
+    }
+    await Promise.all(pending);
+    frozen?.release();
+    await image.close();
+  }
+
+  private async act(image: Qcow2Image): Promise<void> {
+    const { random } = this;
+    const unit = [1, 512, 4096][random(3)] ?? 1;
+    const start = Math.floor(random(SIZE) / unit) * unit;
+    const units = 1 + random(random(8) === 0 ? 40 : 6);
+    const length = Math.min(SIZE - start, units * (unit === 1 ? 700 : unit));
+    this.touches.push({ events: this.file.log.length, start, length });
+    const choice = random(10);
+    const fill = choice < 6 ? 1 + random(255) : 0;
+    this.model.fill(fill, start, start + length);
+    this.isOpen.fill(choice < 8 ? 0 : 1, start, start + length);
+    if (choice < 6) await image.write(Buffer.alloc(length, fill), 0, length, start);
+    else if (choice < 8) await image.writeZeroes(start, length, { mayUnmap: random(2) === 0 });
+    else await image.discard(start, length);
+  }
+
+  async crash(isLast: boolean): Promise<void> {
+    const { random, file } = this;
+    const at = isLast ? file.log.length : random(file.log.length + 1);
+    // Nothing unsynced survives, or all of it (the process was killed), or any sectors (power was cut).
+    const mode = random(4);
+    const keeps = (): boolean => mode > 0 && (mode === 1 || random(2) === 0);
+    const content = crashedContent(this.initial, file.log, at, keeps);
+    const imagePath = path.join(folder, "crashed.qcow2");
+    fs.writeFileSync(imagePath, content);
+    const check = spawnSync("qemu-img", ["check", "-f", "qcow2", imagePath], { encoding: "utf8" });
+    const isSound = check.status === 0 || check.status === 3; // 3: leaked clusters
+    if (!isSound) expect.fail(`crash at event ${at}, mode ${mode}: ${check.stdout}${check.stderr}`);
+    const image = await openQcow2({ ...OPTIONS, readOnly: true, file: new MemoryFile(content) });
+    const data = Buffer.alloc(SIZE);
+    await image.read(data, 0, SIZE, 0);
+    this.expectPromised(data, at);
+  }
+
+  private expectPromised(data: Buffer, at: number): void {
+    const last = this.promises.findLast(({ events }) => events <= at);
+    if (last === undefined) return;
+    const isFree = last.isOpen.slice();
+    for (const { events, start, length } of this.touches.slice(last.touchCount)) {
+      if (events <= at) isFree.fill(1, start, start + length);
+    }
+    for (let index = 0; index < SIZE; index++) {
+      if (isFree[index] || data[index] === last.content[index]) continue;
+      expect.fail(`crash at event ${at}: byte ${index}, which a flush covered, is lost`);
+    }
+  }
+}
+
+describe("qcow2 image after a crash", () => {
+  it.each(SHAPES)("$name", { timeout: 60_000 }, async (shape) => {
+    for (let seed = 1; seed <= SEEDS; seed++) {
+      const episode = new Episode(shape, seed);
+      await episode.play();
+      for (let crash = 0; crash < CRASHES_PER_EPISODE; crash++) await episode.crash(crash === 0);
+    }
+  });
+});
