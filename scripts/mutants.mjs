@@ -77,8 +77,8 @@ const MUTANTS = [
   {
     rule: "5: a write that starts after T0 is intercepted",
     file: "src/cow/disk-node.ts",
-    from: "if (this.#gate !== null) return this.#gate;",
-    to: "",
+    from: "if (wait) return wait.then(() => this.write(buffer, bufferOffset, lengthBytes, offsetBytes));",
+    to: "if (wait) return wait.then(() => this.image.write(buffer, bufferOffset, lengthBytes, offsetBytes));",
   },
 ];
 

@@ -22,15 +22,21 @@ export const MAX_SLAB_BYTES_PER_CONNECTION = 48 * MiB;
  * Replies are sent after this many bytes of requests or of replies, even if more requests are at hand, so that
  * the client works while the server does.
  */
-export const FLUSH_AFTER_BYTES = 128 * KiB;
+export const FLUSH_AFTER_BYTES = 64 * KiB;
 
 /** Device errors of one connection that are logged as warnings. */
 export const MAX_LOGGED_ERRORS = 10;
+
+/** Writes that may wait in a socket whose client does not read: short replies hold little memory, but each an object. */
+export const MAX_WRITES_QUEUED = 1024;
 
 /** Options in one negotiation: a client that lists many exports asks for each. */
 export const MAX_OPTIONS = 4096;
 /** A client that has not finished its negotiation by then is dropped, so that idle sockets cannot use up the server. */
 export const HANDSHAKE_TIMEOUT_MS = 30_000;
+
+/** A TCP client that has been silent so long is asked for a sign of life. */
+export const KEEP_ALIVE_MS = 60_000;
 
 /** A refused write's payload is read and thrown away up to this; beyond, the connection is dropped. */
 export const MAX_DISCARD_BYTES = 64 * MiB;

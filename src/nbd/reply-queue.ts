@@ -13,6 +13,7 @@
 //
 // Main thread only.
 
+import { MAX_WRITES_QUEUED } from "./limits.js";
 import type { Slab, SlabPool } from "./slab.js";
 
 /** The part of a socket that replies need. */
@@ -47,6 +48,11 @@ export class ReplyQueue {
   /** The socket has not yet taken everything. */
   get isBusy(): boolean {
     return this.writing.length > this.writtenCount || this.ready.length > 0 || this.end > this.segmentStart;
+  }
+
+  /** Writes that the socket has not taken yet. */
+  get queuedWrites(): number {
+    return this.writing.length - this.writtenCount;
   }
 
   /** The slab that the last `reserve` reserved in. */
@@ -147,8 +153,8 @@ export class ReplyQueue {
     // A socket calls back for writes that `close` has accounted for already.
     if (slab === undefined) return;
     this.writtenCount++;
-    if (this.writtenCount === this.writing.length) {
-      this.writing = [];
+    if (this.writtenCount === this.writing.length || this.writtenCount >= MAX_WRITES_QUEUED) {
+      this.writing.splice(0, this.writtenCount);
       this.writtenCount = 0;
     }
     this.release(slab);

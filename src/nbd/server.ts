@@ -5,7 +5,7 @@
 import type { Socket } from "node:net";
 import { Connection } from "./connection.js";
 import type { NbdExport, NbdLogger } from "./export.js";
-import { CLOSE_TIMEOUT_MS } from "./limits.js";
+import { CLOSE_TIMEOUT_MS, KEEP_ALIVE_MS } from "./limits.js";
 import { SlabPool } from "./slab.js";
 
 export type { NbdExport, NbdLogger } from "./export.js";
@@ -43,8 +43,9 @@ export class NbdServer {
       socket.destroy();
       return;
     }
-    // Harmless on a Unix socket.
+    // Both mean nothing to a Unix socket. Without keep-alive a client whose machine died would stay for ever.
     socket.setNoDelay(true);
+    socket.setKeepAlive(true, KEEP_ALIVE_MS);
     const connection = new Connection(socket, {
       exports,
       pool: this.pool,

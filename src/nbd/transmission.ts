@@ -26,6 +26,7 @@ import {
   MAX_REQUESTS_IN_FLIGHT,
   MAX_SLAB_BYTES_PER_CONNECTION,
   MAX_STATUS_EXTENTS,
+  MAX_WRITES_QUEUED,
 } from "./limits.js";
 import {
   MAX_PAYLOAD_BYTES,
@@ -171,6 +172,7 @@ export class Transmission {
 
   private isOverBound(): boolean {
     if (this.requestsInFlight >= MAX_REQUESTS_IN_FLIGHT) return true;
+    if (this.replies.queuedWrites >= MAX_WRITES_QUEUED) return true;
     if (this.receive.heldBytes + this.replies.heldBytes < MAX_SLAB_BYTES_PER_CONNECTION) return false;
     // Only what will be given back is worth waiting for.
     return this.requestsInFlight > 0 || this.replies.isBusy;

@@ -106,11 +106,13 @@ export class Simulation {
   readonly #coldness: number;
   /** How likely a write to the target ends at once, and how likely a later one ends in a turn of its own. */
   readonly #targetSpeed: number;
+  /** Steps of others between two requests of the guest: less than this. */
+  readonly #haste: number;
 
   constructor(readonly seed: number) {
     this.random = new Random(seed);
     const { random } = this;
-    const chunkCount = 1 + random.below(6);
+    const chunkCount = 1 + random.below(12);
     const sizeBytes = Math.max(
       1,
       chunkCount * CHUNK_BYTES - (random.chance(0.5) ? random.below(CHUNK_BYTES) : 0),
@@ -127,9 +129,10 @@ export class Simulation {
       blocksPerChunk: CHUNK_BYTES / BLOCK_BYTES,
     };
     this.#coldness = random.pick([0, 0.1, 0.5]);
-    this.#targetSpeed = random.pick([0.02, 0.5, 1]);
+    this.#haste = random.pick([2, 6, 14]);
+    this.#targetSpeed = random.pick([0.02, 0.02, 0.3, 1]);
     this.#policy = random.pick(["spill", "wait", "cancel"] as const);
-    this.#bufferBytes = random.pick([0, SLOT_BYTES, 2 * SLOT_BYTES, 64 * SLOT_BYTES]);
+    this.#bufferBytes = random.pick([0, SLOT_BYTES, SLOT_BYTES, 2 * SLOT_BYTES, 64 * SLOT_BYTES]);
     this.shared = createSharedState(
       this.geometry,
       new SharedArrayBuffer(this.#bufferBytes),
@@ -484,7 +487,7 @@ export class Simulation {
     await starting;
     const abortAt = this.random.chance(0.15) ? this.random.below(60) : -1;
     const stallAt = this.random.chance(0.3) ? this.random.below(40) : -1;
-    const requests = this.random.below(40);
+    const requests = this.random.below(60);
     for (let i = 0; i < requests; i++) {
       if (i === abortAt) return this.#abort();
       if (i === stallAt) await this.#stallTarget();
@@ -525,7 +528,7 @@ export class Simulation {
   }
 
   async #someSteps(): Promise<void> {
-    for (let i = this.random.below(12); i > 0; i--) {
+    for (let i = this.random.below(this.#haste); i > 0; i--) {
       const runnable = this.#runnableWorkers();
       if (runnable.length > 0 && this.random.chance(0.8)) this.#stepWorker(this.random.pick(runnable));
       else this.#completeOne(this.random.chance(this.#targetSpeed) ? "target" : "image");

@@ -120,7 +120,7 @@ export class MemoryDevice implements BlockDevice {
           finish();
           resolve();
         } catch (error) {
-          reject(error);
+          reject(error instanceof Error ? error : new Error(String(error)));
         }
       });
       if (this.autoRelease)

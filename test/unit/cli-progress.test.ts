@@ -205,6 +205,15 @@ describe("bars", () => {
     }
   });
 
+  it("take a terminal without a size for one of 80 columns", () => {
+    const stream = Object.assign(new PassThrough(), { isTTY: true, columns: 0, rows: 0 });
+    const view = new TerminalView(stream, {});
+    view.start(INFO);
+    view.update("j1", PROGRESS);
+    view.stop();
+    expect(String(stream.read())).toContain("root [==========----------] 50%, 5.00 GiB of 10.0 GiB");
+  });
+
   it("stay on stderr, in colour unless NO_COLOR is set, and give the cursor back", () => {
     const almostFull = { ...PROGRESS, bufferBytesUsed: 250 * MiB };
     for (const [environment, color] of [

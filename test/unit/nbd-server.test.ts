@@ -1,9 +1,18 @@
 import { createHash, randomBytes } from "node:crypto";
-import { afterEach, describe, expect, test } from "vitest";
+import { createServer, type Socket } from "node:net";
+import { afterEach, describe, expect, test, vi } from "vitest";
 import { CowcatcherError } from "../../src/errors.js";
 import type { NbdExport } from "../../src/nbd/export.js";
 import * as nbd from "../../src/nbd/protocol.js";
-import { MemoryDevice, optionBytes, requestBytes, TestServer, until } from "../support/nbd-peer.js";
+import {
+  goData,
+  MemoryDevice,
+  optionBytes,
+  RawClient,
+  requestBytes,
+  TestServer,
+  until,
+} from "../support/nbd-peer.js";
 
 const KiB = 1024;
 let running: TestServer | undefined;
@@ -342,6 +351,24 @@ describe("bounds", () => {
     await until(() => server.server.connectionCount === 1);
   });
 
+  test("a client that takes no short replies either is answered in the end", async () => {
+    const device = disk();
+    const client = await (await start(device)).client();
+    client.socket.pause();
+    const flushes = 200_000;
+    client.send(Buffer.concat(Array<Buffer>(flushes).fill(requestBytes(nbd.NBD_CMD_FLUSH))));
+    let seen = -1;
+    await until(() => {
+      const isSettled = seen === device.calls.length && seen > 0;
+      seen = device.calls.length;
+      return isSettled;
+    });
+    expect(device.calls.length).toBeLessThan(flushes);
+    client.socket.resume();
+    expect((await client.read(16 * flushes)).length).toBe(16 * flushes);
+    expect(device.calls.length).toBe(flushes);
+  });
+
   test("connections beyond the limit are hung up on", async () => {
     const server = await start(disk(), {}, 1);
     const first = await server.client();
@@ -349,6 +376,80 @@ describe("bounds", () => {
     first.destroy();
     await until(() => server.server.connectionCount === 0);
     await server.client();
+  });
+});
+
+describe("sockets", () => {
+  test("one that cannot be read directly is read by copy, with what it had received already", async () => {
+    const device = disk(8 * 1024 * KiB, "later");
+    const server = await start(device);
+    const path = `${server.socketPath}2`;
+    const sockets = new Promise<Socket>((resolve) => {
+      const listening = createServer({ allowHalfOpen: true }, (socket) => {
+        listening.close();
+        resolve(socket);
+      }).listen(path);
+    });
+    const client = new RawClient(path);
+    client.send(Buffer.from([0, 0, 0, 3]), optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+    const socket = await sockets;
+    await until(() => {
+      socket.read(0);
+      return socket.readableLength > 0;
+    });
+    server.server.accept(socket);
+    expect((await client.read(18 + 20 + 12 + 20)).readUInt32BE(18 + 32 + 12)).toBe(nbd.NBD_REP_ACK);
+    const payload = randomBytes(3 * 1024 * KiB);
+    const requests = Array.from({ length: 600 }, (_, i) =>
+      requestBytes(nbd.NBD_CMD_WRITE, { offset: i * 512, payload: payload.subarray(i * 512, i * 512 + 512) }),
+    );
+    client.send(...requests, requestBytes(nbd.NBD_CMD_WRITE, { offset: 4096 * KiB, payload }));
+    for (let i = 0; i <= 600; i++) expect((await client.simpleReply()).error).toBe(0);
+    expect(hash(device.data.subarray(0, 600 * 512))).toBe(hash(payload.subarray(0, 600 * 512)));
+    expect(hash(device.data.subarray(4096 * KiB, 7168 * KiB))).toBe(hash(payload));
+    client.send(requestBytes(nbd.NBD_CMD_DISC));
+    expect((await client.readToEnd()).length).toBe(0);
+    client.destroy();
+    await until(() => server.server.connectionCount === 0);
+  });
+
+  test("a client that does not negotiate is dropped in time, one that has is not", async () => {
+    vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] });
+    try {
+      const server = await start(disk());
+      const [silent, served] = [server.connect(), await server.client()];
+      await silent.read(18);
+      vi.advanceTimersByTime(29_000);
+      silent.send(Buffer.from([0, 0, 0, 3]));
+      expect((await silent.option(nbd.NBD_OPT_LIST)).length).toBe(2);
+      vi.advanceTimersByTime(2_000);
+      expect((await silent.readToEnd()).length).toBe(0);
+      served.send(requestBytes(nbd.NBD_CMD_FLUSH));
+      expect((await served.simpleReply()).error).toBe(0);
+    } finally {
+      vi.useRealTimers();
+    }
+  });
+
+  test("a close that a device holds up ends after its bound", async () => {
+    const device = disk(64 * KiB, "later");
+    device.autoRelease = false;
+    const server = await start(device);
+    const client = await server.client();
+    client.send(requestBytes(nbd.NBD_CMD_FLUSH));
+    await until(() => device.waiting.length === 1);
+    vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] });
+    try {
+      const closing = server.server.close();
+      vi.advanceTimersByTime(10_001);
+      await closing;
+    } finally {
+      vi.useRealTimers();
+    }
+    expect(server.warnings).toEqual(["clients cut off at shutdown"]);
+    expect((await client.readToEnd()).length).toBe(0);
+    device.releaseAll();
+    await until(() => server.server.connectionCount === 0);
   });
 });
 

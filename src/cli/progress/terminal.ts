@@ -86,7 +86,8 @@ export class TerminalView implements PrintableView {
   }
 
   private draw(job: WatchedJob): string {
-    const columns = this.output.columns ?? DEFAULT_COLUMNS;
+    // A pseudo-terminal that no one has sized says 0.
+    const columns = this.output.columns || DEFAULT_COLUMNS;
     return colorBuffer(barText(job, columns), job.progress, this.color);
   }
 }

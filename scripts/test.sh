@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# All the set-up for the tests on a fresh Debian machine with Node.js, then the tests. The peers that cowcatcher is
+# tested against come from Debian's packages; where they are missing and this is not root, it says what to install.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(fio qemu-utils libnbd-bin python3-libnbd nbdkit e2fsprogs util-linux)
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" -ne 0 ]; then
+    echo "the tests need Debian's packages: apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+npm ci --no-audit --no-fund
+npm run lint
+npm run typecheck
+npm test
