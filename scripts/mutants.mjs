@@ -18,18 +18,21 @@ const MUTANTS = [
     to: "held.fill(1, start, start + captureLength(info) + 1);",
   },
   {
-    rule: "1: the guest waits while a worker reads",
+    rule: "1: a chunk has one owner at a time",
     file: "src/cow/shared.ts",
     from: "if ((word & OWNER_MASK) !== 0) return false;",
     to: "if ((word & OWNER_MASK) !== 0 && owner !== OWNER_MAIN) return false;",
   },
   {
-    rule: "2: no claim across a write to the target",
+    rule: "2: DONE before the write to the target, not after it",
     file: "src/cow/drain.ts",
-    from: "if (!this.#unbuffered) this.#letGo(chunk, clearBits);",
-    to: "",
+    from: "if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;",
+    to: "yield* this.#claim(chunk); this.#detachCaptures(chunk); this.#detachSpilled(chunk);",
     also: [
-      { from: "if (this.#unbuffered) this.#letGo(chunk, clearBits);", to: "this.#letGo(chunk, clearBits);" },
+      {
+        from: "if (this.#unbuffered && !(yield* this.#finishReading(chunk))) return;",
+        to: "shared.release(chunk, 0, 0); if (!(yield* this.#finishReading(chunk))) return;",
+      },
     ],
   },
   {
@@ -41,8 +44,26 @@ const MUTANTS = [
   {
     rule: "3: captured data goes over what was read",
     file: "src/cow/drain.ts",
-    from: "    yield* this.#readMissing(chunk);\n    this.#takeSlots(chunk);",
-    to: "    this.#takeSlots(chunk);\n    yield* this.#readMissing(chunk);",
+    from: "    yield* this.#readMissing(chunk);\n    yield STEP;",
+    to: "    yield STEP;",
+    also: [
+      {
+        from: "    this.#takeSpilled(chunk);\n    yield STEP;",
+        to: "    this.#takeSpilled(chunk);\n    yield* this.#readMissing(chunk);",
+      },
+    ],
+  },
+  {
+    rule: "3: captures made while a worker reads are part of the backup",
+    file: "src/cow/interceptor.ts",
+    from: "if (this.#allDone(from, to)) {",
+    to: "if (this.#allDone(from, to) || shared.clusterStates[Math.floor(from / shared.geometry.clusterBytes)] === 1) {",
+  },
+  {
+    rule: "3: captures of other clusters stay on the list",
+    file: "src/cow/drain.ts",
+    from: "if (this.#isTaken(captureStart(shared.captureInfo[capture]))) {",
+    to: "if (captureStart(shared.captureInfo[capture]) >= 0) {",
   },
   {
     rule: "3: once: clusters that are done are not taken again",
@@ -53,7 +74,7 @@ const MUTANTS = [
   {
     rule: "3: spilled blocks are part of the backup",
     file: "src/cow/drain.ts",
-    from: "if (spilled) this.#takeSpilled(chunk);",
+    from: "    this.#takeSpilled(chunk);\n",
     to: "",
   },
   {

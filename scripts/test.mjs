@@ -10,7 +10,9 @@ const report = join(directory, "report.json");
 try {
   const vitest = join(dirname(createRequire(import.meta.url).resolve("vitest/package.json")), "vitest.mjs");
   const reporters = ["--reporter=default", "--reporter=json", `--outputFile.json=${report}`];
-  const run = spawnSync(process.execPath, [vitest, "run", ...reporters, ...process.argv.slice(2)], { stdio: "inherit" });
+  const run = spawnSync(process.execPath, [vitest, "run", ...reporters, ...process.argv.slice(2)], {
+    stdio: "inherit",
+  });
   const counts = readCounts();
   // A file that could not even be loaded has no tests to count, and must not pass for a success.
   const failed = counts.failed + (run.status !== 0 && counts.failed === 0 ? 1 : 0);

@@ -125,6 +125,7 @@ export function toCowcatcherError(value: unknown, object = "cowcatcher"): Cowcat
 }
 
 export function errnoOf(value: unknown): string | undefined {
+  if (value instanceof CowcatcherError) return value.errno;
   if (typeof value !== "object" || value === null || !("code" in value)) return undefined;
   const { code } = value;
   return typeof code === "string" && /^E[A-Z0-9]+$/.test(code) ? code : undefined;

@@ -47,8 +47,8 @@ export async function runOfflineCopy(
       onStarted: (totalBytes) => view.start({ ...info, totalBytes }),
       onStopped: (error) => copy.cancel(error),
     });
-    cancel = copy.cancel;
-    abortSync = copy.abortSync;
+    cancel = (error) => copy.cancel(error);
+    abortSync = () => copy.abortSync();
     if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy));
     timer = setInterval(() => view.update(info.jobId, copy.progress()), UPDATE_MS);
     try {

@@ -102,7 +102,7 @@ async function listen(settings: ListenSettings): Promise<NbdListener[]> {
 
 function announce(
   settings: ServeSettings,
-  { output }: CommandContext,
+  { output, logger }: CommandContext,
   listeners: readonly NbdListener[],
 ): void {
   const addresses = listeners.map(({ address }) => address);
@@ -117,7 +117,16 @@ function announce(
   } else {
     printLine(output, `listening on ${addresses.join(", ")} (${names.join(", ")})`);
   }
-  notifyReady();
+  notifySystemd(logger);
+}
+
+function notifySystemd(logger: CommandContext["logger"]): void {
+  try {
+    notifyReady();
+  } catch (error) {
+    // Without libc there is no way to say so; the disks are served all the same.
+    logger.warn({ err: error }, "systemd was not told that the server is ready");
+  }
 }
 
 /** The process ends at once: the sockets' files would stay. */

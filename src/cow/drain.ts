@@ -1,5 +1,20 @@
 // A worker's side of copy-before-write: take a chunk, read what is still on the source, take what is in slots and
-// spill, let the chunk go, write it to the target.
+// spill, write it to the target.
+//
+//   claim: PENDING, CAPTURED → READING; release
+//   read the source, without a claim
+//   claim: READING → DONE, take the captures off the chunk's list; release
+//   lay the captures over what was read, give the slots back
+//   write to the target
+//
+// Why reading needs no claim. While a cluster is READING the guest may write to it, and the main thread captures
+// each block before it changes, as ever. So at the second claim a block of ours either has a capture, and that is
+// laid over whatever was read of it; or it has none, and then it had not changed by then, so what was read is T0's.
+// A claim lasts for a few microseconds, whatever the source's disk does, and the guest never waits for a worker's
+// read. (An earlier form held the claim while it read: with two busy cores a worker that lost its core in the
+// middle held up guest writes for up to 80 ms.)
+//
+// In a job without a buffer the second claim comes after the write to the target: there the guest waits for DONE.
 //
 // Order of choice. Urgent chunks first (they hold captures, so draining them frees buffer); else the next chunk of
 // the sweep. A chunk taken from the urgent ring is copied whole, pending neighbours included, so that random guest
@@ -99,6 +114,9 @@ export class Drainer {
   readonly #covered: Uint8Array;
   readonly #zero: Uint8Array;
   readonly #spillBitmap: Uint8Array;
+  /** Captures of the chunk in hand, taken off its list; -1 for none. */
+  #captures = -1;
+  #hasSpilled = false;
 
   constructor(options: DrainOptions) {
     this.#options = options;
@@ -182,31 +200,34 @@ export class Drainer {
 
   *#copyChunk(chunk: number, capturedOnly: boolean): Steps<void> {
     const shared = this.#shared;
+    if (!(yield* this.#claim(chunk))) return;
+    const takenBytes = this.#takeClusters(chunk, capturedOnly);
+    if (takenBytes > 0) this.#findCovered(chunk);
+    // Captures made from here on find QUEUED clear when they come, and queue the chunk again.
+    shared.release(chunk, QUEUED, 0);
+    if (takenBytes === 0) return;
+    yield STEP;
+    yield* this.#readMissing(chunk);
+    yield STEP;
+    if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
+    this.#takeSlots();
+    this.#takeSpilled(chunk);
+    yield STEP;
+    yield* this.#writeTaken(chunk);
+    if (this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
+    Atomics.add(shared.counters, CNT_DONE_BYTES, BigInt(takenBytes));
+  }
+
+  /** Waits until the chunk is ours; false if the job was aborted meanwhile. */
+  *#claim(chunk: number): Steps<boolean> {
+    const shared = this.#shared;
     while (!shared.tryClaim(chunk, OWNER_WORKER)) {
       const value = shared.announceWait(chunk);
       if ((value & OWNER_MASK) !== 0) yield { kind: "wait", words: shared.chunkWords, index: chunk, value };
-      if (Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING) return;
-    }
-    // Captures made from here on find QUEUED clear when they come, and queue the chunk again.
-    Atomics.and(shared.chunkWords, chunk, ~QUEUED);
-    yield STEP;
-    const takenBytes = this.#takeClusters(chunk, capturedOnly);
-    if (takenBytes === 0) {
-      shared.release(chunk, 0, 0);
-      return;
+      if (Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING) return false;
     }
     yield STEP;
-    const spilled = this.#findCovered(chunk);
-    yield* this.#readMissing(chunk);
-    this.#takeSlots(chunk);
-    if (spilled) this.#takeSpilled(chunk);
-    yield STEP;
-    const clearBits = spilled ? SPILLED : 0;
-    if (!this.#unbuffered) this.#letGo(chunk, clearBits);
-    yield STEP;
-    yield* this.#writeTaken(chunk);
-    if (this.#unbuffered) this.#letGo(chunk, clearBits);
-    Atomics.add(shared.counters, CNT_DONE_BYTES, BigInt(takenBytes));
+    return true;
   }
 
   /** Marks what this pass copies as READING; the bytes that it comes to. */
@@ -228,16 +249,8 @@ export class Drainer {
     return bytes;
   }
 
-  #letGo(chunk: number, clearBits: number): void {
-    const { clustersPerChunk } = this.#shared.geometry;
-    for (let i = 0; i < clustersPerChunk; i++) {
-      if (this.#taken[i]) this.#shared.changeState(chunk * clustersPerChunk + i, READING, DONE);
-    }
-    this.#shared.release(chunk, clearBits, 0);
-  }
-
-  /** Notes which blocks have captures. All captured clusters are ours, so the whole list and bitmap are. */
-  #findCovered(chunk: number): boolean {
+  /** Notes which blocks of our clusters have captures already: those need not be read. */
+  #findCovered(chunk: number): void {
     const shared = this.#shared;
     this.#covered.fill(0);
     this.#zero.fill(0);
@@ -246,13 +259,68 @@ export class Drainer {
       const start = captureStart(info);
       this.#covered.fill(1, start, start + captureLength(info));
     }
-    if ((shared.chunkWords[chunk] & SPILLED) === 0) return false;
-    const bitmap = this.#spillBitmap;
-    this.#spillFile().readBitmap(chunk, bitmap);
+    if ((shared.chunkWords[chunk] & SPILLED) === 0) return;
+    this.#spillFile().readBitmap(chunk, this.#spillBitmap);
     for (let block = 0; block < this.#covered.length; block++) {
-      if (bitmap[block >> 3] & (1 << (block & 7))) this.#covered[block] = 1;
+      if (bitOf(this.#spillBitmap, block)) this.#covered[block] = 1;
     }
+  }
+
+  /**
+   * The clusters are DONE: from now on the guest writes to them freely. Takes the captures of our clusters off the
+   * chunk's list, those that came while we read included; other clusters' captures stay. False: aborted.
+   */
+  *#finishReading(chunk: number): Steps<boolean> {
+    if (!(yield* this.#claim(chunk))) return false;
+    const shared = this.#shared;
+    const { clustersPerChunk } = shared.geometry;
+    this.#detachCaptures(chunk);
+    const clearBits = this.#detachSpilled(chunk) ? SPILLED : 0;
+    for (let i = 0; i < clustersPerChunk; i++) {
+      if (this.#taken[i]) shared.changeState(chunk * clustersPerChunk + i, READING, DONE);
+    }
+    shared.release(chunk, clearBits, 0);
+    yield STEP;
     return true;
+  }
+
+  #detachCaptures(chunk: number): void {
+    const shared = this.#shared;
+    let kept = -1;
+    this.#captures = -1;
+    for (let capture = shared.chunkHead(chunk); capture >= 0;) {
+      const next = shared.captureNext[capture];
+      if (this.#isTaken(captureStart(shared.captureInfo[capture]))) {
+        shared.captureNext[capture] = this.#captures;
+        this.#captures = capture;
+      } else {
+        shared.captureNext[capture] = kept;
+        kept = capture;
+      }
+      capture = next;
+    }
+    shared.setChunkHead(chunk, kept);
+  }
+
+  /** Keeps in #spillBitmap the spilled blocks of our clusters, and in the file those of others; true: none. */
+  #detachSpilled(chunk: number): boolean {
+    const bitmap = this.#spillBitmap;
+    this.#hasSpilled = (this.#shared.chunkWords[chunk] & SPILLED) !== 0;
+    if (!this.#hasSpilled) return false;
+    const spill = this.#spillFile();
+    spill.readBitmap(chunk, bitmap);
+    const others = new Uint8Array(bitmap.length);
+    for (let block = 0; block < this.#covered.length; block++) {
+      if (!bitOf(bitmap, block) || this.#isTaken(block)) continue;
+      others[block >> 3] |= 1 << (block & 7);
+      bitmap[block >> 3] &= ~(1 << (block & 7));
+    }
+    spill.writeBitmap(chunk, others);
+    return others.every((byte) => byte === 0);
+  }
+
+  #isTaken(blockInChunk: number): boolean {
+    return this.#taken[Math.floor((blockInChunk * BLOCK_BYTES) / this.#shared.geometry.clusterBytes)] === 1;
   }
 
   *#readMissing(chunk: number): Steps<void> {
@@ -322,44 +390,44 @@ export class Drainer {
   }
 
   /** Copies the slots' data over what was read and gives the slots back. */
-  #takeSlots(chunk: number): void {
+  #takeSlots(): void {
     const shared = this.#shared;
     const { chunkBuffer } = this.#options;
-    const first = shared.chunkHead(chunk);
+    const first = this.#captures;
     if (first < 0) return;
     let last = first;
     let blockCount = 0;
     for (let capture = first; capture >= 0; capture = shared.captureNext[capture]) {
       const info = shared.captureInfo[capture];
+      const start = captureStart(info);
       const count = captureLength(info);
       const from = capture * BLOCK_BYTES;
-      chunkBuffer.set(
-        shared.slots.subarray(from, from + count * BLOCK_BYTES),
-        captureStart(info) * BLOCK_BYTES,
-      );
+      chunkBuffer.set(shared.slots.subarray(from, from + count * BLOCK_BYTES), start * BLOCK_BYTES);
+      this.#zero.fill(0, start, start + count);
       blockCount += count;
       last = capture;
     }
-    shared.setChunkHead(chunk, -1);
+    this.#captures = -1;
     shared.pushFreed(first, last, blockCount);
   }
 
   #takeSpilled(chunk: number): void {
+    if (!this.#hasSpilled) return;
+    this.#hasSpilled = false;
     const spill = this.#spillFile();
     const bitmap = this.#spillBitmap;
-    const isSet = (block: number) => (bitmap[block >> 3] >> (block & 7)) & 1;
+    const blocksPerChunk = this.#covered.length;
     let blocks = 0;
-    for (let block = 0; block < this.#covered.length; block++) {
-      if (!isSet(block)) continue;
+    for (let block = 0; block < blocksPerChunk; block++) {
+      if (!bitOf(bitmap, block)) continue;
       const start = block;
-      while (block + 1 < this.#covered.length && isSet(block + 1)) block++;
+      while (block + 1 < blocksPerChunk && bitOf(bitmap, block + 1)) block++;
       const count = block + 1 - start;
       spill.readBlocks(this.#options.chunkBuffer, start * BLOCK_BYTES, chunk, start, count);
       spill.punch(chunk, start, count);
+      this.#zero.fill(0, start, start + count);
       blocks += count;
     }
-    bitmap.fill(0);
-    spill.writeBitmap(chunk, bitmap);
     Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, blocks);
   }
 
@@ -492,6 +560,10 @@ export class Drainer {
       throw new Error("a chunk is marked as spilled in a job without a spill file");
     return this.#options.spill;
   }
+}
+
+function bitOf(bitmap: Uint8Array, index: number): number {
+  return (bitmap[index >> 3] >> (index & 7)) & 1;
 }
 
 /** Runs of set flags as [from, to) pairs. */

@@ -6,8 +6,8 @@
 // from the image into slots, put the captures on the chunk's list, mark the clusters CAPTURED, queue the chunk,
 // let it go. All of that is synchronous when the data is cached, and a claim is then held for microseconds.
 //
-// What cannot be done at once goes the slow way, as a promise: a chunk that a worker is reading (wait for local
-// reads), cold data (the claim is held until the asynchronous read ends), a full buffer (the policy decides).
+// What cannot be done at once goes the slow way, as a promise: a chunk that a worker has claimed (for microseconds),
+// cold data (the claim is held until the asynchronous read ends), a full buffer (the policy decides).
 // Room in the buffer is taken before the claim is kept, never waited for while holding one: the worker that makes
 // room may need that very chunk.
 //
@@ -32,6 +32,7 @@ import {
   DONE,
   OWNER_MAIN,
   OWNER_MASK,
+  PENDING,
   QUEUED,
   REGION_CHUNKED,
   REGION_HOLE,
@@ -343,7 +344,8 @@ export class Interceptor {
     const last = Math.floor((to - 1) / clusterBytes);
     for (let cluster = Math.floor(from / clusterBytes); cluster <= last; cluster++) {
       const state = Atomics.load(shared.clusterStates, cluster);
-      if (state !== DONE && state !== CAPTURED) shared.changeState(cluster, state, CAPTURED);
+      // READING stays: the worker that reads the cluster takes this capture, too, before it is DONE.
+      if (state === PENDING) shared.changeState(cluster, PENDING, CAPTURED);
     }
   }
 
@@ -449,14 +451,18 @@ export class Interceptor {
     }
   }
 
+  /** A capture lies in one cluster, as a worker takes captures by cluster. */
   #readIntoSlots(work: CaptureWork, base: number, firstBlock: number, endBlock: number): void {
+    const blocksPerCluster = this.#shared.geometry.clusterBytes / BLOCK_BYTES;
     for (let block = firstBlock; block < endBlock;) {
       if (this.#held[block]) {
         block++;
         continue;
       }
+      const clusterEnd = (Math.floor(block / blocksPerCluster) + 1) * blocksPerCluster;
+      const limit = Math.min(endBlock, clusterEnd, block + BLOCKS_PER_SLOT);
       let wanted = 1;
-      while (wanted < BLOCKS_PER_SLOT && block + wanted < endBlock && !this.#held[block + wanted]) wanted++;
+      while (block + wanted < limit && !this.#held[block + wanted]) wanted++;
       const capture = this.#slots.allocate(wanted);
       const count = this.#slots.allocatedCount;
       work.captures.push(capture, captureInfoOf(block, count));

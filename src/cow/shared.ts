@@ -1,20 +1,20 @@
 // The memory that the main thread and the workers of one job share, and the only place where they meet.
 //
 // Ownership is by chunk. A chunk's word names its owner: nobody, the main thread (while it captures) or a worker
-// (while it reads the source and takes the slots' data). Only the owner changes the states of the chunk's
-// clusters, its list of captures and its spill mark; a claim never spans a write to the target, except in a job
-// without a buffer, whose meaning that is. So a guest write waits for local reads at most.
+// (while it changes states and lists, without I/O but for a spill bitmap). Only the owner changes the states of the
+// chunk's clusters, its list of captures and its spill mark.
 //
 //   chunk word   bit 0..1  owner: 0 nobody, 1 main, 2 a worker
 //                bit 2     WAITING: somebody waits on this word for the owner to let go
 //                bit 3     QUEUED: the chunk stands in the urgent ring (once at most)
 //                bit 4     SPILLED: some of its captured blocks are in the spill file
 //
-//   cluster state   PENDING ──worker──► READING ──► DONE
-//                      └──main──► CAPTURED ──worker──► READING ──► DONE
-//   DONE is final and may be read without a claim: that is the guest path's quickest way through.
+//   cluster state   PENDING ──worker──► READING ──worker──► DONE
+//                      └──main──► CAPTURED ──worker──┘
+//   READING keeps other workers off; the main thread goes on capturing (drain.ts says why that is sound). DONE is
+//   final and may be read without a claim: that is the guest path's quickest way through.
 //
-// Captures. A capture is a run of at most 16 blocks in one slot, so it is named by its first block in the buffer.
+// Captures. A capture is a run of at most 16 blocks of one cluster in one slot, so it is named by its first block in the buffer.
 // A chunk's captures form a list (chunkHead → captureNext → … → -1). The owner pushes or takes the whole list.
 // chunkHeads holds the first block plus one: 0 is an empty list, so fresh memory needs no filling.
 // What a worker has taken goes back to the main thread, which alone allocates, as one chain on the freed stack:

@@ -29,7 +29,6 @@ import {
   CTL_SPILL_BLOCKS,
   CTL_USED_BLOCKS,
   DONE,
-  READING,
   RUN_ABORTING,
   RUN_RUNNING,
   type SharedState,
@@ -60,7 +59,6 @@ const MAX_STEPS = 100_000;
 const STUCK_TURNS = 3_000;
 
 interface Worker {
-  chunkBuffer: Uint8Array;
   steps: Generator<DrainStep, void, void>;
   blocked: (() => boolean) | null;
   thrown: { error: unknown } | null;
@@ -231,19 +229,7 @@ export class Simulation {
   }
 
   #later(kind: Pending["kind"], effect: () => void): Promise<void> {
-    return new Promise((resolve, reject) => {
-      this.pending.push({
-        kind,
-        complete: () => {
-          try {
-            effect();
-            resolve();
-          } catch (error) {
-            reject(error as Error);
-          }
-        },
-      });
-    });
+    return new Promise<void>((resolve) => this.pending.push({ kind, complete: resolve })).then(effect);
   }
 
   /** Invariant 1, from outside the engine: looks for the T0 bytes wherever they may be. */
@@ -252,8 +238,7 @@ export class Simulation {
     for (let block = Math.floor(from / BLOCK_BYTES); block * BLOCK_BYTES < to; block++) {
       const cluster = Math.floor((block * BLOCK_BYTES) / CLUSTER_BYTES);
       if (this.shared.clusterStates[cluster] === DONE || this.#inHoleRegion(block)) continue;
-      if (this.#heldInBuffer(block) || this.#heldInSpill(block) || this.#heldByWorker(block, cluster))
-        continue;
+      if (this.#heldInBuffer(block) || this.#heldInSpill(block)) continue;
       throw new InvariantError(
         `1: block ${block} changes, and its T0 content is nowhere (seed ${this.seed})`,
       );
@@ -269,8 +254,8 @@ export class Simulation {
     const chunk = Math.floor((block * BLOCK_BYTES) / CHUNK_BYTES);
     const inChunk = block - (chunk * CHUNK_BYTES) / BLOCK_BYTES;
     const { shared } = this;
-    for (let c = shared.chunkHead(chunk); c >= 0; c = shared.captureNext[c] as number) {
-      const info = shared.captureInfo[c] as number;
+    for (let c = shared.chunkHead(chunk); c >= 0; c = shared.captureNext[c]) {
+      const info = shared.captureInfo[c];
       const start = captureStart(info);
       if (inChunk < start || inChunk >= start + captureLength(info)) continue;
       const at = (c + inChunk - start) * BLOCK_BYTES;
@@ -282,23 +267,14 @@ export class Simulation {
   #heldInSpill(block: number): boolean {
     const chunk = Math.floor((block * BLOCK_BYTES) / CHUNK_BYTES);
     const inChunk = block - (chunk * CHUNK_BYTES) / BLOCK_BYTES;
-    if (((this.shared.chunkWords[chunk] as number) & SPILLED) === 0) return false;
+    if ((this.shared.chunkWords[chunk] & SPILLED) === 0) return false;
     const spill = this.#spill();
     const bitmap = new Uint8Array(this.geometry.blocksPerChunk / 8);
     spill.readBitmap(chunk, bitmap);
-    if (((bitmap[inChunk >> 3] as number) & (1 << (inChunk & 7))) === 0) return false;
+    if ((bitmap[inChunk >> 3] & (1 << (inChunk & 7))) === 0) return false;
     const data = new Uint8Array(BLOCK_BYTES);
     spill.readBlocks(data, 0, chunk, inChunk, 1);
     return this.#isT0(block, data);
-  }
-
-  /** Captured, and on its way: the chunk's owner has it in its own buffer. */
-  #heldByWorker(block: number, cluster: number): boolean {
-    if (this.shared.clusterStates[cluster] !== READING) return false;
-    const at = (block * BLOCK_BYTES) % CHUNK_BYTES;
-    return this.workers.some(({ chunkBuffer }) =>
-      this.#isT0(block, chunkBuffer.subarray(at, at + BLOCK_BYTES)),
-    );
   }
 
   #isT0(block: number, data: Uint8Array): boolean {
@@ -328,7 +304,7 @@ export class Simulation {
         onStop: () => {},
         now: () => 0n,
       });
-      this.workers.push({ chunkBuffer, steps: drainer.run(), blocked: null, thrown: null, ended: false });
+      this.workers.push({ steps: drainer.run(), blocked: null, thrown: null, ended: false });
     }
   }
 

@@ -14,6 +14,7 @@ standard output.
   quit
 """
 
+import os
 import random
 import select
 import struct
@@ -117,18 +118,38 @@ class Sequence:
             answer("count %d" % self.operations)
 
 
+class Commands:
+    """Lines of standard input, with nothing hidden in a buffer from the question whether there is one."""
+
+    def __init__(self):
+        self.text = b""
+
+    def waiting(self):
+        return b"\n" in self.text or bool(select.select([0], [], [], 0)[0])
+
+    def next(self):
+        while b"\n" not in self.text:
+            more = os.read(0, 4096)
+            if not more:
+                return ["quit"]
+            self.text += more
+        line, self.text = self.text.split(b"\n", 1)
+        return line.decode().split()
+
+
+commands = Commands()
 guest = Model() if sys.argv[1] == "model" else Sequence()
 running = False
 longest = 0.0
 answer("ready %d" % SIZE)
 while True:
-    if running and not select.select([sys.stdin], [], [], 0)[0]:
+    if running and not commands.waiting():
         begin = time.monotonic()
         guest.step()
         longest = max(longest, time.monotonic() - begin)
         continue
-    words = sys.stdin.readline().split()
-    if not words or words[0] == "quit":
+    words = commands.next()
+    if words[0] == "quit":
         break
     if words[0] == "run":
         running = True

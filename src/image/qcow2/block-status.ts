@@ -1,7 +1,7 @@
 // Block status: the longest run from an offset on that one layer provides in one way, as `qemu-img map` sees it.
 //
 // Runs are merged across L2 tables. Unallocated ranges take the backing file's answer, one layer deeper; what lies
-// beyond the end of a shorter backing file reads as zeroes. Main thread only.
+// beyond the end of a shorter backing file reads as zeroes and counts as in no layer. Main thread only.
 
 import type { BlockDevice, BlockStatus } from "../device.js";
 import { ClusterKind, ClusterRun } from "./entry.js";
@@ -21,7 +21,7 @@ export function blockStatusAt(
     return own.then(() => blockStatusAt(mapping, backing, offsetBytes, lengthBytes));
   if (own.present || backing === null) return own;
   const stored = backing.sizeBytes - offsetBytes;
-  if (stored <= 0) return { ...own, present: true, depth: 1 };
+  if (stored <= 0) return own;
   const below = backing.blockStatus(offsetBytes, Math.min(own.lengthBytes, stored));
   return below instanceof Promise ? below.then(deeper) : deeper(below);
 }
