@@ -7,10 +7,10 @@ standard output.
                                   the connections (to one disk or to several) in turn
 
   run            goes on until the next command; answers nothing
-  pause          answers "paused OPERATIONS LONGEST_MS", the longest since the last pause
+  pause          answers "paused OPERATIONS LONGEST_MS"
   dump FILE      (model) writes the model to FILE; answers "dumped"
   verify         (model) reads the disk and compares; answers "same" or "differs at OFFSET"
-  count          (sequence) answers "count ACKNOWLEDGED" without stopping
+  count          answers "count OPERATIONS", those acknowledged, without stopping
   quit
 """
 
@@ -114,8 +114,7 @@ class Sequence:
         self.operations = number
 
     def command(self, words):
-        if words[0] == "count":
-            answer("count %d" % self.operations)
+        raise SystemExit("a sequence knows no " + words[0])
 
 
 class Commands:
@@ -156,6 +155,7 @@ while True:
     elif words[0] == "pause":
         running = False
         answer("paused %d %.1f" % (guest.operations, longest * 1000))
-        longest = 0.0
+    elif words[0] == "count":
+        answer("count %d" % guest.operations)
     else:
         guest.command(words)

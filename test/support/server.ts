@@ -255,15 +255,10 @@ export class Guest {
     return { operations: Number(operations), longestMs: Number(longestMs) };
   }
 
-  /** Runs until at least so many further operations are acknowledged, and goes on. */
+  /** Waits until so many further operations are acknowledged. */
   async progress(operationCount: number): Promise<void> {
-    const before = (await this.pause()).operations;
-    this.run();
-    for (let now = before; now < before + operationCount;) {
-      await new Promise((settle) => setTimeout(settle, 20));
-      now = (await this.pause()).operations;
-      this.run();
-    }
+    const wanted = (await this.count()) + operationCount;
+    await until("the guest goes on", async () => (await this.count()) >= wanted);
   }
 
   async count(): Promise<number> {
@@ -295,11 +290,6 @@ export async function mustRun(program: string, ...args: string[]): Promise<strin
   const { code, stdout, stderr } = await run(program, args);
   if (code !== 0) throw new Error(`${program} ${args.join(" ")}: exit code ${code}\n${stdout}${stderr}`);
   return stdout;
-}
-
-/** Byte for byte the same as guests see them, formats as given. */
-export async function expectSame(a: string, formatA: string, b: string, formatB: string): Promise<void> {
-  await mustRun("qemu-img", "compare", "-U", "-f", formatA, "-F", formatB, a, b);
 }
 
 /** Names in the folder that a backup would have to clean up. */
