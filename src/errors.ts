@@ -18,6 +18,7 @@ export type ErrorCode =
   | "GUEST_TIMEOUT" // a guest write waited for --guest-timeout
   | "CANCELLED"
   | "WORKER" // a worker thread died
+  | "VERIFY" // the target, read back, is not what was written to it
   | "LIMIT" // a stated bound was hit; the message names the bound
   | "INTERNAL";
 

@@ -51,6 +51,8 @@ export interface CopyRunOptions {
   live: boolean;
   /** A worker has paused the job for an error under the policy `stop`. */
   onStopped?: ((error: CowcatcherError) => void) | undefined;
+  /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
+  onFailed?: ((error: CowcatcherError) => void) | undefined;
 }
 
 export class CopyRun {
@@ -205,7 +207,8 @@ export class CopyRun {
     if (this.#firstError !== undefined || this.#endMs !== undefined) return;
     this.#firstError = error;
     this.#setRunState(RUN_ABORTING);
-    if (!this.#begun) this.#command({ kind: "leave" });
+    if (this.#begun) this.#options.onFailed?.(error);
+    else this.#command({ kind: "leave" });
     setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
   }
 

@@ -87,6 +87,7 @@ export class LiveJob implements BackupJob {
         bufferBytes,
         live: true,
         onStopped: (error) => job.#stopped(error),
+        onFailed: (error) => job.#fail(error),
       });
       const job: LiveJob = new LiveJob(parts, target, run, lease);
       return job;

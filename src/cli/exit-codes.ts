@@ -84,5 +84,6 @@ export function exitCodeOfError(command: CommandName | undefined, error: Cowcatc
   // A script takes check's 2 for a corrupt image, so a mistyped option must not lead to it.
   if (command === "check") return CHECK_EXIT.cannotCheck;
   if (command === "compare") return COMPARE_EXIT.error;
+  if (error.code === "VERIFY") return EXIT.verifyDifference;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
 }

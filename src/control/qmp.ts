@@ -118,6 +118,7 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   GUEST_TIMEOUT: true,
   CANCELLED: true,
   WORKER: true,
+  VERIFY: true,
   LIMIT: true,
   INTERNAL: true,
 };

@@ -187,6 +187,9 @@ export class Drainer {
     try {
       const extent = this.#options.reader.extent(start, length);
       hole = extent.zero && extent.lengthBytes >= length;
+    } catch (error) {
+      // The sweep meets it again, chunk by chunk and under the source's error policy.
+      if (!(error instanceof CowcatcherError)) throw error;
     } finally {
       // Whatever failed, no guest write may wait for this region for ever.
       Atomics.store(regionStates, region, hole ? REGION_HOLE : REGION_CHUNKED);
@@ -212,6 +215,7 @@ export class Drainer {
     if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
     this.#takeSlots();
     this.#takeSpilled(chunk);
+    this.#recordDigests(chunk);
     yield STEP;
     yield* this.#writeTaken(chunk);
     if (this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
@@ -429,6 +433,21 @@ export class Drainer {
       blocks += count;
     }
     Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, blocks);
+  }
+
+  /** With --verify: our clusters are complete in the buffer now, but for blocks that are only noted as zero. */
+  #recordDigests(chunk: number): void {
+    const { digests, geometry } = this.#shared;
+    if (digests === null) return;
+    const { clusterBytes, clustersPerChunk } = geometry;
+    const length = this.#shared.chunkLengthBytes(chunk);
+    for (let i = 0; i < clustersPerChunk; i++) {
+      if (!this.#taken[i]) continue;
+      const from = i * clusterBytes;
+      const to = Math.min(from + clusterBytes, length);
+      if (this.#unitIsZero(from, to)) continue;
+      digests.record(chunk * clustersPerChunk + i, this.#options.chunkBuffer, from, to);
+    }
   }
 
   *#writeTaken(chunk: number): Steps<void> {

@@ -31,8 +31,10 @@
 // (QUERYING) guest writes to the region wait; a region that main touched first is CHUNKED and swept by chunks.
 // Nothing below a HOLE region is ever looked at: a 16 TiB empty disk costs 65,536 questions.
 //
-// Memory for 1 TiB of disk: states 16 MiB, chunk words, heads and ring 4 MiB each: 28 MiB.
+// Memory for 1 TiB of disk: states 16 MiB, chunk words, heads and ring 4 MiB each: 28 MiB; with --verify another
+// 128 MiB for digests (digests.ts).
 
+import { allocateDigests, ClusterDigests } from "./digests.js";
 import { BLOCKS_PER_SLOT, BLOCK_BYTES, type Geometry } from "./geometry.js";
 
 export const PENDING = 0;
@@ -90,6 +92,8 @@ export interface SharedBuffers {
   /** The copy-before-write buffer itself, page-aligned; may be longer than bufferBytes (it is recycled). */
   slots: SharedArrayBuffer;
   bufferBytes: number;
+  /** Only where the target is read back afterwards; see digests.ts. */
+  digests?: SharedArrayBuffer | undefined;
 }
 
 /** Typed views of a job's shared memory, with the operations that both sides use. Any thread. */
@@ -108,6 +112,8 @@ export class SharedState {
   readonly captureInfo: Int32Array;
   readonly slots: Uint8Array;
   readonly bufferBlockCount: number;
+  /** [the worker that took the cluster] null without --verify. */
+  readonly digests: ClusterDigests | null;
 
   constructor(readonly buffers: SharedBuffers) {
     this.geometry = buffers.geometry;
@@ -122,6 +128,7 @@ export class SharedState {
     this.captureInfo = new Int32Array(buffers.captureInfo);
     this.slots = new Uint8Array(buffers.slots);
     this.bufferBlockCount = buffers.bufferBytes / BLOCK_BYTES;
+    this.digests = buffers.digests === undefined ? null : new ClusterDigests(buffers.digests);
   }
 
   /** Takes the chunk if nobody has it. */
@@ -226,11 +233,15 @@ export class StateError extends Error {
   }
 }
 
-/** Main thread. `slots` is at least bufferBytes long; bufferBytes is a multiple of the slot size, or 0. */
+/**
+ * Main thread. `slots` is at least bufferBytes long; bufferBytes is a multiple of the slot size, or 0.
+ * @throws CowcatcherError LIMIT when there is no memory for the digests that `withDigests` asks for.
+ */
 export function createSharedState(
   geometry: Geometry,
   slots: SharedArrayBuffer,
   bufferBytes: number,
+  withDigests = false,
 ): SharedState {
   const words = (count: number) => new SharedArrayBuffer(4 * Math.max(1, count));
   const blockCount = bufferBytes / BLOCK_BYTES;
@@ -247,6 +258,7 @@ export function createSharedState(
     captureInfo: words(blockCount),
     slots,
     bufferBytes,
+    digests: withDigests ? allocateDigests(geometry) : undefined,
   });
   shared.control[CTL_FREED_HEAD] = -1;
   return shared;

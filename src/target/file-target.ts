@@ -1,11 +1,14 @@
-// The life of a target that is a file or a block device: open → finished | aborted.
+// The life of a target that is a file or a block device:
 //
-// finish() closes the gate to workers first, so the metadata that it writes is the last; abort() closes it too,
-// unlinks at once and closes the descriptors when the last user is gone (see gate.ts): a write to a server that
-// does not answer may take its time, and abort() does not wait for it. Main thread only.
+//   open ──complete()──► completing ──► complete ──commit()──► committing ──► finished
+//
+// and from anywhere but the end abort() leads to `aborted`. complete() closes the gate to workers first, so the
+// metadata that it writes is the last; abort() closes it too, unlinks at once and closes the descriptors when the
+// last user is gone (see gate.ts): a write to a server that does not answer may take its time, and abort() does not
+// wait for it. Main thread only.
 
 import { CowcatcherError } from "../errors.js";
-import type { TargetFile } from "./file.js";
+import { syncData, type TargetFile } from "./file.js";
 import { closeGate, writesInFlight } from "./gate.js";
 import type { Target, TargetDescription } from "./target.js";
 
@@ -27,41 +30,63 @@ export class FileTarget implements Target {
   readonly name: string;
   readonly granularityBytes: number;
   readonly description: TargetDescription;
+  readonly unfinishedPath: string;
   readonly #parts: FileTargetParts;
   readonly #gate: Int32Array;
-  #state: "open" | "finishing" | "finished" | "aborted" = "open";
-  /** finish() uses the descriptors as a worker does. */
-  #finishInFlight = false;
+  #state: "open" | "completing" | "complete" | "committing" | "finished" | "aborted" = "open";
+  /** complete() and commit() use the descriptors as a worker does. */
+  #stepInFlight = false;
   #closed = false;
 
   constructor(parts: FileTargetParts) {
     this.name = parts.file.name;
     this.granularityBytes = parts.granularityBytes;
     this.description = parts.description;
+    this.unfinishedPath = parts.file.path;
     this.#parts = parts;
     this.#gate = new Int32Array(parts.shared);
   }
 
-  async finish(): Promise<void> {
-    if (this.#state !== "open") throw this.#misuse(`finish() on a target that is ${this.#state}`);
+  async complete(): Promise<void> {
+    if (this.#state !== "open") throw this.#misuse(`complete() on a target that is ${this.#state}`);
     const inFlight = closeGate(this.#gate);
-    if (inFlight !== 0) throw this.#misuse(`finish() while ${inFlight} writes are in flight`);
-    this.#state = "finishing";
-    this.#finishInFlight = true;
-    try {
-      await this.#parts.writeMetadata(() => this.#checkNotAborted());
+    if (inFlight !== 0) throw this.#misuse(`complete() while ${inFlight} writes are in flight`);
+    this.#state = "completing";
+    const { file, writeMetadata } = this.#parts;
+    await this.#step(async () => {
+      await writeMetadata(() => this.#checkNotAborted());
       this.#checkNotAborted();
-      await this.#parts.file.commit();
+      await syncData(file.name, file.bufferedFd);
+      this.#checkNotAborted();
+    });
+    this.#state = "complete";
+  }
+
+  async commit(): Promise<void> {
+    if (this.#state !== "complete") throw this.#misuse(`commit() on a target that is ${this.#state}`);
+    this.#state = "committing";
+    await this.#step(() => this.#parts.file.commit());
+    // An abort that came while the file got its name was too late: the target is complete and stays.
+    this.#state = "finished";
+    await this.#closeDescriptors();
+  }
+
+  async finish(): Promise<void> {
+    await this.complete();
+    await this.commit();
+  }
+
+  async #step(work: () => Promise<void>): Promise<void> {
+    this.#stepInFlight = true;
+    try {
+      await work();
     } catch (error) {
       // What the abort led to is not the cause.
       this.#checkNotAborted();
       throw error;
     } finally {
-      this.#finishInFlight = false;
+      this.#stepInFlight = false;
     }
-    // An abort that came while the file got its name was too late: the target is complete and stays.
-    this.#state = "finished";
-    await this.#closeDescriptors();
   }
 
   async abort(): Promise<void> {
@@ -83,7 +108,7 @@ export class FileTarget implements Target {
   }
 
   #isIdle(): boolean {
-    return !this.#finishInFlight && writesInFlight(this.#gate) === 0;
+    return !this.#stepInFlight && writesInFlight(this.#gate) === 0;
   }
 
   #closeWhenIdle(): void {

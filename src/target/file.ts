@@ -1,8 +1,9 @@
 // The file or block device behind a raw or qcow2 target: opened, then either committed or discarded.
 //
-// A regular file is written as a temporary (see temporary.ts). commit() syncs it, gives it its final name and
-// syncs the folder. Without --force the name is given by link(2), which fails where a file has appeared since the
-// check at the start; with it by rename(2). A block device is written in place: commit() only syncs.
+// A regular file is written as a temporary (see temporary.ts). Once it is complete and synced, commit() gives it its
+// final name and syncs the folder. Without --force the name is given by link(2), which fails where a file has
+// appeared since the check at the start; with it by rename(2). A block device is written in place: commit() has
+// nothing to do.
 //
 // Main thread only. What touches the target's data is asynchronous, since this thread serves the guest too.
 
@@ -27,6 +28,8 @@ const NO_LINKS_ERRNOS = new Set(["EPERM", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EM
 
 export interface TargetFile {
   readonly name: string;
+  /** Where it stands before commit(): the temporary file's path, or the device's. */
+  readonly path: string;
   /** Never O_DIRECT. */
   readonly bufferedFd: number;
   /** O_DIRECT if asked for, else the same as bufferedFd. */
@@ -36,7 +39,7 @@ export interface TargetFile {
   readonly startsZeroed: boolean;
   /** Of a block device, in bytes; null for a file, which grows. */
   readonly capacityBytes: number | null;
-  /** Sync, and for a file the final name. `closeDescriptors` is still to be called. */
+  /** After a sync: the final name, for a file. `closeDescriptors` is still to be called. */
   commit(): Promise<void>;
   /** Removes the unfinished file; a device keeps what was written. Never throws. */
   unlink(): void;
@@ -67,6 +70,7 @@ async function createRegular(
     const dataFd = direct ? await openDirect(name, temporary.path) : temporary.fd;
     return {
       name,
+      path: temporary.path,
       bufferedFd: temporary.fd,
       dataFd,
       direct,
@@ -98,12 +102,13 @@ async function openBlockDevice(
     const dataFd = direct ? await openDirect(name, path) : bufferedFd;
     return {
       name,
+      path,
       bufferedFd,
       dataFd,
       direct,
       startsZeroed: false,
       capacityBytes,
-      commit: () => syncData(name, bufferedFd),
+      commit: () => Promise.resolve(),
       unlink: () => undefined,
       closeDescriptors: () => closeAll(bufferedFd, dataFd),
     };
@@ -153,7 +158,6 @@ async function commitRegular(
   finalMode: number,
 ): Promise<void> {
   await takeOver(temporary.fd, destination.existing, finalMode);
-  await syncData(name, temporary.fd);
   try {
     if (destination.existing !== null) await fs.promises.rename(temporary.path, destination.path);
     else await giveNewName(temporary.path, destination.path);

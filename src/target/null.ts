@@ -9,6 +9,15 @@ export class NullTarget implements Target {
   readonly name = NULL_TARGET_PATH;
   readonly granularityBytes = 1;
   readonly description: NullTargetDescription = { format: "null", name: NULL_TARGET_PATH };
+  readonly unfinishedPath = null;
+
+  complete(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  commit(): Promise<void> {
+    return Promise.resolve();
+  }
 
   finish(): Promise<void> {
     return Promise.resolve();

@@ -6,7 +6,7 @@
 //   at the end       refcount table, then refcount blocks
 //
 // Every cluster that was handed out is used once, so all refcounts are 1 and need no memory: they are made up
-// while they are written. (Runs that a failed write gave back are 0.) finish() writes them, the L1 table and the
+// while they are written. (Runs that a failed write gave back are 0.) complete() writes them, the L1 table and the
 // header through libuv's pool, 1 MiB at a time, as this thread serves the guest meanwhile.
 //
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and

@@ -25,7 +25,13 @@ export interface Target {
   /** Smallest unit that writers take, in bytes (the qcow2 cluster size; 1 for raw). */
   readonly granularityBytes: number;
   readonly description: TargetDescription;
-  /** Writes what metadata is left, syncs, renames to the final name and syncs the folder. */
+  /** Where a complete target can be read before it has its final name; null for `null:`. */
+  readonly unfinishedPath: string | null;
+  /** Writes what metadata is left and syncs: all of the target is on the medium then. */
+  complete(): Promise<void>;
+  /** After complete(): renames to the final name and syncs the folder. */
+  commit(): Promise<void>;
+  /** complete() and commit(). */
   finish(): Promise<void>;
   /** Removes the unfinished target. Never throws; may be called at any time, more than once. */
   abort(): Promise<void>;

@@ -47,7 +47,7 @@ function expectNoTarget(): void {
 }
 
 /** The guest goes on, its disk is what it wrote, through NBD and in the file. */
-async function expectUnharmed(server: Server, guest: Guest): Promise<void> {
+async function expectUnharmed(server: Server, guest: Guest, worstCheckCode = 0): Promise<void> {
   await guest.progress(20);
   const { longestMs } = await guest.pause();
   expect(longestMs).toBeLessThan(STALL_MS_MAX);
@@ -60,7 +60,7 @@ async function expectUnharmed(server: Server, guest: Guest): Promise<void> {
   expect(code).toBe(0);
   expect(stderr).toBe("");
   await expectSame(join(folder, "end"), disk);
-  await expectClean(disk);
+  expect([0, worstCheckCode]).toContain((await run("qemu-img", ["check", disk])).code);
 }
 
 async function expectT0(): Promise<void> {
@@ -181,7 +181,7 @@ describe("a source that cannot be read", () => {
   });
 
   it("is passed over, if asked", async () => {
-    const { server, guest } = await serve("source-read:error=EIO,from=3M,to=4M,count=1");
+    const { server, guest } = await serve("source-read:error=EIO,from=3M,to=4M");
     const backup = await startBackup(server, guest, "--on-source-error", "ignore");
     expect((await backup.succeed(3)).ignored_errors).toBeGreaterThan(0);
     await expectUnharmed(server, guest);
@@ -193,13 +193,19 @@ describe("a worker", () => {
     ["exits", "worker:exit,from=3M,to=4M", /^cowcatcher: \S+: a worker thread died: .*\n$/],
     ["throws", "worker:throw,from=3M,to=4M", /^cowcatcher: \S+: a fault asked for.*\n$/],
     [
+      "throws while the target does not answer the others",
+      "worker:delay=200ms,worker=0;worker:throw,worker=0;target-write:hang=60s",
+      /^cowcatcher: \S+: a fault asked for.*\n$/,
+    ],
+    [
       "exits while the target does not answer the others",
-      "worker:exit,worker=0;target-write:hang=60s",
+      "worker:delay=200ms,worker=0;worker:exit,worker=0;target-write:hang=60s",
       /^cowcatcher: \S+: a worker thread died: .*\n$/,
     ],
   ])("%s", async (_what, faults, line) => {
     const { server, guest } = await serve(faults);
-    const backup = await startBackup(server, guest);
+    // Without a buffer guest writes wait for workers all the time.
+    const backup = await startBackup(server, guest, "--cow-buffer-size", "0");
     await expectFailure(backup, line);
     expectNoTarget();
     await expectUnharmed(server, guest);
@@ -283,7 +289,8 @@ describe("a process that ends", () => {
     await (await startBackup(next.server, next.guest)).succeed();
     expect(leftovers(folder)).toEqual([]);
     await expectT0();
-    await expectUnharmed(next.server, next.guest);
+    // A server that is killed may leak clusters, as QEMU's does; that is no harm.
+    await expectUnharmed(next.server, next.guest, 3);
   });
 
   it("is an offline backup, killed: the next one removes what it left", async () => {

@@ -49,7 +49,7 @@ function allocatedBytes(name: string): number {
 }
 
 describe("the four combinations", () => {
-  const SIZES = [8 * MiB, 4097, MiB + 512, 512];
+  const SIZES = [4 * MiB, 4097, MiB + 512];
 
   it.each([
     ["raw", "raw"],
@@ -67,7 +67,7 @@ describe("the four combinations", () => {
   it("takes the target's format from -O, its extension, or the source", async () => {
     await makeDisk(at("format.qcow2"), noise(MiB));
     for (const [args, target, format] of [
-      [[], "format-1.img", "qcow2"],
+      [[], "format-1.backup", "qcow2"],
       [["-O", "raw"], "format-2.qcow2", "raw"],
       [[], "format-3.raw", "raw"],
     ] as const) {
@@ -201,7 +201,7 @@ describe("targets", () => {
       "qemu-img",
       ...["create", "-q", "-f", "qcow2", "-b", at("source.raw"), "-F", "raw", at("child.qcow2")],
     );
-    await expectRefused(/^cowcatcher: source\.raw: .*\n$/, 2, "--force", "child.qcow2", "source.raw");
+    await expectRefused(/^cowcatcher: \S*source\.raw: .*\n$/, 1, "--force", "child.qcow2", "source.raw");
   });
 
   it("may be null:", async () => {
@@ -213,7 +213,7 @@ describe("targets", () => {
 
   it("need their folder", async () => {
     await expectRefused(
-      /^cowcatcher: .*nowhere.*: .*no such file.*\n$/,
+      /^cowcatcher: nowhere\/target\.raw: the folder \S+ does not exist \(create it first\)\n$/,
       1,
       "source.raw",
       "nowhere/target.raw",
