@@ -36,9 +36,9 @@ import { RateMeter } from "./rate-meter.js";
 import { openSpillFile, type OpenSpill } from "./spill-file.js";
 
 const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
-const ABORT_GRACE_MS = 2_000;
+export const ABORT_GRACE_MS = 2_000;
 /** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
-const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
+export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
 
 export interface CopyRunOptions {
   job: JobOptions;
@@ -97,8 +97,9 @@ export class CopyRun {
    */
   static async prepare(options: CopyRunOptions): Promise<CopyRun> {
     const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live } = options;
+    if (job.verify) checkReadable(target);
     const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
-    const shared = createSharedState(geometry, slots, bufferBytes);
+    const shared = createSharedState(geometry, slots, bufferBytes, job.verify);
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
     const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
     const run = new CopyRun(options, shared, spill);
@@ -279,8 +280,18 @@ function withResolvers(): {
   return { promise, resolve, reject };
 }
 
+function checkReadable({ name, unfinishedPath }: Target): void {
+  if (unfinishedPath !== null) return;
+  throw new CowcatcherError({
+    code: "USAGE",
+    object: "--verify",
+    problem: `${name} cannot be read back`,
+    hint: "leave --verify out",
+  });
+}
+
 /** A task that rejected: the thread threw outside our own code, ran out of memory, or was ended from outside. */
-function workerError(error: unknown): CowcatcherError {
+export function workerError(error: unknown): CowcatcherError {
   if (error instanceof CowcatcherError) return error;
   return new CowcatcherError({
     code: "WORKER",

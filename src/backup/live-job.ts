@@ -16,6 +16,7 @@ import { createTarget } from "../target/create.js";
 import type { Target } from "../target/target.js";
 import { roundUp } from "../units.js";
 import { CopyRun } from "./copy-run.js";
+import { Finishing } from "./finishing.js";
 import type { BackupJob, JobStatus } from "./host.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
@@ -45,6 +46,8 @@ export class LiveJob implements BackupJob {
   readonly #lease: BufferLease;
   #interceptor: Interceptor | null = null;
   #frozen: FrozenSource | null = null;
+  /** Once the copy is done: what can still be cancelled. */
+  #finishing: Finishing | null = null;
   #markConcluded: () => void = () => {};
 
   private constructor(parts: LiveJobParts, target: Target, run: CopyRun, lease: BufferLease) {
@@ -129,9 +132,10 @@ export class LiveJob implements BackupJob {
     try {
       await this.#run.ended;
       this.#detach();
+      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared);
       this.#setStatus("waiting");
       this.#setStatus("pending");
-      await this.#target.finish();
+      await this.#finishing.run();
     } catch (error) {
       this.#fail(toCowcatcherError(error, this.options.target));
       await this.#run.ended.catch(() => {});
@@ -177,9 +181,11 @@ export class LiveJob implements BackupJob {
   }
 
   cancel(): void {
-    if (this.status !== "running" && this.status !== "paused") return;
     // Paused for an error: the error is what ended the backup, not the user who gave up.
-    this.#fail(this.error ?? this.#cancelled());
+    const error = this.error ?? this.#cancelled();
+    const isCopying = this.status === "running" || this.status === "paused";
+    const isFinishing = this.status === "waiting" || this.status === "pending";
+    if (isCopying || (isFinishing && this.#finishing?.cancel(error) === true)) this.#fail(error);
   }
 
   #cancelled(): CowcatcherError {

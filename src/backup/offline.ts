@@ -6,6 +6,7 @@ import type { ImageFormat } from "../image/format.js";
 import { createTarget } from "../target/create.js";
 import { sameFile } from "../target/destination.js";
 import { CopyRun } from "./copy-run.js";
+import { Finishing } from "./finishing.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 
@@ -56,10 +57,11 @@ export async function startOfflineCopy(request: OfflineCopyRequest): Promise<Off
       const frozen = image.freeze();
       run.begin(frozen.description);
       request.onStarted(image.sizeBytes);
+      const finishing = new Finishing(target, job, run.shared);
       const finish = async (): Promise<void> => {
         try {
           await run.ended;
-          await target.finish();
+          await finishing.run();
         } finally {
           await target.abort();
           frozen.release();
@@ -69,7 +71,10 @@ export async function startOfflineCopy(request: OfflineCopyRequest): Promise<Off
       return {
         totalBytes: image.sizeBytes,
         progress: () => run.progress(),
-        cancel: (error) => run.abort(error),
+        cancel(error) {
+          run.abort(error);
+          finishing.cancel(error);
+        },
         abortSync: () => target.abortSync(),
         ended: finish(),
       };

@@ -290,6 +290,9 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
   const targetFormat = flags.targetFormat ?? formatByExtension(target);
   checkTargetFlags(targetFormat, flags);
   checkBufferFlags(flags);
+  if (flags.verify === true && target === NULL_TARGET) {
+    throw usageError("--verify", "null: cannot be read back", "leave it out");
+  }
   return {
     target: target === NULL_TARGET ? target : parseImage(target, "TARGET"),
     targetFormat,

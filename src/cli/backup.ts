@@ -31,6 +31,7 @@ export async function runOfflineCopy(
     target: settings.job.target,
     totalBytes: 0,
     live: false,
+    verify: settings.job.verify,
   };
   let cancel: ((error: CowcatcherError) => void) | undefined;
   let abortSync: (() => void) | undefined;
@@ -141,6 +142,7 @@ async function follow(
     target: options.target,
     totalBytes: names.get(disk) ?? 0,
     live: true,
+    verify: options.verify ?? false,
   };
   view.start(info);
   const { progress, error } = await watchJob(client, id, (now) => view.update(id, now));

@@ -23,6 +23,8 @@ export interface SummaryMessage {
   guest_wait_ms_max: number;
   guest_wait_ms_total: number;
   ignored_errors: number;
+  /** The target was read back and compared. */
+  verified: boolean;
 }
 
 export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMessage {
@@ -42,6 +44,7 @@ export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMes
     guest_wait_ms_max: progress.guestWaitMsMax,
     guest_wait_ms_total: progress.guestWaitMsTotal,
     ignored_errors: progress.ignoredErrorCount,
+    verified: info.verify === true,
   };
 }
 
@@ -49,7 +52,7 @@ export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
   const lines = [
     `${info.disk} -> ${info.target}: ${formatBytes(progress.bytesTotal)} in ` +
       `${formatDuration(progress.elapsedMs)} (${formatBytes(averageRate(progress))}/s), ` +
-      `${formatBytes(progress.bytesWritten)} written`,
+      `${formatBytes(progress.bytesWritten)} written${info.verify === true ? ", verified" : ""}`,
   ];
   if (info.live) lines.push(captureLine(progress));
   if (progress.ignoredErrorCount > 0) {

@@ -7,7 +7,7 @@ import { createRawTarget } from "./raw.js";
 import type { Target, TargetOptions } from "./target.js";
 
 /**
- * Opens what the target is written to; nothing stands at `options.path` until finish().
+ * Opens what the target is written to; nothing stands at `options.path` until commit().
  * @throws CowcatcherError EXISTS without `force`, NOT_FOUND for a missing folder, LOCKED for a file or device
  * that another program uses, USAGE or LIMIT for a geometry that the format does not have, UNSUPPORTED, NO_SPACE, IO.
  */

@@ -52,9 +52,9 @@ export class FileTarget implements Target {
     const inFlight = closeGate(this.#gate);
     if (inFlight !== 0) throw this.#misuse(`complete() while ${inFlight} writes are in flight`);
     this.#state = "completing";
-    const { file, writeMetadata } = this.#parts;
+    const { file } = this.#parts;
     await this.#step(async () => {
-      await writeMetadata(() => this.#checkNotAborted());
+      await this.#parts.writeMetadata(() => this.#checkNotAborted());
       this.#checkNotAborted();
       await syncData(file.name, file.bufferedFd);
       this.#checkNotAborted();

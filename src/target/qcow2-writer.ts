@@ -2,7 +2,7 @@
 //
 // Guest data. A run of k guest clusters takes k contiguous host clusters (one compare-exchange on NEXT_FREE) and
 // one write; then its L2 entries, one small write an L2 table. No order between the two is needed: nobody reads
-// the file before finish(), and a file that was not finished is removed.
+// the file before complete(), and a file that was not finished is removed.
 //
 // L2 tables are not kept in memory. The first worker that needs one moves its place from NONE to ALLOCATING,
 // takes a cluster and publishes it; the others wait on the word. A fresh file's cluster reads as zeroes already;

@@ -319,7 +319,14 @@ describe("summary", () => {
       guest_wait_ms_max: 12.4,
       guest_wait_ms_total: 20,
       ignored_errors: 0,
+      verified: false,
     });
+  });
+
+  it("says that the target was verified", () => {
+    expect(summaryLines({ ...INFO, live: false, verify: true }, PROGRESS)).toEqual([
+      expect.stringMatching(/ written, verified$/),
+    ]);
   });
 
   it("is nothing with --quiet, and finite for a backup that took no time", () => {

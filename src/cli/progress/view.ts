@@ -16,6 +16,8 @@ export interface JobInfo {
   totalBytes: number;
   /** A guest uses the disk: buffer and guest waits are shown. */
   live: boolean;
+  /** Without an error at the end, the target was read back and is what was written. */
+  verify?: boolean;
 }
 
 export interface JobResult {

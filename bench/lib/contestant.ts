@@ -1,0 +1,49 @@
+// What the guest benchmark compares: a server with a disk, and a backup of it to a slow target.
+
+import type { Child } from "./children.js";
+
+export type DiskFormat = "raw" | "qcow2";
+
+/** What holds the target back. */
+export interface Throttle {
+  name: string;
+  /** Bytes a second; undefined: no limit. */
+  bytesPerSecond?: number;
+  /** Milliseconds that each write to the target takes longer. */
+  writeDelayMs?: number;
+}
+
+export interface Setup {
+  disk: string;
+  format: DiskFormat;
+  /** For sockets, the target and temporary images; the caller removes it. */
+  folder: string;
+  throttle: Throttle;
+}
+
+export interface RunningBackup {
+  /**
+   * When it has ended, synced target included: seconds since T0, or undefined if it did not complete (its policy
+   * cancelled it). @throws CowcatherError if it fails otherwise.
+   */
+  ended: Promise<number | undefined>;
+  /** Ends it before its time; `ended` then gives undefined. */
+  cancel(): Promise<void>;
+}
+
+export interface RunningServer {
+  /** The process that does the guest's requests and the copying. */
+  child: Child;
+  /** Path of the NBD socket; the export's name is "disk". */
+  socket: string;
+  /** Resolves after T0. */
+  startBackup(): Promise<RunningBackup>;
+  stop(): Promise<void>;
+}
+
+export interface Contestant {
+  name: string;
+  /** Undefined: it measures the guest without a backup. */
+  hasBackup: boolean;
+  start(setup: Setup): Promise<RunningServer>;
+}

@@ -1,0 +1,54 @@
+// cowcatcher in the guest benchmark.
+
+import { join } from "node:path";
+import { childError, waitForChild } from "./children.js";
+import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
+import { startCowcatcher, startServe } from "./cowcatcher.js";
+
+/** @param backupArguments of `backup`, beside target and rate; undefined: no backup. */
+export function cowcatcher(name: string, backupArguments: readonly string[] | undefined): Contestant {
+  return {
+    name: `cowcatcher, ${name}`,
+    hasBackup: backupArguments !== undefined,
+    start: (setup) => start(setup, backupArguments ?? []),
+  };
+}
+
+async function start(setup: Setup, backupArguments: readonly string[]): Promise<RunningServer> {
+  const { disk, format, folder, throttle } = setup;
+  const [socket, control] = [join(folder, "nbd.sock"), join(folder, "control.sock")];
+  const delayMs = throttle.writeDelayMs;
+  const env = delayMs === undefined ? {} : { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` };
+  const child = await startServe({ image: disk, format, socket, control, env });
+  const args = ["--control", control, join(folder, "target.raw"), "-O", "raw", "--spill-dir", folder];
+  if (throttle.bytesPerSecond !== undefined) args.push("--rate-limit", String(throttle.bytesPerSecond));
+  return {
+    child,
+    socket,
+    startBackup: () => startBackup([...args, ...backupArguments]),
+    stop: async () => {
+      await child.stop();
+    },
+  };
+}
+
+async function startBackup(args: readonly string[]): Promise<RunningBackup> {
+  const child = startCowcatcher(["backup", "--json", ...args]);
+  // `started` comes after T0.
+  await waitForChild(child, "start", () => /"message_type":\s*"started"/.test(child.stdout) || undefined);
+  const startMs = performance.now();
+  let isCancelled = false;
+  const ended = child.ended.then(({ code, stdout, stderr }) => {
+    if (code === 0) return (performance.now() - startMs) / 1000;
+    // The policy `cancel` is a failure of the backup, and what that cell measures.
+    if (isCancelled || /buffer is full|BUFFER_FULL/i.test(stdout + stderr)) return undefined;
+    throw childError(child, `exit code ${code}`);
+  });
+  return {
+    ended,
+    cancel: async () => {
+      isCancelled = true;
+      await child.stop();
+    },
+  };
+}

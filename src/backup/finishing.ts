@@ -1,0 +1,62 @@
+// What follows the copy: metadata and sync, the check if it was asked for, the final name. A target that does not
+// pass the check, or whose job is cancelled before it gets its name, never has one. Main thread.
+
+import type { SharedState } from "../cow/shared.js";
+import type { CowcatcherError } from "../errors.js";
+import type { Target } from "../target/target.js";
+import type { JobOptions } from "./options.js";
+import { VerifyRun } from "./verify-run.js";
+
+export class Finishing {
+  readonly #target: Target;
+  readonly #job: JobOptions;
+  readonly #shared: SharedState;
+  #check: VerifyRun | null = null;
+  #cancelled: CowcatcherError | undefined;
+  #named = false;
+
+  constructor(target: Target, job: JobOptions, shared: SharedState) {
+    this.#target = target;
+    this.#job = job;
+    this.#shared = shared;
+  }
+
+  /** The workers have ended. @throws CowcatcherError; the target is still to be aborted then. */
+  async run(): Promise<void> {
+    this.#throwIfCancelled();
+    await this.#target.complete();
+    this.#throwIfCancelled();
+    await this.#verify();
+    this.#throwIfCancelled();
+    this.#named = true;
+    await this.#target.commit();
+  }
+
+  /** Ends it with this error. False: too late, the target is getting its name. */
+  cancel(error: CowcatcherError): boolean {
+    if (this.#named) return false;
+    this.#cancelled ??= error;
+    this.#check?.cancel(error);
+    return true;
+  }
+
+  async #verify(): Promise<void> {
+    const { geometry, digests } = this.#shared.buffers;
+    const { unfinishedPath, name, description } = this.#target;
+    if (digests === undefined || unfinishedPath === null || description.format === "null") return;
+    this.#check = new VerifyRun({
+      geometry,
+      digests,
+      path: unfinishedPath,
+      name,
+      format: description.format,
+      direct: description.direct,
+      workerCount: this.#job.workerCount,
+    });
+    await this.#check.ended;
+  }
+
+  #throwIfCancelled(): void {
+    if (this.#cancelled !== undefined) throw this.#cancelled;
+  }
+}

@@ -1,0 +1,112 @@
+// --verify: reads the complete, synced target back and compares each cluster with its digest of T0. Main thread; the
+// reading and hashing is the workers' (workers/verify.ts), as this thread serves the guest.
+//
+//   drop the target from the page cache, so that what is read comes from the medium ──► all workers read, each
+//   stretch by one of them ──► no difference, or one error that names the first and counts them all
+//
+// The check ends early by `cancel`, or when a worker fails: the others see it at their next chunk. One that sits in
+// a read that does not return is left behind after ABORT_GRACE_MS.
+
+import { setTimeout as delay } from "node:timers/promises";
+import { Piscina } from "piscina";
+import type { Geometry } from "../cow/geometry.js";
+import { CowcatcherError } from "../errors.js";
+import type { ImageFormat } from "../image/format.js";
+import { formatBytes } from "../units.js";
+import { ABORT_GRACE_MS, WORKER_HEAP, workerError } from "./copy-run.js";
+import { CONTROL_WORDS, CTL_LEAVE, type VerifyResult, type VerifyTask } from "./verify-task.js";
+
+const WORKER_FILE = new URL("../../workers/verify.js", import.meta.url);
+
+export interface VerifyRunOptions {
+  geometry: Geometry;
+  digests: SharedArrayBuffer;
+  path: string;
+  name: string;
+  format: ImageFormat;
+  direct: boolean;
+  workerCount: number;
+}
+
+export class VerifyRun {
+  /** Fulfilled if the target is what was read at T0; rejects with VERIFY if not, or with what ended the check. */
+  readonly ended: Promise<void>;
+  readonly #task: VerifyTask;
+  readonly #control = new Int32Array(new SharedArrayBuffer(CONTROL_WORDS * Int32Array.BYTES_PER_ELEMENT));
+  readonly #pool: Piscina;
+  readonly #workerCount: number;
+  #firstError: CowcatcherError | undefined;
+  #giveUp: () => void = () => {};
+
+  constructor({ workerCount, ...target }: VerifyRunOptions) {
+    this.#task = { ...target, control: this.#control.buffer };
+    this.#workerCount = workerCount;
+    this.#pool = new Piscina({
+      filename: WORKER_FILE.href,
+      minThreads: workerCount,
+      maxThreads: workerCount,
+      concurrentTasksPerWorker: 1,
+      resourceLimits: WORKER_HEAP,
+      recordTiming: false,
+    });
+    this.ended = this.#run();
+    // Whoever started the check looks at `ended`; until then a failure is not an unhandled one.
+    this.ended.catch(() => {});
+  }
+
+  /** Ends the check with this error, unless it has failed already. Returns at once; idempotent. */
+  cancel(error: CowcatcherError): void {
+    if (this.#firstError !== undefined) return;
+    this.#firstError = error;
+    Atomics.store(this.#control, CTL_LEAVE, 1);
+    setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
+  }
+
+  async #run(): Promise<void> {
+    const abandoned = new Promise<void>((resolve) => {
+      this.#giveUp = resolve;
+    });
+    const results: VerifyResult[] = [];
+    await Promise.race([this.#check(results), abandoned]);
+    // Settles when the threads are gone, which for one that sits in a system call may be never.
+    const destroyed = this.#pool.destroy().catch(() => {});
+    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    if (this.#firstError !== undefined) throw this.#firstError;
+    const differences = results.reduce((sum, { differingClusterCount }) => sum + differingClusterCount, 0);
+    if (differences > 0) throw this.#difference(differences, results);
+  }
+
+  async #check(results: VerifyResult[]): Promise<void> {
+    await this.#work("dropCache");
+    if (this.#firstError !== undefined) return;
+    const workers = Array.from({ length: this.#workerCount }, async () => {
+      const result = await this.#work("default");
+      if (result !== undefined) results.push(result);
+    });
+    await Promise.all(workers);
+  }
+
+  /** Undefined: the worker failed, and with it the check. */
+  async #work(name: "dropCache" | "default"): Promise<VerifyResult | undefined> {
+    try {
+      const result = (await this.#pool.run(this.#task, { name })) as VerifyResult;
+      if (result.error === undefined) return result;
+      this.cancel(new CowcatcherError({ ...result.error, cause: result.stack }));
+    } catch (error) {
+      this.cancel(workerError(error));
+    }
+    return undefined;
+  }
+
+  #difference(clusterCount: number, results: readonly VerifyResult[]): CowcatcherError {
+    const clusters = `${clusterCount} ${clusterCount === 1 ? "cluster" : "clusters"}`;
+    const size = formatBytes(this.#task.geometry.clusterBytes);
+    return new CowcatcherError({
+      code: "VERIFY",
+      object: this.#task.name,
+      problem: `read back, ${clusters} of ${size} differ from what was read at T0, the first`,
+      hint: "do not trust this storage: it, or the way to it, changed the data",
+      offsetBytes: Math.min(...results.map(({ firstDifferenceBytes }) => firstDifferenceBytes)),
+    });
+  }
+}
