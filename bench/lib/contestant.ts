@@ -43,7 +43,7 @@ export interface RunningServer {
 
 export interface Contestant {
   name: string;
-  /** Undefined: it measures the guest without a backup. */
+  /** False: it measures the guest without a backup. */
   hasBackup: boolean;
   start(setup: Setup): Promise<RunningServer>;
 }

@@ -36,7 +36,12 @@ interface FioDirection {
 /** What fio needs for its own start and end. */
 const FIO_GRACE_MS = 60_000;
 
-export function fioArguments(pattern: FioPattern, socket: string, seconds: number, logPrefix?: string): string[] {
+export function fioArguments(
+  pattern: FioPattern,
+  socket: string,
+  seconds: number,
+  logPrefix?: string,
+): string[] {
   const args = [
     "--name=guest",
     "--ioengine=nbd",

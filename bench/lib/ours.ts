@@ -18,9 +18,10 @@ async function start(setup: Setup, backupArguments: readonly string[]): Promise<
   const { disk, format, folder, throttle } = setup;
   const [socket, control] = [join(folder, "nbd.sock"), join(folder, "control.sock")];
   const delayMs = throttle.writeDelayMs;
-  const env = delayMs === undefined ? {} : { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` };
+  const env: Record<string, string> =
+    delayMs === undefined ? {} : { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` };
   const child = await startServe({ image: disk, format, socket, control, env });
-  const args = ["--control", control, join(folder, "target.raw"), "-O", "raw", "--spill-dir", folder];
+  const args = ["--control", control, join(folder, "target.raw"), "-O", "raw"];
   if (throttle.bytesPerSecond !== undefined) args.push("--rate-limit", String(throttle.bytesPerSecond));
   return {
     child,

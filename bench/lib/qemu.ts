@@ -41,7 +41,9 @@ async function startDaemon(setup: Setup, kind: Kind): Promise<RunningServer> {
     ...["--monitor", "chardev=qmp"],
   ];
   const child = new Child("qemu-storage-daemon", "qemu-storage-daemon", args);
-  const client = await waitForChild(child, "QMP socket", () => ControlClient.connect(qmp).catch(() => undefined));
+  const client = await waitForChild(child, "QMP socket", () =>
+    ControlClient.connect(qmp).catch(() => undefined),
+  );
   const helpers: Child[] = [];
   return {
     child,
@@ -98,7 +100,15 @@ async function addTarget(client: ControlClient, setup: Setup, path: string, help
   let file: Record<string, unknown> = { driver: "file", filename: path };
   if (throttle.writeDelayMs !== undefined) {
     const socket = join(folder, "target.sock");
-    const args = ["-f", "-U", socket, "--filter=delay", "file", path, `delay-write=${throttle.writeDelayMs}ms`];
+    const args = [
+      "-f",
+      "-U",
+      socket,
+      "--filter=delay",
+      "file",
+      path,
+      `delay-write=${throttle.writeDelayMs}ms`,
+    ];
     const nbdkit = new Child("nbdkit", "nbdkit", args);
     helpers.push(nbdkit);
     await waitForChild(nbdkit, "socket", () => statSync(socket, { throwIfNoEntry: false }));
@@ -135,8 +145,8 @@ function jobEnd(client: ControlClient): Promise<boolean> {
       if (event === "BLOCK_JOB_CANCELLED") resolve(false);
       if (event !== "BLOCK_JOB_COMPLETED") return;
       const problem = data["error"];
-      if (problem === undefined) resolve(true);
-      else reject(new CowcatcherError({ code: "IO", object: "blockdev-backup", problem: String(problem) }));
+      if (typeof problem !== "string") resolve(true);
+      else reject(new CowcatcherError({ code: "IO", object: "blockdev-backup", problem }));
     });
   });
   // Who starts the job may fail before it waits for the end.

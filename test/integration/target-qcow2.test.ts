@@ -521,4 +521,12 @@ describe.runIf(loopDevice !== null)("a block device full of old data", () => {
     await (await createTarget(device())).abort();
     expect(spawnSync("qemu-img", ["info", "-f", "qcow2", loopDevice ?? ""]).status).not.toBe(0);
   });
+
+  it("is no image any more when a complete one is given up", async () => {
+    const target = await createTarget(device());
+    await target.complete();
+    checkClean(target.unfinishedPath ?? "");
+    await target.abort();
+    expect(spawnSync("qemu-img", ["info", "-f", "qcow2", loopDevice ?? ""]).status).not.toBe(0);
+  });
 });

@@ -12,9 +12,11 @@ const WAIT_MS = 15_000;
 const children = new Set<ChildProcessWithoutNullStreams>();
 const folders = new Set<string>();
 
-/** A folder of its own, in memory where there is such a place. */
-export function scratchFolder(): string {
-  const folder = mkdtempSync(join(existsSync("/dev/shm") ? "/dev/shm" : tmpdir(), "cowcatcher-test-"));
+const MEMORY = existsSync("/dev/shm") ? "/dev/shm" : tmpdir();
+
+/** A folder of its own, in memory where there is such a place, unless told where. */
+export function scratchFolder(parent = MEMORY): string {
+  const folder = mkdtempSync(join(parent, "cowcatcher-test-"));
   folders.add(folder);
   return folder;
 }
@@ -100,7 +102,7 @@ export class Process {
   async end(withinMs = WAIT_MS): Promise<RunResult> {
     const result = await Promise.race([
       this.ended,
-      new Promise<undefined>((settle) => setTimeout(settle, withinMs).unref()),
+      new Promise<undefined>((settle) => setTimeout(() => settle(undefined), withinMs).unref()),
     ]);
     if (result === undefined) throw new Error(`still running after ${withinMs} ms\n${this.stderr}`);
     return result;

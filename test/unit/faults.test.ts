@@ -31,11 +31,25 @@ describe("the syntax", () => {
   });
 
   it.each([
-    ["target:error", "COWCATCHER_FAULTS: 'target' is no stage (give target-write, source-read, worker)"],
-    ["error=EIO", "COWCATCHER_FAULTS: 'error=EIO' is no stage (give target-write, source-read, worker)"],
-    ["worker:explode", "COWCATCHER_FAULTS: 'explode' is no action (give error, delay, hang, exit, throw)"],
-    ["worker", "COWCATCHER_FAULTS: '' is no action (give error, delay, hang, exit, throw)"],
+    [
+      "target:error",
+      "COWCATCHER_FAULTS: 'target' is no stage (give target-write, target-read, source-read, worker)",
+    ],
+    [
+      "error=EIO",
+      "COWCATCHER_FAULTS: 'error=EIO' is no stage (give target-write, target-read, source-read, worker)",
+    ],
+    [
+      "worker:explode",
+      "COWCATCHER_FAULTS: 'explode' is no action (give error, delay, hang, corrupt, exit, throw)",
+    ],
+    ["worker", "COWCATCHER_FAULTS: '' is no action (give error, delay, hang, corrupt, exit, throw)"],
     ["worker:error", "COWCATCHER_FAULTS: 'worker:error' makes no sense (give exit, throw or delay)"],
+    [
+      "source-read:corrupt",
+      "COWCATCHER_FAULTS: 'source-read:corrupt' makes no sense (give target-write:corrupt)",
+    ],
+    ["target-write:corrupt=1", "COWCATCHER_FAULTS: 'corrupt=1' takes no value"],
     ["target-write:error=EWHAT", "COWCATCHER_FAULTS: 'EWHAT' is no errno (give a name such as EIO)"],
     ["target-write:delay", "COWCATCHER_FAULTS: 'delay' needs a duration (give delay=20ms)"],
     [
@@ -123,11 +137,11 @@ describe("the stage", () => {
   it("delays no longer than the job lasts", () => {
     const { writer } = faulty("target-write:delay=40ms");
     const startMs = performance.now();
-    writer.writeZeroes(0, 512);
+    void writer.writeZeroes(0, 512);
     expect(performance.now() - startMs).toBeGreaterThan(35);
     Atomics.store(control, CTL_RUN, RUN_ABORTING);
     const abortedMs = performance.now();
-    faultyWhileAborting("target-write:delay=1h").writeZeroes(0, 512);
+    void faultyWhileAborting("target-write:delay=1h").writeZeroes(0, 512);
     expect(performance.now() - abortedMs).toBeLessThan(1_000);
   });
 

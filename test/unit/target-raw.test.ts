@@ -153,6 +153,34 @@ describe("a raw target", () => {
   });
 });
 
+describe("a complete target", () => {
+  it("can be read where it stands, and has its name only after commit()", async () => {
+    const target = await createTarget(options());
+    void openTarget(target.description).write(Buffer.alloc(4096, 7), 0, 4096, 4096);
+    await target.complete();
+    expect(fs.existsSync(path)).toBe(false);
+    expect(fs.readFileSync(target.unfinishedPath ?? "").subarray(4096, 8192)).toEqual(Buffer.alloc(4096, 7));
+    await target.commit();
+    expect(fs.readdirSync(folder)).toEqual(["disk.img"]);
+  });
+
+  it("leaves nothing when it is aborted instead", async () => {
+    const target = await createTarget(options());
+    const { fd } = rawDescription(target);
+    await target.complete();
+    await target.abort();
+    expect(fs.readdirSync(folder)).toEqual([]);
+    expect(isOpen(fd)).toBe(false);
+    expect((await refusal(target.commit())).problem).toContain("aborted");
+  });
+
+  it("is what commit() needs", async () => {
+    const target = await createTarget(options());
+    expect((await refusal(target.commit())).problem).toBe("commit() on a target that is open");
+    await target.abort();
+  });
+});
+
 describe("an aborted target", () => {
   it("leaves nothing, however often and whenever it is aborted", async () => {
     const target = await createTarget(options());

@@ -1,0 +1,157 @@
+// npm run bench:guest: what a guest's writes cost with no backup, an unbuffered one and a buffered one, beside
+// qemu-storage-daemon in the same run. Needs fio, qemu-utils and nbdkit.
+//
+// Rounds are interleaved: each goes through all cells and, within a cell, through all contestants, in turned order,
+// so that whatever else the machine does falls on all of them. Figures are medians over the rounds.
+
+import { availableParallelism, tmpdir } from "node:os";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { parseSize } from "../src/units.js";
+import { runMain, runProgram, scratchFolder } from "./lib/children.js";
+import type { DiskFormat } from "./lib/contestant.js";
+import { startCowcatcher } from "./lib/cowcatcher.js";
+import { convertDisk, makeRawDisk } from "./lib/disks.js";
+import { allCells, filterCells, quickCells, timelineCell, usualCells, type Cell } from "./lib/guest-cells.js";
+import { guestTable, timelineChart, type CellResult } from "./lib/guest-report.js";
+import { measure, measureTimeline, type Measurement, type MeasureOptions } from "./lib/measure-guest.js";
+import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
+
+const HELP = `npm run bench:guest -- [options]
+  --rounds N             interleaved rounds (5)
+  --seconds N            of the guest in each measurement (5)
+  --size SIZE            of the disk (1G)
+  --dir DIR              where disk and target stand (the temporary folder)
+  --cell "WORD WORD"     only cells whose name holds these words; may be repeated
+  --all                  every combination, not only the usual ones (hours)
+  --quick                one round, randwrite 32k on raw
+  --timeline SECONDS     length of the picture's run (45; with --quick 0: none)
+  --backup-timeout N     seconds that a backup gets after the guest is done (120)
+  --list                 names of the cells, and nothing else
+  --out DIR              results: guest.md, guest.json, guest.svg (bench/results)`;
+
+const TIMELINE_LEAD_SECONDS = 5;
+
+const { values } = parseArgs({
+  options: {
+    rounds: { type: "string" },
+    seconds: { type: "string", default: "5" },
+    size: { type: "string", default: "1G" },
+    dir: { type: "string", default: tmpdir() },
+    cell: { type: "string", multiple: true, default: [] },
+    all: { type: "boolean", default: false },
+    quick: { type: "boolean", default: false },
+    timeline: { type: "string" },
+    "backup-timeout": { type: "string", default: "120" },
+    list: { type: "boolean", default: false },
+    out: { type: "string", default: "bench/results" },
+    help: { type: "boolean", default: false },
+  },
+});
+
+function say(text: string): void {
+  process.stdout.write(`${text}\n`);
+}
+
+async function bench(): Promise<number> {
+  const candidates = values.quick ? quickCells() : values.all ? allCells() : usualCells();
+  let cells = filterCells(candidates, values.cell);
+  if (values.list || values.help || cells.length === 0) {
+    say(values.help ? HELP : cells.length === 0 ? "no cell has such a name" : "");
+    for (const { name } of cells) if (values.list) say(name);
+    return cells.length === 0 ? 1 : 0;
+  }
+  const results = new ResultFolder(values.out);
+  const folder = scratchFolder(values.dir);
+  const needsDelay = cells.some(({ throttle }) => throttle.writeDelayMs !== undefined);
+  if (needsDelay && !(await honoursFaults(folder))) {
+    say("cowcatcher does not honour COWCATCHER_FAULTS: cells with a slow write are left out");
+    cells = cells.filter(({ throttle }) => throttle.writeDelayMs === undefined);
+  }
+  const machine = await describeMachine();
+  say(`${machineLine(machine)}\n${cells.length} cells`);
+  const disks = await makeDisks(folder);
+  const rounds = Number(values.rounds ?? (values.quick ? 1 : 5));
+  const options = (format: DiskFormat): MeasureOptions => ({
+    disk: disks[format],
+    folder,
+    guestSeconds: Number(values.seconds),
+    backupTimeoutSeconds: Number(values["backup-timeout"]),
+  });
+  const cellResults: CellResult[] = cells.map((cell) => ({
+    name: cell.name,
+    contestants: cell.contestants.map(({ name }) => ({ name, measurements: [] })),
+  }));
+  for (let round = 0; round < rounds; round++) {
+    say(`round ${round + 1} of ${rounds}`);
+    for (const [index, cell] of cells.entries()) {
+      const result = cellResults[index];
+      if (result !== undefined) await measureCell(cell, result, round, options(cell.format));
+    }
+    results.write("guest.json", { machine, options: values, cells: cellResults });
+  }
+  const timelineSeconds = Number(values.timeline ?? (values.quick ? 0 : 45));
+  if (timelineSeconds > 0) await drawTimeline(results, { ...options("raw"), guestSeconds: timelineSeconds });
+  const header = `${machineLine(machine)}. ${rounds} interleaved rounds of ${values.seconds} s, disk ${values.size}, medians. A backup that took less than the guest's time weighed on a part of it only.`;
+  const table = guestTable(cellResults);
+  const path = results.write("guest.md", `${header}\n\n${table}\n`);
+  say(`\n${table}\n\n${path}`);
+  return 0;
+}
+
+async function measureCell(
+  cell: Cell,
+  result: CellResult,
+  round: number,
+  options: MeasureOptions,
+): Promise<void> {
+  const count = cell.contestants.length;
+  for (let turn = 0; turn < count; turn++) {
+    const at = (turn + round) % count;
+    const contestant = cell.contestants[at];
+    const measurements = result.contestants[at]?.measurements;
+    if (contestant === undefined || measurements === undefined) continue;
+    const measurement = await measure(cell, contestant, options);
+    measurements.push(measurement);
+    say(`  ${cell.name}: ${contestant.name}: ${describe(measurement)}`);
+  }
+}
+
+function describe({ iops, p99Ms, longestMs, cpuSeconds, backupSeconds }: Measurement): string {
+  const backup = backupSeconds === undefined ? "" : `, backup ${backupSeconds.toFixed(1)} s`;
+  const latencies = `p99 ${p99Ms.toFixed(2)} ms, longest ${longestMs.toFixed(1)} ms`;
+  return `${Math.round(iops)} IOPS, ${latencies}, CPU ${cpuSeconds.toFixed(1)} s${backup}`;
+}
+
+async function drawTimeline(results: ResultFolder, options: MeasureOptions): Promise<void> {
+  const cell = timelineCell();
+  const lines: { name: string; measurement: Measurement }[] = [];
+  for (const contestant of cell.contestants) {
+    say(`timeline: ${contestant.name}`);
+    const measurement = await measureTimeline(cell, contestant, options, TIMELINE_LEAD_SECONDS);
+    lines.push({ name: contestant.name, measurement });
+  }
+  results.write("guest-timeline.json", lines);
+  say(results.write("guest.svg", timelineChart(cell, lines)));
+}
+
+async function makeDisks(folder: string): Promise<Record<DiskFormat, string>> {
+  const disks = { raw: join(folder, "disk.raw"), qcow2: join(folder, "disk.qcow2") };
+  makeRawDisk(disks.raw, parseSize(values.size, "--size"));
+  await convertDisk(disks.raw, disks.qcow2, "qcow2");
+  await runProgram("sync", ["-f", folder]);
+  return disks;
+}
+
+/** Whether a delay that is asked for makes a tiny copy last that long. */
+async function honoursFaults(folder: string): Promise<boolean> {
+  const [source, target] = [join(folder, "probe.raw"), join(folder, "probe-copy.raw")];
+  makeRawDisk(source, 65_536);
+  const env = { ...process.env, COWCATCHER_FAULTS: "target-write:delay=2s" };
+  const startMs = performance.now();
+  const { code } = await startCowcatcher(["backup", source, target, "-q"], { env }).ended;
+  return code === 0 && performance.now() - startMs >= 2000;
+}
+
+if (availableParallelism() < 2) say("note: on one core, guest and server share it");
+await runMain("bench:guest", bench);

@@ -1,0 +1,112 @@
+// The guest benchmark's matrix: what the guest does × the disk's format × how the target is held back × what the
+// backup does. A cell holds the contestants that are compared; a cell's first one is what its ratios refer to.
+
+import { MiB } from "../../src/units.js";
+import type { Contestant, DiskFormat, Throttle } from "./contestant.js";
+import type { FioPattern } from "./fio.js";
+import { cowcatcher } from "./ours.js";
+import { qemu } from "./qemu.js";
+
+export interface Cell {
+  /** What `--cell` filters and the tables show: pattern, format, target, scenario. */
+  name: string;
+  pattern: FioPattern;
+  format: DiskFormat;
+  throttle: Throttle;
+  /** QEMU's, where there is one to compare with, comes first. */
+  contestants: Contestant[];
+}
+
+/** The job that this project began with (2019): its cells are measured in every scenario. */
+const MAIN_PATTERN: FioPattern = { name: "randwrite 32k qd8", rw: "randwrite", blockSize: "32k", ioDepth: 8 };
+
+export const PATTERNS: readonly FioPattern[] = [
+  MAIN_PATTERN,
+  { name: "randwrite 4k qd32", rw: "randwrite", blockSize: "4k", ioDepth: 32 },
+  { name: "seqwrite 1M qd4", rw: "write", blockSize: "1M", ioDepth: 4 },
+  { name: "randrw 70/30 16k qd8", rw: "randrw", blockSize: "16k", ioDepth: 8, readShare: 70 },
+  { name: "fixed 4000/s 32k", rw: "randwrite", blockSize: "32k", ioDepth: 32, ratePerSecond: 4000 },
+];
+
+const NO_TARGET: Throttle = { name: "no backup" };
+/** Both sides get the same number of bytes a second. */
+const SLOW: Throttle = { name: "50 MB/s", bytesPerSecond: 50 * MiB };
+const FASTER: Throttle = { name: "200 MB/s", bytesPerSecond: 200 * MiB };
+const DELAYED: Throttle = { name: "20 ms a write", writeDelayMs: 20 };
+
+interface Scenario {
+  name: string;
+  contestants: Contestant[];
+}
+
+const NO_BACKUP: Scenario = {
+  name: "no backup",
+  contestants: [qemu("none"), cowcatcher("no backup", undefined)],
+};
+const UNBUFFERED: Scenario = {
+  name: "unbuffered",
+  contestants: [qemu("plain"), cowcatcher("unbuffered", ["--cow-buffer-size", "0"])],
+};
+const BUFFERED: Scenario = {
+  name: "buffered 1 GiB",
+  contestants: [qemu("fleecing"), cowcatcher("buffered", ["--cow-buffer-size", "1G"])],
+};
+const SMALL_BUFFER: Scenario = {
+  name: "buffered 64 MiB",
+  contestants: [
+    qemu("fleecing"),
+    ...["spill", "wait", "cancel"].map((policy) =>
+      cowcatcher(`64 MiB, ${policy}`, ["--cow-buffer-size", "64M", "--on-buffer-full", policy]),
+    ),
+  ],
+};
+const BACKUPS = [UNBUFFERED, BUFFERED, SMALL_BUFFER];
+
+/** Every combination. */
+export function allCells(): Cell[] {
+  return PATTERNS.flatMap((pattern) =>
+    (["raw", "qcow2"] as const).flatMap((format) => [
+      makeCell(pattern, format, NO_TARGET, NO_BACKUP),
+      ...[SLOW, FASTER, DELAYED].flatMap((throttle) =>
+        BACKUPS.map((scenario) => makeCell(pattern, format, throttle, scenario)),
+      ),
+    ]),
+  );
+}
+
+/** What a run without options measures: every pattern on the slow target, and the main one on the others too. */
+export function usualCells(): Cell[] {
+  return allCells().filter(({ name, pattern, format, throttle }) => {
+    if (pattern === MAIN_PATTERN && format === "raw") return true;
+    const isPlain = throttle === NO_TARGET || throttle === SLOW;
+    return isPlain && !name.endsWith(SMALL_BUFFER.name);
+  });
+}
+
+export function quickCells(): Cell[] {
+  return [NO_BACKUP, UNBUFFERED, BUFFERED].map((scenario) =>
+    makeCell(MAIN_PATTERN, "raw", scenario === NO_BACKUP ? NO_TARGET : SLOW, scenario),
+  );
+}
+
+/** Cells whose name holds every word of one of the filters; all of them without filters. */
+export function filterCells(cells: readonly Cell[], filters: readonly string[]): Cell[] {
+  const wanted = filters.map((filter) => filter.toLowerCase().split(/\s+/));
+  if (wanted.length === 0) return [...cells];
+  return cells.filter(({ name }) => {
+    const text = name.toLowerCase();
+    return wanted.some((words) => words.every((word) => text.includes(word)));
+  });
+}
+
+/** The picture's contestants, on the slow target. */
+export function timelineCell(): Cell {
+  const contestants = [...BUFFERED.contestants, ...UNBUFFERED.contestants];
+  return { ...makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED), contestants };
+}
+
+function makeCell(pattern: FioPattern, format: DiskFormat, throttle: Throttle, scenario: Scenario): Cell {
+  const place = throttle === NO_TARGET ? "" : `${throttle.name}, `;
+  const name = `${pattern.name}, ${format}, ${place}${scenario.name}`;
+  return { name, pattern, format, throttle, contestants: scenario.contestants };
+}

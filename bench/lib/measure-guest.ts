@@ -1,0 +1,107 @@
+// One measurement: a fresh server, a backup that has just started, and fio for some seconds; then the backup's end.
+
+import { mkdirSync, rmSync } from "node:fs";
+import { join } from "node:path";
+import { sleep, runProgram } from "./children.js";
+import type { Contestant, RunningBackup } from "./contestant.js";
+import { runFio, type FioResult } from "./fio.js";
+import type { Cell } from "./guest-cells.js";
+
+export interface Measurement extends FioResult {
+  /** Of the server, while the guest was at work. */
+  cpuSeconds: number;
+  /** From T0 until the target was complete and synced; undefined: no backup, or cancelled. */
+  backupSeconds: number | undefined;
+  /** Seconds after the guest's start. Only in a timeline. */
+  marks: number[];
+}
+
+export interface MeasureOptions {
+  disk: string;
+  /** A folder of its own is made in here for each measurement. */
+  folder: string;
+  guestSeconds: number;
+  /** A backup that takes longer after the guest is cancelled; its duration is then not known. */
+  backupTimeoutSeconds: number;
+}
+
+export async function measure(
+  cell: Cell,
+  contestant: Contestant,
+  options: MeasureOptions,
+): Promise<Measurement> {
+  return withServer(cell, contestant, options, async (server) => {
+    const backup = contestant.hasBackup ? await server.startBackup() : undefined;
+    const cpuBefore = server.child.cpuSeconds();
+    const result = await runFio(cell.pattern, server.socket, options.guestSeconds);
+    const cpuSeconds = server.child.cpuSeconds() - cpuBefore;
+    const backupSeconds = await backupEnd(backup, options.backupTimeoutSeconds);
+    return { ...result, cpuSeconds, backupSeconds, marks: [] };
+  });
+}
+
+/** The guest works all the time; the backup starts after `leadSeconds`. */
+export async function measureTimeline(
+  cell: Cell,
+  contestant: Contestant,
+  options: MeasureOptions,
+  leadSeconds: number,
+): Promise<Measurement> {
+  return withServer(cell, contestant, options, async (server) => {
+    const startMs = performance.now();
+    const secondsNow = (): number => (performance.now() - startMs) / 1000;
+    const guest = runFio(cell.pattern, server.socket, options.guestSeconds, { withSeries: true });
+    // Awaited below; a failure meanwhile must not count as unhandled.
+    guest.catch(() => undefined);
+    await sleep(leadSeconds * 1000);
+    const backup = await server.startBackup();
+    const marks = [secondsNow()];
+    const ended = backup.ended.then((seconds) => {
+      marks.push(secondsNow());
+      return seconds;
+    });
+    ended.catch(() => undefined);
+    const result = await guest;
+    const cpuSeconds = server.child.cpuSeconds();
+    const backupSeconds = await backupEnd({ ...backup, ended }, options.backupTimeoutSeconds);
+    return { ...result, cpuSeconds, backupSeconds, marks: marks.filter((at) => at <= options.guestSeconds) };
+  });
+}
+
+async function withServer<T>(
+  { format, throttle }: Cell,
+  contestant: Contestant,
+  { disk, folder }: MeasureOptions,
+  body: (server: Awaited<ReturnType<Contestant["start"]>>) => Promise<T>,
+): Promise<T> {
+  const scratch = join(folder, "measurement");
+  mkdirSync(scratch);
+  try {
+    const server = await contestant.start({ disk, format, folder: scratch, throttle });
+    try {
+      return await body(server);
+    } finally {
+      await server.stop();
+    }
+  } finally {
+    rmSync(scratch, { recursive: true, force: true });
+    // What this measurement left in the page cache is not the next one's to write back.
+    await runProgram("sync", ["-f", folder]);
+  }
+}
+
+async function backupEnd(
+  backup: RunningBackup | undefined,
+  timeoutSeconds: number,
+): Promise<number | undefined> {
+  if (backup === undefined) return undefined;
+  let timer: NodeJS.Timeout | undefined;
+  const timeout = new Promise<"late">((resolve) => {
+    timer = setTimeout(() => resolve("late"), timeoutSeconds * 1000);
+  });
+  const first = await Promise.race([backup.ended, timeout]);
+  clearTimeout(timer);
+  if (first !== "late") return first;
+  await backup.cancel();
+  return undefined;
+}
