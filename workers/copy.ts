@@ -115,12 +115,15 @@ async function drive(steps: Generator<DrainStep, void, void>, control: Int32Arra
   }
 }
 
-/** Sleeps on the run state, so that a change of it (pause, resume, another speed, the end) wakes the worker. */
+/**
+ * Sleeps on the run state, so that a change of it (pause, resume, the end) wakes the worker. Not for long, as another
+ * speed changes no word: its notification may come just before the wait begins.
+ */
 function sleepUntil(untilNs: bigint, control: Int32Array): void {
   const state = Atomics.load(control, CTL_RUN);
   if (state === RUN_ABORTING) return;
   const ms = Number(untilNs - process.hrtime.bigint()) / 1e6;
-  if (ms > 0) Atomics.wait(control, CTL_RUN, state, ms);
+  if (ms > 0) Atomics.wait(control, CTL_RUN, state, Math.min(ms, RECHECK_MS));
 }
 
 function send(port: MessagePort, message: WorkerMessage): void {

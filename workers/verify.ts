@@ -5,8 +5,8 @@
 // lock is taken, as the process that writes the target holds its own.
 
 import { closeSync, openSync } from "node:fs";
+import { FAULTS_VARIABLE, withTargetReadFaults } from "../src/backup/faults.js";
 import {
-  CTL_LEAVE,
   CTL_NEXT_STRETCH,
   STRETCH_BYTES,
   type VerifyResult,
@@ -14,11 +14,15 @@ import {
 } from "../src/backup/verify-task.js";
 import { ClusterDigests } from "../src/cow/digests.js";
 import { allocatePages } from "../src/cow/page-memory.js";
+import { CTL_RUN, RUN_ABORTING } from "../src/cow/shared.js";
 import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/errors.js";
 import type { SourceReader } from "../src/image/device.js";
 import { openImage } from "../src/image/open.js";
 import { openSource } from "../src/image/reader.js";
 import { libc, POSIX_FADV_DONTNEED } from "../src/native/libc.js";
+import { roundUp } from "../src/units.js";
+
+const QCOW2_SECTOR_BYTES = 512;
 
 export default async function verify(task: VerifyTask): Promise<VerifyResult> {
   const checker = new Checker(task);
@@ -28,7 +32,11 @@ export default async function verify(task: VerifyTask): Promise<VerifyResult> {
     try {
       checkSize(task, image.sizeBytes);
       const frozen = image.freeze();
-      const reader = openSource({ ...frozen.description, name });
+      const reader = withTargetReadFaults(
+        process.env[FAULTS_VARIABLE],
+        openSource({ ...frozen.description, name }),
+        { control: new Int32Array(task.control), workerIndex: task.workerIndex, targetName: name },
+      );
       try {
         await checker.checkAll(reader);
       } finally {
@@ -72,8 +80,10 @@ async function withErrors(
 }
 
 function checkSize({ name, format, geometry: { sizeBytes } }: VerifyTask, foundBytes: number): void {
-  // A raw target may be a device that is larger than the disk.
-  if (format === "raw" ? foundBytes >= sizeBytes : foundBytes === sizeBytes) return;
+  // A raw target may be a device that is larger than the disk; a qcow2 disk consists of whole sectors.
+  const fits =
+    format === "raw" ? foundBytes >= sizeBytes : foundBytes === roundUp(sizeBytes, QCOW2_SECTOR_BYTES);
+  if (fits) return;
   throw new CowcatcherError({
     code: "VERIFY",
     object: name,
@@ -116,7 +126,7 @@ class Checker {
   }
 
   get #mustLeave(): boolean {
-    return Atomics.load(this.#control, CTL_LEAVE) !== 0;
+    return Atomics.load(this.#control, CTL_RUN) === RUN_ABORTING;
   }
 
   #expectZero(start: number, end: number): void {

@@ -89,6 +89,8 @@ export class CopyRun {
       resourceLimits: WORKER_HEAP,
       recordTiming: false,
     });
+    // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
+    this.#pool.on("error", (error: unknown) => this.abort(workerError(error)));
   }
 
   /**
@@ -213,8 +215,13 @@ export class CopyRun {
     setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
   }
 
-  get failed(): boolean {
-    return this.#firstError !== undefined;
+  /** What the run has failed with, from the moment on at which it is known. */
+  get failure(): CowcatcherError | undefined {
+    return this.#firstError;
+  }
+
+  get paused(): boolean {
+    return Atomics.load(this.shared.control, CTL_RUN) === RUN_PAUSED;
   }
 
   pause(): void {

@@ -6,11 +6,14 @@
 //   COWCATCHER_FAULTS = fault ; fault …      fault = STAGE:ACTION,option,option …
 //
 //   STAGE     target-write   each write to the target, zeroes included
+//             target-read    each read of the target by --verify
 //             source-read    each read of the source, questions for holes included
 //             worker         each chunk that a worker takes, before it is read: the worker holds its claim then
 //   ACTION    error=EIO      the operation fails with this errno (not with worker)
 //             delay=20ms     the operation waits first; an aborted backup ends the wait
 //             hang=1m        the same, but nothing ends the wait: a server that does not answer
+//             corrupt        one bit of what is written is flipped, at `from` or at the write's first byte
+//                            (only with target-write; zeroes pass unharmed)
 //             exit           the thread ends
 //             throw          a plain TypeError, as a bug would throw it
 //   options   from=1M        only operations that touch [from, to) of the disk
@@ -30,10 +33,12 @@ import { parseDurationMs, parseSize } from "../units.js";
 
 export const FAULTS_VARIABLE = "COWCATCHER_FAULTS";
 
-const STAGES = ["target-write", "source-read", "worker"] as const;
+const STAGES = ["target-write", "target-read", "source-read", "worker"] as const;
 export type FaultStage = (typeof STAGES)[number];
 
-const ACTIONS = ["error", "delay", "hang", "exit", "throw"] as const;
+const ACTIONS = ["error", "delay", "hang", "corrupt", "exit", "throw"] as const;
+/** No byte of the operation is to be corrupted. */
+const INTACT = -1;
 
 export interface Fault {
   stage: FaultStage;
@@ -92,6 +97,12 @@ function readActionValue(fault: Fault, value: string | undefined): void {
     case "hang":
       if (value === undefined) throw bad(fault.action, "needs a duration", `give ${fault.action}=20ms`);
       fault.delayMs = parseDurationMs(value, FAULTS_VARIABLE);
+      return;
+    case "corrupt":
+      if (fault.stage !== "target-write") {
+        throw bad(`${fault.stage}:corrupt`, "makes no sense", "give target-write:corrupt");
+      }
+      if (value !== undefined) throw bad(`corrupt=${value}`, "takes no value");
       return;
     case "exit":
     case "throw":
@@ -158,16 +169,23 @@ class Strikes {
     this.#matched = faults.map(() => 0);
   }
 
-  /** Strikes with whatever is due for an operation of `stage` on [offsetBytes, +lengthBytes). */
-  strike(stage: FaultStage, verb: string, object: string, offsetBytes: number, lengthBytes: number): void {
+  /**
+   * Strikes with whatever is due for an operation of `stage` on [offsetBytes, +lengthBytes).
+   * @returns the offset of the byte that is to be corrupted, or INTACT.
+   */
+  strike(stage: FaultStage, verb: string, object: string, offsetBytes: number, lengthBytes: number): number {
+    let corruptOffset = INTACT;
     this.faults.forEach((fault, index) => {
       if (fault.stage !== stage) return;
       if (offsetBytes + lengthBytes <= fault.fromBytes || offsetBytes >= fault.toBytes) return;
       const earlier = this.#matched[index] ?? 0;
       this.#matched[index] = earlier + 1;
       if (earlier < fault.after || earlier >= fault.after + fault.count) return;
-      this.#act(fault, verb, object, Math.max(offsetBytes, fault.fromBytes));
+      const at = Math.max(offsetBytes, fault.fromBytes);
+      if (fault.action === "corrupt") corruptOffset = at;
+      this.#act(fault, verb, object, at);
     });
+    return corruptOffset;
   }
 
   #act(fault: Fault, verb: string, object: string, offsetBytes: number): void {
@@ -184,6 +202,9 @@ class Strikes {
         return;
       case "hang":
         Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, fault.delayMs);
+        return;
+      case "corrupt":
+        // The writer's business: it has the data.
         return;
       case "exit":
         // In a worker thread this ends the thread, not the process.
@@ -252,13 +273,42 @@ class FaultyWriter implements TargetWriter {
   ) {}
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    this.strikes.strike("target-write", "write", this.name, offsetBytes, lengthBytes);
-    return this.inner.write(buffer, bufferOffset, lengthBytes, offsetBytes);
+    const corruptOffset = this.strikes.strike("target-write", "write", this.name, offsetBytes, lengthBytes);
+    if (corruptOffset === INTACT) return this.inner.write(buffer, bufferOffset, lengthBytes, offsetBytes);
+    const corrupted = buffer.slice(bufferOffset, bufferOffset + lengthBytes);
+    corrupted[corruptOffset - offsetBytes] ^= 1;
+    return this.inner.write(corrupted, 0, lengthBytes, offsetBytes);
   }
 
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
     this.strikes.strike("target-write", "write", this.name, offsetBytes, lengthBytes);
     return this.inner.writeZeroes(offsetBytes, lengthBytes);
+  }
+
+  close(): void {
+    this.inner.close();
+  }
+}
+
+/** What --verify reads the target through. */
+class FaultyTargetReader implements SourceReader {
+  constructor(
+    readonly inner: SourceReader,
+    readonly strikes: Strikes,
+    readonly name: string,
+  ) {}
+
+  get sizeBytes(): number {
+    return this.inner.sizeBytes;
+  }
+
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    this.strikes.strike("target-read", "read", this.name, offsetBytes, lengthBytes);
+    return this.inner.read(buffer, bufferOffset, lengthBytes, offsetBytes);
+  }
+
+  extent(offsetBytes: number, lengthBytes: number): { lengthBytes: number; zero: boolean } {
+    return this.inner.extent(offsetBytes, lengthBytes);
   }
 
   close(): void {
@@ -283,10 +333,24 @@ export function withFaults(
   { control, workerIndex, chunkBytes, sourceName, targetName }: FaultPlace,
 ): { reader: SourceReader; writer: TargetWriter } {
   if (text === undefined || text === "") return { reader, writer };
-  const mine = parseFaults(text).filter((fault) => (fault.workerIndex ?? workerIndex) === workerIndex);
-  const strikes = new Strikes(mine, control);
+  const strikes = strikesOf(text, control, workerIndex);
   return {
     reader: new FaultyReader(reader, strikes, sourceName, chunkBytes),
     writer: new FaultyWriter(writer, strikes, targetName),
   };
+}
+
+/** One worker's door to the target as --verify reads it back, with its faults before it. @throws as parseFaults. */
+export function withTargetReadFaults(
+  text: string | undefined,
+  reader: SourceReader,
+  { control, workerIndex, targetName }: Pick<FaultPlace, "control" | "workerIndex" | "targetName">,
+): SourceReader {
+  if (text === undefined || text === "") return reader;
+  return new FaultyTargetReader(reader, strikesOf(text, control, workerIndex), targetName);
+}
+
+function strikesOf(text: string, control: Int32Array, workerIndex: number): Strikes {
+  const mine = parseFaults(text).filter((fault) => (fault.workerIndex ?? workerIndex) === workerIndex);
+  return new Strikes(mine, control);
 }

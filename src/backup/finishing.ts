@@ -14,17 +14,23 @@ export class Finishing {
   #check: VerifyRun | null = null;
   #cancelled: CowcatcherError | undefined;
   #named = false;
+  #giveUp: (error: CowcatcherError) => void = () => {};
+  /** Rejects at `cancel`: a sync to storage that does not answer may never end, and nobody has to wait for it. */
+  readonly #givenUp = new Promise<never>((_resolve, reject) => {
+    this.#giveUp = reject;
+  });
 
   constructor(target: Target, job: JobOptions, shared: SharedState) {
     this.#target = target;
     this.#job = job;
     this.#shared = shared;
+    this.#givenUp.catch(() => {});
   }
 
   /** The workers have ended. @throws CowcatcherError; the target is still to be aborted then. */
   async run(): Promise<void> {
     this.#throwIfCancelled();
-    await this.#target.complete();
+    await Promise.race([this.#target.complete(), this.#givenUp]);
     this.#throwIfCancelled();
     await this.#verify();
     this.#throwIfCancelled();
@@ -36,6 +42,7 @@ export class Finishing {
   cancel(error: CowcatcherError): boolean {
     if (this.#named) return false;
     this.#cancelled ??= error;
+    this.#giveUp(error);
     this.#check?.cancel(error);
     return true;
   }

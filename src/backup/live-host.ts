@@ -57,6 +57,7 @@ export class LiveHost implements JobHost {
       const nodes = requests.map(({ disk }) => this.#node(disk));
       await DiskNode.quiesceAll(nodes, () => {
         this.#refuseIfClosing();
+        for (const job of prepared) job.checkReady();
         for (const job of prepared) this.#jobs.set(job.id, job);
         for (const job of prepared) this.#changed(job, "created");
         for (const job of prepared) job.start();
@@ -64,13 +65,22 @@ export class LiveHost implements JobHost {
       return prepared;
     } catch (error) {
       for (const job of prepared) job.cancel();
-      const unstarted = prepared.filter((job) => job.status === "created");
-      for (const job of unstarted) this.#jobs.delete(job.id);
-      await Promise.all(unstarted.map((job) => job.abandon()));
+      await Promise.all(prepared.map((job) => this.#undo(job)));
       throw error;
     } finally {
       for (const name of reservations) this.#reserved.delete(name);
     }
+  }
+
+  /** One of the group could not start: the others, started or not, end without a trace. */
+  async #undo(job: LiveJob): Promise<void> {
+    if (job.status !== "created") {
+      await job.concluded;
+      this.dismiss(job.id);
+      return;
+    }
+    this.#jobs.delete(job.id);
+    await job.abandon();
   }
 
   /** Takes the ids and disks, so that two requests that are prepared side by side cannot have the same. */

@@ -101,6 +101,11 @@ export class LiveJob implements BackupJob {
     }
   }
 
+  /** @throws CowcatcherError what the workers have failed with since they were ready. */
+  checkReady(): void {
+    if (this.#run.failure !== undefined) throw this.#run.failure;
+  }
+
   /** The step at T0: synchronous, with no guest write in flight. */
   start(): void {
     const { node, options } = this.#parts;
@@ -120,10 +125,12 @@ export class LiveJob implements BackupJob {
     void this.#watch();
   }
 
-  /** Before T0: another job of the group could not be prepared. */
+  /** Before T0, or when start() has thrown: the group does not start. */
   async abandon(): Promise<void> {
+    this.#detach();
     this.#run.abort(this.#cancelled());
     await this.#run.ended.catch(() => {});
+    this.#frozen?.release();
     this.#lease.release();
     await this.#target.abort();
   }
@@ -131,6 +138,8 @@ export class LiveJob implements BackupJob {
   async #watch(): Promise<void> {
     try {
       await this.#run.ended;
+      // Cancelled when the last chunk was written and the threads were on their way out.
+      if (this.status === "aborting") throw this.error ?? this.#cancelled();
       this.#detach();
       this.#finishing = new Finishing(this.#target, this.options, this.#run.shared);
       this.#setStatus("waiting");
@@ -141,6 +150,8 @@ export class LiveJob implements BackupJob {
       await this.#run.ended.catch(() => {});
       await this.#target.abort();
     }
+    // A capture from a slow disk may still be on its way into the buffer.
+    await this.#interceptor?.idle();
     this.#frozen?.release();
     this.#lease.release();
     this.#setStatus("concluded");
@@ -165,7 +176,8 @@ export class LiveJob implements BackupJob {
 
   /** A worker has paused the job for an error under the policy `stop`. */
   #stopped(error: CowcatcherError): void {
-    if (this.status !== "running") return;
+    // Of two workers that stop at once, the second one's message may come after the job was resumed.
+    if (this.status !== "running" || !this.#run.paused) return;
     this.error = error;
     this.#setStatus("paused");
   }

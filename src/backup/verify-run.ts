@@ -10,11 +10,12 @@
 import { setTimeout as delay } from "node:timers/promises";
 import { Piscina } from "piscina";
 import type { Geometry } from "../cow/geometry.js";
+import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../cow/shared.js";
 import { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { formatBytes } from "../units.js";
 import { ABORT_GRACE_MS, WORKER_HEAP, workerError } from "./copy-run.js";
-import { CONTROL_WORDS, CTL_LEAVE, type VerifyResult, type VerifyTask } from "./verify-task.js";
+import { CONTROL_WORDS, type VerifyResult, type VerifyTask } from "./verify-task.js";
 
 const WORKER_FILE = new URL("../../workers/verify.js", import.meta.url);
 
@@ -31,7 +32,7 @@ export interface VerifyRunOptions {
 export class VerifyRun {
   /** Fulfilled if the target is what was read at T0; rejects with VERIFY if not, or with what ended the check. */
   readonly ended: Promise<void>;
-  readonly #task: VerifyTask;
+  readonly #task: Omit<VerifyTask, "workerIndex">;
   readonly #control = new Int32Array(new SharedArrayBuffer(CONTROL_WORDS * Int32Array.BYTES_PER_ELEMENT));
   readonly #pool: Piscina;
   readonly #workerCount: number;
@@ -41,6 +42,7 @@ export class VerifyRun {
   constructor({ workerCount, ...target }: VerifyRunOptions) {
     this.#task = { ...target, control: this.#control.buffer };
     this.#workerCount = workerCount;
+    Atomics.store(this.#control, CTL_RUN, RUN_RUNNING);
     this.#pool = new Piscina({
       filename: WORKER_FILE.href,
       minThreads: workerCount,
@@ -49,6 +51,8 @@ export class VerifyRun {
       resourceLimits: WORKER_HEAP,
       recordTiming: false,
     });
+    // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
+    this.#pool.on("error", (error: unknown) => this.cancel(workerError(error)));
     this.ended = this.#run();
     // Whoever started the check looks at `ended`; until then a failure is not an unhandled one.
     this.ended.catch(() => {});
@@ -58,7 +62,8 @@ export class VerifyRun {
   cancel(error: CowcatcherError): void {
     if (this.#firstError !== undefined) return;
     this.#firstError = error;
-    Atomics.store(this.#control, CTL_LEAVE, 1);
+    Atomics.store(this.#control, CTL_RUN, RUN_ABORTING);
+    Atomics.notify(this.#control, CTL_RUN);
     setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
   }
 
@@ -77,19 +82,20 @@ export class VerifyRun {
   }
 
   async #check(results: VerifyResult[]): Promise<void> {
-    await this.#work("dropCache");
+    await this.#work("dropCache", 0);
     if (this.#firstError !== undefined) return;
-    const workers = Array.from({ length: this.#workerCount }, async () => {
-      const result = await this.#work("default");
+    const workers = Array.from({ length: this.#workerCount }, async (_, workerIndex) => {
+      const result = await this.#work("default", workerIndex);
       if (result !== undefined) results.push(result);
     });
     await Promise.all(workers);
   }
 
   /** Undefined: the worker failed, and with it the check. */
-  async #work(name: "dropCache" | "default"): Promise<VerifyResult | undefined> {
+  async #work(name: "dropCache" | "default", workerIndex: number): Promise<VerifyResult | undefined> {
     try {
-      const result = (await this.#pool.run(this.#task, { name })) as VerifyResult;
+      const task: VerifyTask = { ...this.#task, workerIndex };
+      const result = (await this.#pool.run(task, { name })) as VerifyResult;
       if (result.error === undefined) return result;
       this.cancel(new CowcatcherError({ ...result.error, cause: result.stack }));
     } catch (error) {
@@ -99,12 +105,15 @@ export class VerifyRun {
   }
 
   #difference(clusterCount: number, results: readonly VerifyResult[]): CowcatcherError {
-    const clusters = `${clusterCount} ${clusterCount === 1 ? "cluster" : "clusters"}`;
     const size = formatBytes(this.#task.geometry.clusterBytes);
+    const [clusters, where] =
+      clusterCount === 1
+        ? [`1 cluster of ${size} differs`, "the one"]
+        : [`${clusterCount} clusters of ${size} differ`, "the first"];
     return new CowcatcherError({
       code: "VERIFY",
       object: this.#task.name,
-      problem: `read back, ${clusters} of ${size} differ from what was read at T0, the first`,
+      problem: `read back, ${clusters} from what was read at T0, ${where}`,
       hint: "do not trust this storage: it, or the way to it, changed the data",
       offsetBytes: Math.min(...results.map(({ firstDifferenceBytes }) => firstDifferenceBytes)),
     });

@@ -8,9 +8,8 @@ import { MiB } from "../units.js";
 /** Unit in which the disk is shared out: few enough for a huge empty disk, small enough to keep all workers busy. */
 export const STRETCH_BYTES = 16 * MiB;
 
-/** Control words. Writers in brackets. */
-export const CTL_NEXT_STRETCH = 0; // [workers] the next stretch that nobody has taken
-export const CTL_LEAVE = 1; // [main, once] not 0: the check has ended, whatever is left
+/** Control words, after CTL_RUN (cow/shared.ts), which main sets to RUN_ABORTING to end the check early. */
+export const CTL_NEXT_STRETCH = 1; // [workers] the next stretch that nobody has taken
 export const CONTROL_WORDS = 2;
 
 /** The argument of workers/verify.ts. */
@@ -19,6 +18,7 @@ export interface VerifyTask {
   /** See cow/digests.ts. */
   digests: SharedArrayBuffer;
   control: SharedArrayBuffer;
+  workerIndex: number;
   /** Where the target stands until it has its final name. */
   path: string;
   /** What errors call it. */

@@ -40,6 +40,7 @@ import {
   captureLength,
   captureStart,
   CNT_DONE_BYTES,
+  CNT_RATE_NEXT_NS,
   CNT_WRITTEN_BYTES,
   CTL_IGNORED_ERRORS,
   CTL_RUN,
@@ -71,7 +72,7 @@ export type DrainStep =
   | { kind: "step" }
   /** Go on when `words[index]` no longer is `value` (or was notified). */
   | { kind: "wait"; words: Int32Array; index: number; value: number }
-  /** Go on at this monotonic time (ns), or earlier when the run state changes. */
+  /** Go on at this monotonic time (ns), or earlier: who sleeps looks again whether it is time. */
   | { kind: "sleep"; untilNs: bigint }
   /** Go on when the promise is fulfilled; throw its reason into the generator. */
   | { kind: "promise"; promise: Promise<void> };
@@ -501,13 +502,14 @@ export class Drainer {
 
   *#waitForRate(lengthBytes: number): Steps<void> {
     const { counters, control } = this.#shared;
-    for (;;) {
-      const now = this.#options.now();
-      const start = bookTransfer(counters, lengthBytes, now);
-      if (start <= now) return;
+    let start = bookTransfer(counters, lengthBytes, this.#options.now());
+    while (start > this.#options.now()) {
       yield { kind: "sleep", untilNs: start };
-      // Woken early: the limit has changed (the schedule begins afresh) or the job ends.
-      if (this.#options.now() >= start || Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
+      if (Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
+      // Only another limit, with which the schedule begins afresh, makes a booking void: a pause does not.
+      if (Atomics.load(counters, CNT_RATE_NEXT_NS) < start) {
+        start = bookTransfer(counters, lengthBytes, this.#options.now());
+      }
     }
   }
 
@@ -559,7 +561,10 @@ export class Drainer {
 
   *#backOff(attempt: number): Steps<void> {
     const waitMs = Math.min(RETRY_FIRST_MS * 2 ** attempt, RETRY_LONGEST_MS);
-    yield { kind: "sleep", untilNs: this.#options.now() + BigInt(waitMs) * 1_000_000n };
+    const untilNs = this.#options.now() + BigInt(waitMs) * 1_000_000n;
+    while (this.#options.now() < untilNs && Atomics.load(this.#shared.control, CTL_RUN) !== RUN_ABORTING) {
+      yield { kind: "sleep", untilNs };
+    }
   }
 
   /** Pauses the job until somebody resumes it; false if it was aborted instead. */

@@ -11,6 +11,9 @@
 // Room in the buffer is taken before the claim is kept, never waited for while holding one: the worker that makes
 // room may need that very chunk.
 //
+// Writes that wait for room stand in line, and as long as somebody does, no new capture takes room out of turn: else
+// small writes would take each block as it comes free, and a large one would wait for ever.
+//
 // Nothing is decided once for all by the slow way: after each wait the write starts again from its first byte,
 // and what has been captured meanwhile is found captured.
 //
@@ -107,12 +110,15 @@ export class Interceptor {
   #work = new CaptureWork();
   #spill: SpillFile | null = null;
   #detached = false;
+  /** Captures whose reads go on. */
+  readonly #reads = new Set<Promise<unknown>>();
   /** What ends the wait of each waiting write, for `detach`. */
   readonly #waiters = new Set<() => void>();
   /** Blocks that the write which found the buffer full last would need. */
   #roomNeeded = 0;
-  /** Tail of the queue of writes that wait for room: first come, first served. */
-  #roomQueue: Promise<void> = Promise.resolve();
+  /** Fulfilled when the last in the line of writes that wait for room has left it. */
+  #lineEnd: Promise<void> = Promise.resolve();
+  #lineLength = 0;
 
   constructor(options: InterceptorOptions) {
     this.#options = options;
@@ -142,9 +148,9 @@ export class Interceptor {
     const first = Math.floor(offsetBytes / chunkBytes);
     if (last - first >= CHUNKS_PER_TURN) return this.#captureSlowly(offsetBytes, lengthBytes);
     for (let chunk = first; chunk <= last; chunk++) {
-      if (this.#captureInChunk(chunk, offsetBytes, lengthBytes) !== "done") {
-        return this.#captureSlowly(offsetBytes, lengthBytes);
-      }
+      const outcome = this.#captureInChunk(chunk, offsetBytes, lengthBytes, false);
+      if (outcome === "done") continue;
+      return this.#captureSlowly(offsetBytes, lengthBytes, outcome instanceof Promise ? outcome : undefined);
     }
     return undefined;
   }
@@ -155,13 +161,15 @@ export class Interceptor {
     for (const wake of this.#waiters) wake();
   }
 
-  async #captureSlowly(offsetBytes: number, lengthBytes: number): Promise<void> {
+  /** `begun`: a capture of the same write that goes on already. */
+  async #captureSlowly(offsetBytes: number, lengthBytes: number, begun?: Promise<void>): Promise<void> {
     const startMs = this.#clock.nowMs();
     const { chunkBytes } = this.#shared.geometry;
     const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
     const first = Math.floor(offsetBytes / chunkBytes);
-    let waited = false;
+    let waited = begun !== undefined;
     try {
+      if (begun !== undefined) await begun;
       for (let chunk = first; chunk <= last && !this.#detached; chunk++) {
         waited = (await this.#captureChunkSlowly(chunk, offsetBytes, lengthBytes, startMs)) || waited;
         if ((chunk - first) % CHUNKS_PER_TURN === CHUNKS_PER_TURN - 1) await nextTurn();
@@ -182,49 +190,60 @@ export class Interceptor {
     startMs: number,
   ): Promise<boolean> {
     let waited = false;
-    while (!this.#detached) {
-      const outcome = this.#captureInChunk(chunk, offset, length);
-      if (outcome === "done") return waited;
-      waited = true;
-      if (outcome instanceof Promise) {
-        await outcome;
-        continue;
+    let leaveLine: (() => void) | null = null;
+    try {
+      while (!this.#detached) {
+        const outcome = this.#captureInChunk(chunk, offset, length, leaveLine !== null);
+        if (outcome === "done") return waited;
+        waited = true;
+        if (outcome !== "buffer-full") {
+          leaveLine?.();
+          leaveLine = null;
+        }
+        if (outcome instanceof Promise) {
+          await outcome;
+          continue;
+        }
+        if (this.#isTimedOut(startMs)) {
+          this.#fail(this.#timeoutError(offset));
+          return waited;
+        }
+        if (outcome === "buffer-full") {
+          const neededCount = this.#roomNeeded;
+          leaveLine ??= await this.#standInLine();
+          await this.#waitForRoom(neededCount, startMs);
+        } else {
+          await this.#waitForChunk(outcome, chunk, offset, length);
+        }
       }
-      if (this.#clock.nowMs() - startMs > this.#options.policy.guestTimeoutMs) {
-        this.#fail(this.#timeoutError(offset));
-        return waited;
-      }
-      await this.#waitFor(outcome, chunk, startMs);
+    } finally {
+      leaveLine?.();
     }
     return waited;
   }
 
-  async #waitFor(
-    outcome: Exclude<Outcome, "done" | Promise<void>>,
+  async #waitForChunk(
+    outcome: "chunk-busy" | "in-target" | "region-busy",
     chunk: number,
-    startMs: number,
+    offset: number,
+    length: number,
   ): Promise<void> {
-    const { chunkWords, regionStates } = this.#shared;
-    switch (outcome) {
-      case "chunk-busy":
-      case "in-target": {
-        const value = this.#shared.announceWait(chunk);
-        // "in-target": the chunk may not have been taken yet; its word changes when it is.
-        if (outcome === "in-target" || (value & OWNER_MASK) !== 0)
-          await this.#waitOn(chunkWords, chunk, value);
-        return;
-      }
-      case "region-busy":
-        await this.#waitOn(
-          regionStates,
-          Math.floor(chunk / this.#shared.geometry.chunksPerRegion),
-          REGION_QUERYING,
-        );
-        return;
-      case "buffer-full":
-        await this.#waitForRoom(this.#roomNeeded, startMs);
-        return;
+    const { chunkWords, regionStates, geometry } = this.#shared;
+    if (outcome === "region-busy") {
+      const region = Math.floor(chunk / geometry.chunksPerRegion);
+      await this.#waitOn(regionStates, region, REGION_QUERYING);
+      return;
     }
+    // Announced first, looked at afterwards: whoever lets the chunk go in between finds the announcement.
+    const value = this.#shared.announceWait(chunk);
+    const isOver =
+      outcome === "chunk-busy"
+        ? (value & OWNER_MASK) === 0
+        : this.#allDone(
+            Math.max(offset, chunk * geometry.chunkBytes),
+            Math.min(offset + length, (chunk + 1) * geometry.chunkBytes),
+          );
+    if (!isOver) await this.#waitOn(chunkWords, chunk, value);
   }
 
   async #waitOn(words: Int32Array, index: number, value: number): Promise<void> {
@@ -246,21 +265,36 @@ export class Interceptor {
     });
   }
 
-  /** Waits in line until workers have given `neededCount` blocks back and the pacer lets the write through. */
-  async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
-    const turn = this.#roomQueue.then(async () => {
-      while (!this.#detached && this.#clock.nowMs() - startMs <= this.#options.policy.guestTimeoutMs) {
-        const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
-        this.#reclaim();
-        const delayMs = this.#pacer?.delayMs(this.#clock.nowMs()) ?? 0;
-        const roomy = this.#slots.freeBlockCount >= neededCount;
-        if (roomy && delayMs <= 0) return;
-        if (roomy) await this.#untilDetached(this.#clock.sleep(delayMs));
-        else await this.#waitOn(this.#shared.control, CTL_FREED_EVENT, event);
-      }
+  /** Fulfilled when nobody stands before us, with what leaves the line. */
+  async #standInLine(): Promise<() => void> {
+    const before = this.#lineEnd;
+    let leave: () => void = () => {};
+    this.#lineEnd = new Promise((resolve) => {
+      leave = resolve;
     });
-    this.#roomQueue = turn;
-    await turn;
+    this.#lineLength++;
+    await before;
+    return () => {
+      this.#lineLength--;
+      leave();
+    };
+  }
+
+  /** First in line: waits until workers have given `neededCount` blocks back and the pacer lets the write through. */
+  async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
+    while (!this.#detached && !this.#isTimedOut(startMs)) {
+      const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
+      this.#reclaim();
+      const delayMs = this.#pacer?.delayMs(this.#clock.nowMs()) ?? 0;
+      const roomy = this.#slots.freeBlockCount >= neededCount;
+      if (roomy && delayMs <= 0) return;
+      if (roomy) await this.#untilDetached(this.#clock.sleep(delayMs));
+      else await this.#waitOn(this.#shared.control, CTL_FREED_EVENT, event);
+    }
+  }
+
+  #isTimedOut(startMs: number): boolean {
+    return this.#clock.nowMs() - startMs > this.#options.policy.guestTimeoutMs;
   }
 
   #timeoutError(offsetBytes: number): CowcatcherError {
@@ -292,7 +326,7 @@ export class Interceptor {
   }
 
   /** Captures what of the write lies in one chunk. Never waits, and holds no claim afterwards unless a promise. */
-  #captureInChunk(chunk: number, offsetBytes: number, lengthBytes: number): Outcome {
+  #captureInChunk(chunk: number, offsetBytes: number, lengthBytes: number, isFirstInLine: boolean): Outcome {
     const shared = this.#shared;
     const { chunkBytes, sizeBytes } = shared.geometry;
     const base = chunk * chunkBytes;
@@ -303,17 +337,15 @@ export class Interceptor {
     const state = this.#touchRegion(region);
     if (state === REGION_HOLE) return "done";
     if (state === REGION_QUERYING) return "region-busy";
-    if (this.#pacer !== null && this.#pacer.delayMs(this.#clock.nowMs()) > 0) {
-      this.#roomNeeded = 0;
-      return "buffer-full";
-    }
+    // Asked for already: only to wait. Claiming would wake the others that wait for the chunk, and they us.
+    if (this.#unbuffered && !this.#anyPending(from, to)) return "in-target";
     if (!shared.tryClaim(chunk, OWNER_MAIN)) return "chunk-busy";
     // Again, under the claim: a worker may just have finished these clusters.
     if (this.#allDone(from, to)) {
       shared.release(chunk, 0, 0);
       return "done";
     }
-    if (!this.#unbuffered) return this.#captureBlocks(chunk, from, to);
+    if (!this.#unbuffered) return this.#captureBlocks(chunk, from, to, isFirstInLine);
     // Without a buffer the clusters are only asked for; the guest waits until they are in the target.
     this.#markCaptured(from, to);
     this.#releaseUrgent(chunk, 0);
@@ -327,6 +359,15 @@ export class Interceptor {
       if (Atomics.load(clusterStates, cluster) !== DONE) return false;
     }
     return true;
+  }
+
+  #anyPending(from: number, to: number): boolean {
+    const { clusterStates, geometry } = this.#shared;
+    const last = Math.floor((to - 1) / geometry.clusterBytes);
+    for (let cluster = Math.floor(from / geometry.clusterBytes); cluster <= last; cluster++) {
+      if (Atomics.load(clusterStates, cluster) === PENDING) return true;
+    }
+    return false;
   }
 
   /** Makes sure that the region is swept by chunks, unless a worker has found or is finding it a hole. */
@@ -357,45 +398,79 @@ export class Interceptor {
   }
 
   /** Holding the claim: captures the missing blocks of [from, to), then lets the chunk go. */
-  #captureBlocks(chunk: number, from: number, to: number): Outcome {
+  #captureBlocks(chunk: number, from: number, to: number, isFirstInLine: boolean): Outcome {
     const work = this.#work;
     work.reset();
+    let hasRoom: boolean;
     try {
-      if (!this.#readMissing(work, chunk, from, to)) return this.#refuseForRoom(chunk);
+      hasRoom = this.#readMissing(work, chunk, from, to, isFirstInLine);
     } catch (error) {
-      if (work.pending.length > 0) this.#work = new CaptureWork();
-      void Promise.allSettled(work.pending);
+      // The slots stay taken until the reads into them that have begun are over.
+      if (work.pending.length > 0)
+        return this.#whenRead(chunk, work, () => this.#abandonCapture(chunk, work, error));
       this.#abandonCapture(chunk, work, error);
       return "done";
     }
+    if (!hasRoom) return this.#refuseForRoom(chunk);
     if (work.pending.length === 0) {
       this.#finishCapture(chunk, from, to, work);
       return "done";
     }
-    this.#work = new CaptureWork();
-    return Promise.allSettled(work.pending).then((results) => {
-      const failure = results.find((result) => result.status === "rejected");
+    return this.#whenRead(chunk, work, (failure) => {
       if (failure) this.#abandonCapture(chunk, work, failure.reason);
       else this.#finishCapture(chunk, from, to, work);
     });
   }
 
+  /** Goes on when the reads of `work` are over; not at all, but for the claim, if the job has ended by then. */
+  #whenRead(
+    chunk: number,
+    work: CaptureWork,
+    next: (failure: PromiseRejectedResult | undefined) => void,
+  ): Promise<void> {
+    this.#work = new CaptureWork();
+    const settled = Promise.allSettled(work.pending);
+    this.#reads.add(settled);
+    return settled.then((results) => {
+      this.#reads.delete(settled);
+      if (this.#detached) this.#giveBack(chunk, work);
+      else next(results.find((result) => result.status === "rejected"));
+    });
+  }
+
+  /**
+   * Fulfilled when no read into the buffer is in flight. After `detach` none begins, so the buffer may have another
+   * use then.
+   */
+  async idle(): Promise<void> {
+    await Promise.all(this.#reads);
+  }
+
   /** Starts the reads of all blocks that need a capture; false when the buffer has no room and may not spill. */
-  #readMissing(work: CaptureWork, chunk: number, from: number, to: number): boolean {
+  #readMissing(work: CaptureWork, chunk: number, from: number, to: number, isFirstInLine: boolean): boolean {
     const base = chunk * this.#shared.geometry.chunkBytes;
     const firstBlock = Math.floor((from - base) / BLOCK_BYTES);
     const endBlock = Math.ceil((to - base) / BLOCK_BYTES);
     const missing = this.#findMissing(chunk, from, to, firstBlock, endBlock);
     if (missing === 0) return true;
     this.#reclaimIfLow(missing);
+    this.#roomNeeded = missing;
+    if (this.#mustWaitItsTurn(isFirstInLine)) return false;
     if (this.#slots.freeBlockCount >= missing) {
       this.#readIntoSlots(work, base, firstBlock, endBlock);
       return true;
     }
-    this.#roomNeeded = missing;
     if (this.#options.policy.onBufferFull !== "spill") return false;
+    this.#reserveSpill(missing);
+    work.spilledBlocks = missing;
     this.#readIntoSpill(work, chunk, firstBlock, endBlock);
     return true;
+  }
+
+  /** Only under the policy to wait is there a line, or a pacer. */
+  #mustWaitItsTurn(isFirstInLine: boolean): boolean {
+    if (this.#pacer === null) return false;
+    return (!isFirstInLine && this.#lineLength > 0) || this.#pacer.delayMs(this.#clock.nowMs()) > 0;
   }
 
   #refuseForRoom(chunk: number): Outcome {
@@ -502,10 +577,8 @@ export class Interceptor {
       for (let i = block; i < block + count; i++) {
         this.#spillBitmap[i >> 3] = this.#spillBitmap[i >> 3] | (1 << (i & 7));
       }
-      work.spilledBlocks += count;
       block += count;
     }
-    this.#checkSpillLimit(work.spilledBlocks);
     work.spillBitmap = work.pending.length > 0 ? this.#spillBitmap.slice() : this.#spillBitmap;
   }
 
@@ -527,12 +600,21 @@ export class Interceptor {
     // Cold data: the scratch buffer goes with the read, and the next capture gets a new one.
     this.#spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
     const read = work.pending.pop() as Promise<void>;
-    work.pending.push(read.then(() => spill.writeBlocks(scratch, 0, chunk, block, count)));
+    work.pending.push(
+      read.then(() => {
+        // With the job, the spill file's descriptor has gone: its number may be another file's.
+        if (!this.#detached) spill.writeBlocks(scratch, 0, chunk, block, count);
+      }),
+    );
   }
 
-  #checkSpillLimit(addedBlocks: number): void {
-    const used = Atomics.load(this.#shared.control, CTL_SPILL_BLOCKS) * BLOCK_BYTES;
-    if (used + addedBlocks * BLOCK_BYTES <= this.#options.spillLimitBytes) return;
+  /** Before anything is read, so that captures which go on at the same time are counted, too. */
+  #reserveSpill(blockCount: number): void {
+    const used = Atomics.load(this.#shared.control, CTL_SPILL_BLOCKS) + blockCount;
+    if (used * BLOCK_BYTES <= this.#options.spillLimitBytes) {
+      Atomics.add(this.#shared.control, CTL_SPILL_BLOCKS, blockCount);
+      return;
+    }
     throw new CowcatcherError({
       code: "BUFFER_FULL",
       object: this.#spillFile().description.path,
@@ -563,10 +645,7 @@ export class Interceptor {
       this.counters.captureCount++;
       this.counters.capturedBytes += blocks * BLOCK_BYTES;
     }
-    if (work.spilledBlocks > 0) {
-      this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
-      Atomics.add(shared.control, CTL_SPILL_BLOCKS, work.spilledBlocks);
-    }
+    this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
     Atomics.add(shared.control, CTL_USED_BLOCKS, blocks - work.spilledBlocks);
     this.#pacer?.admitted(blocks);
     this.#markCaptured(from, to);
@@ -574,12 +653,17 @@ export class Interceptor {
   }
 
   #abandonCapture(chunk: number, work: CaptureWork, error: unknown): void {
-    const { captures } = work;
+    this.#giveBack(chunk, work);
+    this.#fail(toCowcatcherError(error, this.#objectName));
+  }
+
+  /** The capture's slots, its share of the spill, and the chunk. */
+  #giveBack(chunk: number, { captures, spilledBlocks }: CaptureWork): void {
     for (let i = 0; i < captures.length; i += 2) {
       this.#slots.free(captures[i], captureLength(captures[i + 1]));
     }
+    Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, spilledBlocks);
     this.#shared.release(chunk, 0, 0);
-    this.#fail(toCowcatcherError(error, this.#objectName));
   }
 
   #reclaimIfLow(neededCount: number): void {

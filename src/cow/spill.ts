@@ -11,7 +11,7 @@
 // the file takes no more room than what stands in it.
 
 import { readSync, writeSync } from "node:fs";
-import { ioError } from "../errors.js";
+import { CowcatcherError, ioError } from "../errors.js";
 import { libc } from "../native/libc.js";
 import { roundUp } from "../units.js";
 import { BLOCK_BYTES, type Geometry } from "./geometry.js";
@@ -70,6 +70,7 @@ export class SpillFile {
     this.#transfer("write", writeSync, buffer, bufferOffset, count * BLOCK_BYTES, offset);
   }
 
+  /** @throws CowcatcherError IO, also when the file ends before them: it was cut short from outside. */
   readBlocks(
     buffer: Uint8Array,
     bufferOffset: number,
@@ -78,7 +79,14 @@ export class SpillFile {
     count: number,
   ): void {
     const offset = chunk * this.geometry.chunkBytes + blockInChunk * BLOCK_BYTES;
-    this.#transfer("read", readSync, buffer, bufferOffset, count * BLOCK_BYTES, offset);
+    const wanted = count * BLOCK_BYTES;
+    if (this.#transfer("read", readSync, buffer, bufferOffset, wanted, offset) === wanted) return;
+    throw new CowcatcherError({
+      code: "IO",
+      object: this.description.path,
+      problem: "the spill file has lost what was written to it",
+      offsetBytes: offset,
+    });
   }
 
   /** Gives the room of drained blocks back to the file system, where it can. */
@@ -94,7 +102,7 @@ export class SpillFile {
     bufferOffset: number,
     lengthBytes: number,
     offsetBytes: number,
-  ): void {
+  ): number {
     const { fd, path } = this.description;
     let done = 0;
     try {
@@ -107,5 +115,6 @@ export class SpillFile {
     } catch (error) {
       throw ioError(`${action} the spill file`, path, error, offsetBytes + done);
     }
+    return done;
   }
 }

@@ -24,6 +24,8 @@ export interface FileTargetParts {
   shared: SharedArrayBuffer;
   /** Writes the format's own metadata. Asks `checkOpen` now and then, which throws once the target is aborted. */
   writeMetadata(checkOpen: () => void): Promise<void>;
+  /** Where unlinking takes nothing away (a device): undoes what makes a complete target look like an image. */
+  retract?: (() => Promise<void>) | undefined;
 }
 
 export class FileTarget implements Target {
@@ -34,7 +36,7 @@ export class FileTarget implements Target {
   readonly #parts: FileTargetParts;
   readonly #gate: Int32Array;
   #state: "open" | "completing" | "complete" | "committing" | "finished" | "aborted" = "open";
-  /** complete() and commit() use the descriptors as a worker does. */
+  /** complete(), commit() and abort() use the descriptors as a worker does. */
   #stepInFlight = false;
   #closed = false;
 
@@ -90,7 +92,9 @@ export class FileTarget implements Target {
   }
 
   async abort(): Promise<void> {
+    const wasComplete = this.#state === "complete";
     if (!this.#abandon()) return;
+    if (wasComplete) await this.#retract();
     if (this.#isIdle()) await this.#closeDescriptors();
     else this.#closeWhenIdle();
   }
@@ -105,6 +109,13 @@ export class FileTarget implements Target {
     closeGate(this.#gate);
     this.#parts.file.unlink();
     return true;
+  }
+
+  async #retract(): Promise<void> {
+    this.#stepInFlight = true;
+    // It is given up already; what fails here is not the cause.
+    await this.#parts.retract?.().catch(() => {});
+    this.#stepInFlight = false;
   }
 
   #isIdle(): boolean {

@@ -10,7 +10,8 @@
 // header through libuv's pool, 1 MiB at a time, as this thread serves the guest meanwhile.
 //
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and
-// the new one is written after all else is synced. A file needs neither: it has no name yet.
+// the new one is written after all else is synced, and wiped again if the target is given up then. A file needs
+// none of it: it has no name yet.
 
 import { CowcatcherError } from "../errors.js";
 import { writeFully } from "../image/fileio.js";
@@ -81,6 +82,7 @@ export async function createQcow2Target(options: TargetOptions): Promise<Target>
     granularityBytes: geometry.clusterBytes,
     shared,
     writeMetadata: (checkOpen) => metadata.writeAll(checkOpen),
+    retract: file.startsZeroed ? undefined : () => wipeHeader(file, geometry),
   });
 }
 
@@ -101,14 +103,11 @@ async function prepareDevice(file: TargetFile, geometry: Qcow2Geometry): Promise
       hint: "choose a larger device",
     });
   }
-  await writeFully(
-    file.name,
-    file.bufferedFd,
-    Buffer.alloc(geometry.clusterBytes),
-    0,
-    geometry.clusterBytes,
-    0,
-  );
+  await wipeHeader(file, geometry);
+}
+
+function wipeHeader({ name, bufferedFd }: TargetFile, { clusterBytes }: Qcow2Geometry): Promise<void> {
+  return writeFully(name, bufferedFd, Buffer.alloc(clusterBytes), 0, clusterBytes, 0);
 }
 
 class MetadataWriter {

@@ -525,8 +525,9 @@ describe.runIf(loopDevice !== null)("a block device full of old data", () => {
   it("is no image any more when a complete one is given up", async () => {
     const target = await createTarget(device());
     await target.complete();
-    checkClean(target.unfinishedPath ?? "");
+    const info = ["info", "-U", "-f", "qcow2", target.unfinishedPath ?? ""];
+    expect(spawnSync("qemu-img", info).status).toBe(0);
     await target.abort();
-    expect(spawnSync("qemu-img", ["info", "-f", "qcow2", loopDevice ?? ""]).status).not.toBe(0);
+    expect(spawnSync("qemu-img", info).status).not.toBe(0);
   });
 });

@@ -1,0 +1,157 @@
+import { describe, expect, it } from "vitest";
+import { DiskNode } from "../../src/cow/disk-node.js";
+import type { Interceptor } from "../../src/cow/interceptor.js";
+import type { Completion, Image } from "../../src/image/device.js";
+import { turns } from "../support/cow-engine.js";
+
+/** An image whose writes end when the test says so, while `slow`. */
+function makeNode(name: string) {
+  const image = {
+    slow: false,
+    written: [] as number[],
+    pending: [] as { end: () => void; fail: () => void }[],
+  };
+  const write = (_buffer: Uint8Array, _at: number, _length: number, offset: number): Completion => {
+    if (!image.slow) {
+      image.written.push(offset);
+      return undefined;
+    }
+    return new Promise((resolve, reject) => {
+      const end = () => {
+        image.written.push(offset);
+        resolve();
+      };
+      image.pending.push({ end, fail: () => reject(new Error("write failed")) });
+    });
+  };
+  const device = { name, sizeBytes: 100, readOnly: false, clusterSizeBytes: 0, write };
+  return { image, node: new DiskNode(name, device as unknown as Image) };
+}
+
+const DATA = new Uint8Array(1);
+const writeTo = (node: DiskNode, offset: number): Completion => node.write(DATA, 0, 1, offset);
+
+describe("quiesceAll", () => {
+  it("runs its step when no write is in flight, and holds back those that come meanwhile", async () => {
+    const { image, node } = makeNode("a");
+    image.slow = true;
+    const before = writeTo(node, 1);
+    let atT0: number[] | null = null;
+    const quiescing = DiskNode.quiesceAll([node], () => {
+      atT0 = [...image.written];
+    });
+    await turns();
+    const meanwhile = writeTo(node, 2);
+    expect(image.pending.length).toBe(1);
+    expect(atT0).toBeNull();
+    image.slow = false;
+    image.pending[0]?.end();
+    await Promise.all([before, quiescing, meanwhile]);
+    expect(atT0).toEqual([1]);
+    expect(image.written).toEqual([1, 2]);
+  });
+
+  it("counts a write that fails as ended, and its error is the guest's alone", async () => {
+    const { image, node } = makeNode("a");
+    image.slow = true;
+    const failing = Promise.resolve(writeTo(node, 1)).catch((error: Error) => error.message);
+    const quiescing = DiskNode.quiesceAll([node], () => "done");
+    await turns();
+    image.pending[0]?.fail();
+    expect(await quiescing).toBe("done");
+    expect(await failing).toBe("write failed");
+  });
+
+  it("opens both gates again when the step throws, and throws it on", async () => {
+    const [a, b] = [makeNode("a"), makeNode("b")];
+    const error = new Error("step");
+    await expect(
+      DiskNode.quiesceAll([a.node, b.node], () => {
+        throw error;
+      }),
+    ).rejects.toBe(error);
+    expect(writeTo(a.node, 1)).toBeUndefined();
+    expect(writeTo(b.node, 1)).toBeUndefined();
+  });
+
+  it("of groups that share disks runs one after the other, whatever order they name them in", async () => {
+    const [a, b] = [makeNode("a"), makeNode("b")];
+    a.image.slow = true;
+    const write = writeTo(a.node, 1);
+    const order: string[] = [];
+    const quiescing = [
+      DiskNode.quiesceAll([a.node, b.node], () => order.push("first")),
+      DiskNode.quiesceAll([b.node, a.node], () => order.push("second")),
+      DiskNode.quiesceAll([b.node], () => order.push("third")),
+    ];
+    await turns();
+    a.image.pending[0]?.end();
+    await Promise.all([write, ...quiescing]);
+    expect(order.sort()).toEqual(["first", "second", "third"]);
+    expect(order.indexOf("first")).toBeLessThan(order.indexOf("second"));
+  });
+
+  it("is not held up for ever by a guest that never stops writing", async () => {
+    const { image, node } = makeNode("a");
+    image.slow = true;
+    let stop = false;
+    const writers = Array.from({ length: 4 }, async (_, i) => {
+      while (!stop) await writeTo(node, i);
+    });
+    const quiescing = DiskNode.quiesceAll([node], () => {
+      stop = true;
+    });
+    for (let i = 0; i < 20; i++) {
+      for (const { end } of image.pending.splice(0)) end();
+      await turns(1);
+    }
+    await quiescing;
+    image.slow = false;
+    for (const { end } of image.pending.splice(0)) end();
+    await Promise.all(writers);
+  });
+});
+
+describe("a write", () => {
+  it("that waited for an interceptor meets one that came meanwhile", async () => {
+    const { image, node } = makeNode("a");
+    let letGo: () => void = () => {};
+    const asked: string[] = [];
+    const waiting = new Promise<void>((resolve) => {
+      letGo = resolve;
+    });
+    let first = true;
+    const slow = {
+      beforeWrite: () => {
+        asked.push("slow");
+        if (!first) return undefined;
+        first = false;
+        return waiting;
+      },
+    } as unknown as Interceptor;
+    const late = { beforeWrite: () => void asked.push("late") } as unknown as Interceptor;
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(slow));
+    const write = writeTo(node, 1);
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(late));
+    letGo();
+    await write;
+    expect(asked).toEqual(["slow", "slow", "late"]);
+    expect(image.written).toEqual([1]);
+    node.removeInterceptor(slow);
+    node.removeInterceptor(late);
+    expect(writeTo(node, 2)).toBeUndefined();
+    expect(asked.length).toBe(3);
+  });
+
+  it("that an interceptor fails is not made", async () => {
+    const { image, node } = makeNode("a");
+    const failing = {
+      beforeWrite: () => {
+        throw new Error("no capture");
+      },
+    } as unknown as Interceptor;
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(failing));
+    await expect(writeTo(node, 1)).rejects.toThrow("no capture");
+    expect(image.written).toEqual([]);
+  });
+});
