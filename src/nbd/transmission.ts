@@ -14,6 +14,7 @@
 //
 // Specification: doc/proto.md, "Transmission phase". Main thread only.
 
+import { messageOf } from "../errors.js";
 import type { BlockDevice, Completion } from "../image/device.js";
 import type { NbdLogger } from "./export.js";
 import { ExtentList } from "./extents.js";
@@ -448,10 +449,12 @@ export class Transmission {
 
   private nbdError(error: unknown): number {
     this.errorCount++;
-    const fields = { export: this.negotiated.nbdExport.name, err: error };
+    const exportName = this.negotiated.nbdExport.name;
     // A failing disk fails thousands of requests; the first ones tell what is wrong.
-    if (this.errorCount <= MAX_LOGGED_ERRORS) this.logger.warn(fields, "device error");
-    else this.logger.debug(fields, "device error");
+    if (this.errorCount <= MAX_LOGGED_ERRORS) {
+      this.logger.warn({ export: exportName, problem: messageOf(error) }, "device error");
+    }
+    this.logger.debug({ export: exportName, err: error }, "device error");
     return nbdErrorOf(error);
   }
 }
