@@ -48,7 +48,7 @@ const MUTANTS = [
     to: "    yield STEP;",
     also: [
       {
-        from: "    this.#takeSpilled(chunk);\n    yield STEP;",
+        from: "    this.#takeSpilled(chunk);\n    this.#recordDigests(chunk);",
         to: "    this.#takeSpilled(chunk);\n    yield* this.#readMissing(chunk);",
       },
     ],

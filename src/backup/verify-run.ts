@@ -51,6 +51,8 @@ export class VerifyRun {
       resourceLimits: WORKER_HEAP,
       recordTiming: false,
     });
+    // As in CopyRun: a thread that cannot be started must not end the process.
+    this.#pool.on("error", (error: unknown) => this.cancel(workerError(error)));
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
     this.#pool.on("error", (error: unknown) => this.cancel(workerError(error)));
     this.ended = this.#run();

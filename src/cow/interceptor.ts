@@ -83,8 +83,8 @@ type Outcome = "done" | "chunk-busy" | "region-busy" | "buffer-full" | "in-targe
 
 /** Default of `recheckMs`. */
 const RECHECK_MS = 100;
-/** A long trim or write of zeroes is captured in pieces, with the event loop running between them. */
-const CHUNKS_PER_TURN = 16;
+/** Captured at a stretch, about 10 ms with a cold buffer; a longer request goes on in the next turn of the event loop. */
+const CHUNKS_PER_TURN = 4;
 
 export class Interceptor {
   readonly counters: GuestWaitCounters = {
@@ -146,8 +146,9 @@ export class Interceptor {
     const { chunkBytes } = this.#shared.geometry;
     const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
     const first = Math.floor(offsetBytes / chunkBytes);
-    if (last - first >= CHUNKS_PER_TURN) return this.#captureSlowly(offsetBytes, lengthBytes);
+    const enough = this.counters.captureCount + CHUNKS_PER_TURN;
     for (let chunk = first; chunk <= last; chunk++) {
+      if (this.counters.captureCount >= enough) return this.#captureSlowly(offsetBytes, lengthBytes);
       const outcome = this.#captureInChunk(chunk, offsetBytes, lengthBytes, false);
       if (outcome === "done") continue;
       return this.#captureSlowly(offsetBytes, lengthBytes, outcome instanceof Promise ? outcome : undefined);

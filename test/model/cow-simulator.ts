@@ -110,7 +110,8 @@ export class Simulation {
   constructor(readonly seed: number) {
     this.random = new Random(seed);
     const { random } = this;
-    const chunkCount = 1 + random.below(12);
+    // Now and then more than the interceptor captures in one turn of the event loop.
+    const chunkCount = 1 + random.below(random.chance(0.2) ? 40 : 12);
     const sizeBytes = Math.max(
       1,
       chunkCount * CHUNK_BYTES - (random.chance(0.5) ? random.below(CHUNK_BYTES) : 0),

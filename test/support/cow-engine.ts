@@ -55,11 +55,11 @@ export interface Engine {
   interceptor: Interceptor;
   broken: CowcatcherError[];
   /** Takes the chunk's captures off, gives their slots back and marks its clusters DONE, as a worker does. */
-  drain(chunk: number): void;
+  drain: (chunk: number) => void;
   /** The same without DONE: room comes free, the chunk goes on being captured. */
-  freeCaptures(chunk: number): number;
+  freeCaptures: (chunk: number) => number;
   spillFd: number;
-  close(): void;
+  close: () => void;
 }
 
 export interface EngineOptions {

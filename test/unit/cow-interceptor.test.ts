@@ -3,10 +3,13 @@ import {
   CTL_SPILL_BLOCKS,
   CTL_URGENT_TAIL,
   CTL_USED_BLOCKS,
+  DONE,
   READING,
   OWNER_MASK,
 } from "../../src/cow/shared.js";
 import { SpillFile } from "../../src/cow/spill.js";
+import { DiskNode } from "../../src/cow/disk-node.js";
+import type { Image } from "../../src/image/device.js";
 import { CowcatcherError } from "../../src/errors.js";
 import {
   BLOCK_BYTES,
@@ -196,6 +199,30 @@ describe("without a buffer", () => {
       return announceWait(chunk);
     };
     await interceptor.beforeWrite(0, BLOCK_BYTES);
+  });
+});
+
+describe("a long trim", () => {
+  it("ends when its blocks are captured, not when the backup does, and lets others run meanwhile", async () => {
+    const { interceptor, shared, disk } = make({ sizeBytes: 40 * MiB, bufferBytes: 64 * MiB });
+    let trimmed = false;
+    const image = Object.assign(disk, { discard: () => void (trimmed = true) });
+    const node = new DiskNode("disk", image as unknown as Image);
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(interceptor));
+    const trimming = node.discard(0, 40 * MiB);
+    expect(shared.control[CTL_USED_BLOCKS] * BLOCK_BYTES).toBeLessThanOrEqual(4 * MiB);
+    await turns(20);
+    expect(shared.control[CTL_USED_BLOCKS] * BLOCK_BYTES).toBe(40 * MiB);
+    expect(trimmed).toBe(true);
+    await trimming;
+    // What is captured already needs no turn of the event loop.
+    expect(node.discard(0, 40 * MiB)).toBeUndefined();
+  });
+
+  it("takes no turn of the event loop either where all is done", () => {
+    const { interceptor, shared } = make({ sizeBytes: 40 * MiB });
+    shared.clusterStates.fill(DONE);
+    expect(interceptor.beforeWrite(0, 40 * MiB)).toBeUndefined();
   });
 });
 
