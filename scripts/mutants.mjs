@@ -14,8 +14,8 @@ const MUTANTS = [
   {
     rule: "1: only blocks that a capture holds are held",
     file: "src/cow/interceptor.ts",
-    from: "held.fill(1, start, start + captureLength(info));",
-    to: "held.fill(1, start, start + captureLength(info) + 1);",
+    from: "this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES));",
+    to: "this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES) + 1);",
   },
   {
     rule: "1: a chunk has one owner at a time",

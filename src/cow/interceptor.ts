@@ -23,6 +23,7 @@ import type { JobOptions } from "../backup/options.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { BlockDevice, Completion } from "../image/device.js";
 import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
+import { HeldBlocks } from "./held-blocks.js";
 import { Pacer } from "./pacer.js";
 import {
   CAPTURED,
@@ -59,6 +60,8 @@ export interface InterceptorOptions {
   onBroken(error: CowcatcherError): void;
   /** A waiter looks again after this time even if nobody woke it, so that a dead thread cannot hold a guest. */
   recheckMs?: number | undefined;
+  /** Length of the table in held-blocks.ts; smaller in simulations. */
+  heldChunksMax?: number | undefined;
   /** Replaced in simulations. */
   clock?: Clock | undefined;
 }
@@ -102,7 +105,8 @@ export class Interceptor {
   readonly #unbuffered: boolean;
   readonly #clock: Clock;
   readonly #objectName: string;
-  /** Blocks of the chunk in hand that an earlier capture holds. */
+  readonly #heldBlocks: HeldBlocks;
+  /** Blocks of the chunk in hand that need no capture; valid within the write's range. */
   readonly #held: Uint8Array;
   readonly #spillBitmap: Uint8Array;
   /** Scratch of the synchronous way; a capture that goes on asynchronously keeps them and new ones are made. */
@@ -127,8 +131,10 @@ export class Interceptor {
     this.#clock = options.clock ?? REAL_CLOCK;
     this.#unbuffered = options.shared.bufferBlockCount === 0;
     this.#slots = new SlotAllocator(options.shared.bufferBlockCount / BLOCKS_PER_SLOT);
-    this.#held = new Uint8Array(options.shared.geometry.blocksPerChunk);
-    this.#spillBitmap = new Uint8Array(options.shared.geometry.blocksPerChunk / 8);
+    const { chunkCount, blocksPerChunk } = options.shared.geometry;
+    this.#heldBlocks = new HeldBlocks(chunkCount, blocksPerChunk, options.heldChunksMax);
+    this.#held = new Uint8Array(blocksPerChunk);
+    this.#spillBitmap = new Uint8Array(blocksPerChunk / 8);
     this.#pacer =
       options.policy.onBufferFull === "wait" && !this.#unbuffered ? new Pacer(options.shared) : null;
   }
@@ -413,6 +419,10 @@ export class Interceptor {
       return "done";
     }
     if (!hasRoom) return this.#refuseForRoom(chunk);
+    if (work.isEmpty) {
+      this.#shared.release(chunk, 0, 0);
+      return "done";
+    }
     if (work.pending.length === 0) {
       this.#finishCapture(chunk, from, to, work);
       return "done";
@@ -493,25 +503,40 @@ export class Interceptor {
    * number of blocks in [firstBlock, endBlock) that do.
    */
   #findMissing(chunk: number, from: number, to: number, firstBlock: number, endBlock: number): number {
-    const shared = this.#shared;
-    const held = this.#held;
-    held.fill(0, firstBlock, endBlock);
-    for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
-      const info = shared.captureInfo[capture];
-      const start = captureStart(info);
-      held.fill(1, start, start + captureLength(info));
-    }
-    if ((shared.chunkWords[chunk] & SPILLED) !== 0) this.#flagSpilled(chunk);
-    this.#flagDone(chunk, from, to);
+    if (!this.#heldBlocks.knows(chunk)) this.#lookUpHeld(chunk);
     let missing = 0;
-    for (let block = firstBlock; block < endBlock; block++) if (!held[block]) missing++;
+    for (let block = firstBlock; block < endBlock; block++) {
+      const isHeld = this.#heldBlocks.has(chunk, block);
+      this.#held[block] = isHeld ? 1 : 0;
+      if (!isHeld) missing++;
+    }
+    if (missing === 0) return 0;
+    this.#flagDone(chunk, from, to);
+    missing = 0;
+    for (let block = firstBlock; block < endBlock; block++) if (!this.#held[block]) missing++;
     return missing;
   }
 
-  #flagSpilled(chunk: number): void {
+  /** All blocks of [from, to) are captured now, or their cluster is DONE. */
+  #noteHeld(chunk: number, from: number, to: number): void {
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    const firstBlock = Math.floor((from - base) / BLOCK_BYTES);
+    this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES));
+  }
+
+  /** Owner only: notes what the chunk's captures and its spill bitmap say. */
+  #lookUpHeld(chunk: number): void {
+    const shared = this.#shared;
+    this.#heldBlocks.begin(chunk);
+    for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
+      const info = shared.captureInfo[capture];
+      const start = captureStart(info);
+      this.#heldBlocks.add(chunk, start, start + captureLength(info));
+    }
+    if ((shared.chunkWords[chunk] & SPILLED) === 0) return;
     this.#spillFile().readBitmap(chunk, this.#spillBitmap);
     for (let block = 0; block < this.#held.length; block++) {
-      if (this.#spillBitmap[block >> 3] & (1 << (block & 7))) this.#held[block] = 1;
+      if (this.#spillBitmap[block >> 3] & (1 << (block & 7))) this.#heldBlocks.add(chunk, block, block + 1);
     }
   }
 
@@ -649,6 +674,7 @@ export class Interceptor {
     this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
     Atomics.add(shared.control, CTL_USED_BLOCKS, blocks - work.spilledBlocks);
     this.#pacer?.admitted(blocks);
+    this.#noteHeld(chunk, from, to);
     this.#markCaptured(from, to);
     this.#releaseUrgent(chunk, work.spilledBlocks > 0 ? SPILLED : 0);
   }
@@ -696,6 +722,11 @@ class CaptureWork {
   readonly pending: Promise<void>[] = [];
   spilledBlocks = 0;
   spillBitmap: Uint8Array | null = null;
+
+  /** Nothing had to be captured. */
+  get isEmpty(): boolean {
+    return this.captures.length === 0 && this.spilledBlocks === 0;
+  }
 
   reset(): void {
     this.captures.length = 0;

@@ -491,6 +491,7 @@ export class Simulation {
       },
       // For ever: a wake-up that is lost must show.
       recheckMs: Infinity,
+      heldChunksMax: this.random.pick([1, 2, 64]),
       clock: {
         nowMs: () => this.nowMs,
         sleep: (ms) =>
