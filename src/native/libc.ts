@@ -85,7 +85,7 @@ function load(): Libc | null {
 function bind(): Libc {
   const library = koffi.load("libc.so.6");
   type SystemCall = (...args: number[]) => number;
-  const declare = (prototype: string): SystemCall => library.func(prototype) as unknown as SystemCall;
+  const declare = (prototype: string): SystemCall => library.func(prototype);
   const lseek = declare("int64_t lseek64(int fd, int64_t offset, int whence)");
   const pread64 = declare("int64_t pread64(int fd, uint64_t buffer, uint64_t count, int64_t offset)");
   const pwrite64 = declare("int64_t pwrite64(int fd, uint64_t buffer, uint64_t count, int64_t offset)");
