@@ -182,6 +182,8 @@ export class Interceptor {
         if ((chunk - first) % CHUNKS_PER_TURN === CHUNKS_PER_TURN - 1) await nextTurn();
       }
     } catch (error) {
+      // A write that fails after its wait has waited, too.
+      waited = true;
       // Detached meanwhile: the snapshot is gone, and the write needs no capture any more.
       if (!this.#detached) throw error;
     } finally {
