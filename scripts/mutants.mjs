@@ -13,9 +13,9 @@ const MUTANTS = [
   },
   {
     rule: "1: only blocks that a capture holds are held",
-    file: "src/cow/interceptor.ts",
-    from: "this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES));",
-    to: "this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES) + 1);",
+    file: "src/cow/capture-store.ts",
+    from: "this.#heldBlocks.add(chunk, this.#blockOf(chunk, from), this.#endBlockOf(chunk, to));",
+    to: "this.#heldBlocks.add(chunk, this.#blockOf(chunk, from), this.#endBlockOf(chunk, to) + 1);",
   },
   {
     rule: "1: a chunk has one owner at a time",

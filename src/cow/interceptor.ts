@@ -21,18 +21,13 @@
 
 import type { JobOptions } from "../backup/options.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import type { BlockDevice, Completion } from "../image/device.js";
-import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
-import { HeldBlocks } from "./held-blocks.js";
+import type { Completion } from "../image/device.js";
+import { CaptureStore, type CaptureStoreOptions, CaptureWork } from "./capture-store.js";
+import { BLOCK_BYTES } from "./geometry.js";
 import { Pacer } from "./pacer.js";
 import {
   CAPTURED,
-  captureInfoOf,
-  captureLength,
-  captureStart,
   CTL_FREED_EVENT,
-  CTL_SPILL_BLOCKS,
-  CTL_USED_BLOCKS,
   DONE,
   OWNER_MAIN,
   OWNER_MASK,
@@ -45,23 +40,14 @@ import {
   type SharedState,
   SPILLED,
 } from "./shared.js";
-import { SlotAllocator } from "./slots.js";
-import type { SpillFile } from "./spill.js";
+import { WaitingLine } from "./waiting-line.js";
 
-export interface InterceptorOptions {
-  shared: SharedState;
-  /** The image itself, below every interceptor: what it holds now is T0's content of every uncaptured block. */
-  image: BlockDevice;
-  /** Made when the buffer is full for the first time; undefined where the policy is not to spill. */
-  openSpill: (() => SpillFile) | undefined;
-  spillLimitBytes: number;
+export interface InterceptorOptions extends CaptureStoreOptions {
   policy: Pick<JobOptions, "onBufferFull" | "onCbwError" | "guestTimeoutMs">;
   /** The job cannot keep its promise any more; called once, after the interceptor has detached itself. */
   onBroken(error: CowcatcherError): void;
   /** A waiter looks again after this time even if nobody woke it, so that a dead thread cannot hold a guest. */
   recheckMs?: number | undefined;
-  /** Length of the table in held-blocks.ts; smaller in simulations. */
-  heldChunksMax?: number | undefined;
   /** Replaced in simulations. */
   clock?: Clock | undefined;
 }
@@ -100,19 +86,13 @@ export class Interceptor {
   };
   readonly #options: InterceptorOptions;
   readonly #shared: SharedState;
-  readonly #slots: SlotAllocator;
+  readonly #store: CaptureStore;
   readonly #pacer: Pacer | null;
   readonly #unbuffered: boolean;
   readonly #clock: Clock;
   readonly #objectName: string;
-  readonly #heldBlocks: HeldBlocks;
-  /** Blocks of the chunk in hand that need no capture; valid within the write's range. */
-  readonly #held: Uint8Array;
-  readonly #spillBitmap: Uint8Array;
-  /** Scratch of the synchronous way; a capture that goes on asynchronously keeps them and new ones are made. */
-  #spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
+  /** Of the synchronous way; a capture that goes on asynchronously keeps it and a new one is made. */
   #work = new CaptureWork();
-  #spill: SpillFile | null = null;
   #detached = false;
   /** Captures whose reads go on. */
   readonly #reads = new Set<Promise<unknown>>();
@@ -120,9 +100,7 @@ export class Interceptor {
   readonly #waiters = new Set<() => void>();
   /** Blocks that the write which found the buffer full last would need. */
   #roomNeeded = 0;
-  /** Fulfilled when the last in the line of writes that wait for room has left it. */
-  #lineEnd: Promise<void> = Promise.resolve();
-  #lineLength = 0;
+  readonly #line = new WaitingLine();
 
   constructor(options: InterceptorOptions) {
     this.#options = options;
@@ -130,11 +108,7 @@ export class Interceptor {
     this.#objectName = options.image.name;
     this.#clock = options.clock ?? REAL_CLOCK;
     this.#unbuffered = options.shared.bufferBlockCount === 0;
-    this.#slots = new SlotAllocator(options.shared.bufferBlockCount / BLOCKS_PER_SLOT);
-    const { chunkCount, blocksPerChunk } = options.shared.geometry;
-    this.#heldBlocks = new HeldBlocks(chunkCount, blocksPerChunk, options.heldChunksMax);
-    this.#held = new Uint8Array(blocksPerChunk);
-    this.#spillBitmap = new Uint8Array(blocksPerChunk / 8);
+    this.#store = new CaptureStore(options);
     this.#pacer =
       options.policy.onBufferFull === "wait" && !this.#unbuffered ? new Pacer(options.shared) : null;
   }
@@ -165,6 +139,7 @@ export class Interceptor {
   /** Ends the interception at once: writes that wait go on. Idempotent. */
   detach(): void {
     this.#detached = true;
+    this.#store.close();
     for (const wake of this.#waiters) wake();
   }
 
@@ -219,7 +194,7 @@ export class Interceptor {
         }
         if (outcome === "buffer-full") {
           const neededCount = this.#roomNeeded;
-          leaveLine ??= await this.#standInLine();
+          leaveLine ??= await this.#line.stand();
           await this.#waitForRoom(neededCount, startMs);
         } else {
           await this.#waitForChunk(outcome, chunk, offset, length);
@@ -274,28 +249,13 @@ export class Interceptor {
     });
   }
 
-  /** Fulfilled when nobody stands before us, with what leaves the line. */
-  async #standInLine(): Promise<() => void> {
-    const before = this.#lineEnd;
-    let leave: () => void = () => {};
-    this.#lineEnd = new Promise((resolve) => {
-      leave = resolve;
-    });
-    this.#lineLength++;
-    await before;
-    return () => {
-      this.#lineLength--;
-      leave();
-    };
-  }
-
   /** First in line: waits until workers have given `neededCount` blocks back and the pacer lets the write through. */
   async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
     while (!this.#detached && !this.#isTimedOut(startMs)) {
       const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
-      this.#reclaim();
+      this.#store.reclaim();
       const delayMs = this.#pacer?.delayMs(this.#clock.nowMs()) ?? 0;
-      const roomy = this.#slots.freeBlockCount >= neededCount;
+      const roomy = this.#store.freeBlockCount >= neededCount;
       if (roomy && delayMs <= 0) return;
       if (roomy) await this.#untilDetached(this.#clock.sleep(delayMs));
       else await this.#waitOn(this.#shared.control, CTL_FREED_EVENT, event);
@@ -446,8 +406,12 @@ export class Interceptor {
     this.#reads.add(settled);
     return settled.then((results) => {
       this.#reads.delete(settled);
-      if (this.#detached) this.#giveBack(chunk, work);
-      else next(results.find((result) => result.status === "rejected"));
+      if (!this.#detached) {
+        next(results.find((result) => result.status === "rejected"));
+        return;
+      }
+      this.#store.giveBack(work);
+      this.#shared.release(chunk, 0, 0);
     });
   }
 
@@ -461,29 +425,46 @@ export class Interceptor {
 
   /** Starts the reads of all blocks that need a capture; false when the buffer has no room and may not spill. */
   #readMissing(work: CaptureWork, chunk: number, from: number, to: number, isFirstInLine: boolean): boolean {
-    const base = chunk * this.#shared.geometry.chunkBytes;
-    const firstBlock = Math.floor((from - base) / BLOCK_BYTES);
-    const endBlock = Math.ceil((to - base) / BLOCK_BYTES);
-    const missing = this.#findMissing(chunk, from, to, firstBlock, endBlock);
+    const missing = this.#store.findMissing(chunk, from, to);
     if (missing === 0) return true;
-    this.#reclaimIfLow(missing);
+    this.#store.reclaimIfLow(missing);
     this.#roomNeeded = missing;
     if (this.#mustWaitItsTurn(isFirstInLine)) return false;
-    if (this.#slots.freeBlockCount >= missing) {
-      this.#readIntoSlots(work, base, firstBlock, endBlock);
+    if (this.#store.freeBlockCount >= missing) {
+      this.#store.readIntoSlots(work, chunk, from, to);
       return true;
     }
     if (this.#options.policy.onBufferFull !== "spill") return false;
-    this.#reserveSpill(missing);
-    work.spilledBlocks = missing;
-    this.#readIntoSpill(work, chunk, firstBlock, endBlock);
+    this.#store.readIntoSpill(work, chunk, from, to, missing);
     return true;
   }
 
   /** Only under the policy to wait is there a line, or a pacer. */
   #mustWaitItsTurn(isFirstInLine: boolean): boolean {
     if (this.#pacer === null) return false;
-    return (!isFirstInLine && this.#lineLength > 0) || this.#pacer.delayMs(this.#clock.nowMs()) > 0;
+    return (!isFirstInLine && this.#line.length > 0) || this.#pacer.delayMs(this.#clock.nowMs()) > 0;
+  }
+
+  #finishCapture(chunk: number, from: number, to: number, work: CaptureWork): void {
+    let blocks: number;
+    try {
+      blocks = this.#store.attach(chunk, from, to, work);
+    } catch (error) {
+      this.#abandonCapture(chunk, work, error);
+      return;
+    }
+    this.counters.captureCount++;
+    this.counters.capturedBytes += blocks * BLOCK_BYTES;
+    this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
+    this.#pacer?.admitted(blocks);
+    this.#markCaptured(from, to);
+    this.#releaseUrgent(chunk, work.spilledBlocks > 0 ? SPILLED : 0);
+  }
+
+  #abandonCapture(chunk: number, work: CaptureWork, error: unknown): void {
+    this.#store.giveBack(work);
+    this.#shared.release(chunk, 0, 0);
+    this.#fail(toCowcatcherError(error, this.#objectName));
   }
 
   #refuseForRoom(chunk: number): Outcome {
@@ -498,243 +479,6 @@ export class Interceptor {
       }),
     );
     return "done";
-  }
-
-  /**
-   * Flags in #held the blocks that need no capture (captured before, or in a cluster that is DONE) and returns the
-   * number of blocks in [firstBlock, endBlock) that do.
-   */
-  #findMissing(chunk: number, from: number, to: number, firstBlock: number, endBlock: number): number {
-    if (!this.#heldBlocks.knows(chunk)) this.#lookUpHeld(chunk);
-    let missing = 0;
-    for (let block = firstBlock; block < endBlock; block++) {
-      const isHeld = this.#heldBlocks.has(chunk, block);
-      this.#held[block] = isHeld ? 1 : 0;
-      if (!isHeld) missing++;
-    }
-    if (missing === 0) return 0;
-    this.#flagDone(chunk, from, to);
-    missing = 0;
-    for (let block = firstBlock; block < endBlock; block++) if (!this.#held[block]) missing++;
-    return missing;
-  }
-
-  /** All blocks of [from, to) are captured now, or their cluster is DONE. */
-  #noteHeld(chunk: number, from: number, to: number): void {
-    const base = chunk * this.#shared.geometry.chunkBytes;
-    const firstBlock = Math.floor((from - base) / BLOCK_BYTES);
-    this.#heldBlocks.add(chunk, firstBlock, Math.ceil((to - base) / BLOCK_BYTES));
-  }
-
-  /** Owner only: notes what the chunk's captures and its spill bitmap say. */
-  #lookUpHeld(chunk: number): void {
-    const shared = this.#shared;
-    this.#heldBlocks.begin(chunk);
-    for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
-      const info = shared.captureInfo[capture];
-      const start = captureStart(info);
-      this.#heldBlocks.add(chunk, start, start + captureLength(info));
-    }
-    if ((shared.chunkWords[chunk] & SPILLED) === 0) return;
-    this.#spillFile().readBitmap(chunk, this.#spillBitmap);
-    for (let block = 0; block < this.#held.length; block++) {
-      if (this.#spillBitmap[block >> 3] & (1 << (block & 7))) this.#heldBlocks.add(chunk, block, block + 1);
-    }
-  }
-
-  #flagDone(chunk: number, from: number, to: number): void {
-    const { clusterStates, geometry } = this.#shared;
-    const { clusterBytes } = geometry;
-    const base = chunk * geometry.chunkBytes;
-    const last = Math.floor((to - 1) / clusterBytes);
-    for (let cluster = Math.floor(from / clusterBytes); cluster <= last; cluster++) {
-      if (clusterStates[cluster] !== DONE) continue;
-      const start = (cluster * clusterBytes - base) / BLOCK_BYTES;
-      this.#held.fill(1, start, start + clusterBytes / BLOCK_BYTES);
-    }
-  }
-
-  /** A capture lies in one cluster, as a worker takes captures by cluster. */
-  #readIntoSlots(work: CaptureWork, base: number, firstBlock: number, endBlock: number): void {
-    const blocksPerCluster = this.#shared.geometry.clusterBytes / BLOCK_BYTES;
-    for (let block = firstBlock; block < endBlock;) {
-      if (this.#held[block]) {
-        block++;
-        continue;
-      }
-      const clusterEnd = (Math.floor(block / blocksPerCluster) + 1) * blocksPerCluster;
-      const limit = Math.min(endBlock, clusterEnd, block + BLOCKS_PER_SLOT);
-      let wanted = 1;
-      while (block + wanted < limit && !this.#held[block + wanted]) wanted++;
-      const capture = this.#slots.allocate(wanted);
-      const count = this.#slots.allocatedCount;
-      work.captures.push(capture, captureInfoOf(block, count));
-      this.#readBlocks(work, this.#shared.slots, capture * BLOCK_BYTES, count, base + block * BLOCK_BYTES);
-      block += count;
-    }
-  }
-
-  /** Reads T0 blocks; those past the disk's end are zeroes. */
-  #readBlocks(
-    work: CaptureWork,
-    buffer: Uint8Array,
-    bufferOffset: number,
-    count: number,
-    offsetBytes: number,
-  ): void {
-    const { image } = this.#options;
-    const wanted = count * BLOCK_BYTES;
-    const length = Math.min(wanted, image.sizeBytes - offsetBytes);
-    if (length < wanted) buffer.fill(0, bufferOffset + length, bufferOffset + wanted);
-    const pending = image.read(buffer, bufferOffset, length, offsetBytes);
-    if (pending) work.pending.push(pending);
-  }
-
-  #readIntoSpill(work: CaptureWork, chunk: number, firstBlock: number, endBlock: number): void {
-    const spill = this.#spillFile();
-    spill.readBitmap(chunk, this.#spillBitmap);
-    const base = chunk * this.#shared.geometry.chunkBytes;
-    for (let block = firstBlock; block < endBlock;) {
-      if (this.#held[block]) {
-        block++;
-        continue;
-      }
-      let count = 1;
-      while (count < BLOCKS_PER_SLOT && block + count < endBlock && !this.#held[block + count]) count++;
-      this.#spillRun(work, spill, chunk, base, block, count);
-      for (let i = block; i < block + count; i++) {
-        this.#spillBitmap[i >> 3] = this.#spillBitmap[i >> 3] | (1 << (i & 7));
-      }
-      block += count;
-    }
-    work.spillBitmap = work.pending.length > 0 ? this.#spillBitmap.slice() : this.#spillBitmap;
-  }
-
-  #spillRun(
-    work: CaptureWork,
-    spill: SpillFile,
-    chunk: number,
-    base: number,
-    block: number,
-    count: number,
-  ): void {
-    const before = work.pending.length;
-    this.#readBlocks(work, this.#spillScratch, 0, count, base + block * BLOCK_BYTES);
-    const scratch = this.#spillScratch;
-    if (work.pending.length === before) {
-      spill.writeBlocks(scratch, 0, chunk, block, count);
-      return;
-    }
-    // Cold data: the scratch buffer goes with the read, and the next capture gets a new one.
-    this.#spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
-    const read = work.pending.pop() as Promise<void>;
-    work.pending.push(
-      read.then(() => {
-        // With the job, the spill file's descriptor has gone: its number may be another file's.
-        if (!this.#detached) spill.writeBlocks(scratch, 0, chunk, block, count);
-      }),
-    );
-  }
-
-  /** Before anything is read, so that captures which go on at the same time are counted, too. */
-  #reserveSpill(blockCount: number): void {
-    const used = Atomics.load(this.#shared.control, CTL_SPILL_BLOCKS) + blockCount;
-    if (used * BLOCK_BYTES <= this.#options.spillLimitBytes) {
-      Atomics.add(this.#shared.control, CTL_SPILL_BLOCKS, blockCount);
-      return;
-    }
-    throw new CowcatcherError({
-      code: "BUFFER_FULL",
-      object: this.#spillFile().description.path,
-      problem: `the spill file has reached its limit of ${this.#options.spillLimitBytes} bytes`,
-      hint: "raise --spill-limit, use a larger --cow-buffer-size, or --on-buffer-full wait",
-    });
-  }
-
-  #finishCapture(chunk: number, from: number, to: number, work: CaptureWork): void {
-    const shared = this.#shared;
-    const { captures } = work;
-    let blocks = work.spilledBlocks;
-    try {
-      if (work.spillBitmap !== null) this.#spillFile().writeBitmap(chunk, work.spillBitmap);
-    } catch (error) {
-      this.#abandonCapture(chunk, work, error);
-      return;
-    }
-    for (let i = 0; i < captures.length; i += 2) {
-      const capture = captures[i];
-      const info = captures[i + 1];
-      shared.captureInfo[capture] = info;
-      shared.captureNext[capture] = shared.chunkHead(chunk);
-      shared.setChunkHead(chunk, capture);
-      blocks += captureLength(info);
-    }
-    if (blocks > 0) {
-      this.counters.captureCount++;
-      this.counters.capturedBytes += blocks * BLOCK_BYTES;
-    }
-    this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;
-    Atomics.add(shared.control, CTL_USED_BLOCKS, blocks - work.spilledBlocks);
-    this.#pacer?.admitted(blocks);
-    this.#noteHeld(chunk, from, to);
-    this.#markCaptured(from, to);
-    this.#releaseUrgent(chunk, work.spilledBlocks > 0 ? SPILLED : 0);
-  }
-
-  #abandonCapture(chunk: number, work: CaptureWork, error: unknown): void {
-    this.#giveBack(chunk, work);
-    this.#fail(toCowcatcherError(error, this.#objectName));
-  }
-
-  /** The capture's slots, its share of the spill, and the chunk. */
-  #giveBack(chunk: number, { captures, spilledBlocks }: CaptureWork): void {
-    for (let i = 0; i < captures.length; i += 2) {
-      this.#slots.free(captures[i], captureLength(captures[i + 1]));
-    }
-    Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, spilledBlocks);
-    this.#shared.release(chunk, 0, 0);
-  }
-
-  #reclaimIfLow(neededCount: number): void {
-    // Blocks come back a chain at a time; taking them early keeps the slots that are in the cache in use.
-    if (this.#slots.freeBlockCount < Math.max(neededCount, this.#slots.blockCount / 2)) this.#reclaim();
-  }
-
-  #reclaim(): void {
-    const { captureInfo, captureNext } = this.#shared;
-    for (let capture = this.#shared.takeFreed(); capture >= 0;) {
-      const next = captureNext[capture];
-      this.#slots.free(capture, captureLength(captureInfo[capture]));
-      capture = next;
-    }
-  }
-
-  #spillFile(): SpillFile {
-    if (this.#spill === null) {
-      if (this.#options.openSpill === undefined) throw new Error("the policy does not spill");
-      this.#spill = this.#options.openSpill();
-    }
-    return this.#spill;
-  }
-}
-
-/** What one capture has in hand: pairs of first block in the buffer and capture info; reads that go on. */
-class CaptureWork {
-  readonly captures: number[] = [];
-  readonly pending: Promise<void>[] = [];
-  spilledBlocks = 0;
-  spillBitmap: Uint8Array | null = null;
-
-  /** Nothing had to be captured. */
-  get isEmpty(): boolean {
-    return this.captures.length === 0 && this.spilledBlocks === 0;
-  }
-
-  reset(): void {
-    this.captures.length = 0;
-    this.pending.length = 0;
-    this.spilledBlocks = 0;
-    this.spillBitmap = null;
   }
 }
 
