@@ -1,6 +1,7 @@
 // What a backup job is asked to do, with the defaults and their reasons, in one place for the command line,
 // the control socket and the engine.
 
+import { availableParallelism } from "node:os";
 import type { ImageFormat } from "../image/format.js";
 import { KiB, MiB } from "../units.js";
 
@@ -37,10 +38,16 @@ export interface JobOptions {
   verify: boolean;
 }
 
+/**
+ * Workers of an offline copy. It is bound by the processor, not by a limit or a guest: with two cores a third and
+ * fourth worker made a copy of 1 GiB 30 % slower, by their start and by taking turns.
+ */
+export const OFFLINE_WORKER_COUNT = Math.min(4, Math.max(2, availableParallelism()));
+
 export const JOB_DEFAULTS: Omit<JobOptions, "target" | "targetFormat"> = {
   force: false,
   clusterSizeBytes: 64 * KiB,
-  // Two cores are kept busy by two; four hide a target's latency and still cost little memory.
+  // Of a live backup: four hide a target's latency and still cost little memory.
   workerCount: 4,
   cowBufferSizeBytes: 256 * MiB,
   onBufferFull: "spill",

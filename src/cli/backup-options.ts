@@ -7,6 +7,7 @@ import {
   ON_BUFFER_FULL,
   ON_CBW_ERROR,
   ON_IO_ERROR,
+  OFFLINE_WORKER_COUNT,
   type JobOptions,
   type OnBufferFull,
   type OnCbwError,
@@ -156,7 +157,13 @@ function addBufferOptions(command: Command): void {
 function addCopyOptions(command: Command): Command {
   const onError = `${listWords(ON_IO_ERROR)} (report)`;
   return command
-    .addOption(countOption("-w, --workers <N>", `workers (${JOB_DEFAULTS.workerCount})`, WORKER_BOUNDS))
+    .addOption(
+      countOption(
+        "-w, --workers <N>",
+        `workers (live ${JOB_DEFAULTS.workerCount}, offline ${OFFLINE_WORKER_COUNT})`,
+        WORKER_BOUNDS,
+      ),
+    )
     .addOption(sizeOption("--cluster-size <SIZE>", "of a new qcow2 target (64K)"))
     .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target (none)"))
     .addOption(choiceOption("--on-source-error <ACTION>", onError, ON_IO_ERROR))
@@ -247,7 +254,11 @@ function offlineCopy(
     mode: "offline",
     source: parseImage(source, sourceName),
     sourceFormat: flags.sourceFormat,
-    job: { ...job, cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes },
+    job: {
+      ...job,
+      workerCount: flags.workers ?? OFFLINE_WORKER_COUNT,
+      cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    },
   };
 }
 

@@ -2,7 +2,7 @@
 import { resolve } from "node:path";
 import { Command } from "commander";
 import { describe, expect, it } from "vitest";
-import { JOB_DEFAULTS } from "../../src/backup/options.js";
+import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT } from "../../src/backup/options.js";
 import {
   addBackupOptions,
   addRestoreOptions,
@@ -42,12 +42,17 @@ function offlineJob(...args: string[]): JobSettings {
 }
 
 describe("backup", () => {
-  it("takes every default from JOB_DEFAULTS", () => {
+  it("takes every default from the job's, but for the workers of an offline copy", () => {
     expect(backup("a.qcow2", "b.bin")).toEqual({
       mode: "offline",
       source: "a.qcow2",
       sourceFormat: undefined,
-      job: { ...JOB_DEFAULTS, target: "b.bin", targetFormat: undefined },
+      job: {
+        ...JOB_DEFAULTS,
+        workerCount: OFFLINE_WORKER_COUNT,
+        target: "b.bin",
+        targetFormat: undefined,
+      },
     });
   });
 
