@@ -25,7 +25,7 @@ async function start(program: string, args: string[], socketPath: string): Promi
   const child: ChildProcess = spawn(program, args, { stdio: ["ignore", "ignore", "inherit"] });
   const ended = new Promise<void>((resolve) => child.once("close", () => resolve()));
   cleanups.push(() => {
-    child.kill();
+    child.kill("SIGKILL");
     return ended;
   });
   const deadline = Date.now() + 10_000;
@@ -50,10 +50,20 @@ async function nbdkit(args: string[]): Promise<NbdClient> {
   return connect(`nbd+unix:///?socket=${socket}`);
 }
 
+/** A server binds its socket a moment before it listens on it, and a probe would use up qemu-nbd's one client. */
 async function connect(uri: string): Promise<NbdClient> {
-  const client = await NbdClient.connect(uri);
-  cleanups.push(() => client.destroy());
-  return client;
+  const deadline = Date.now() + 10_000;
+  for (;;) {
+    try {
+      const client = await NbdClient.connect(uri);
+      cleanups.push(() => client.destroy());
+      return client;
+    } catch (error) {
+      const refused = error instanceof CowcatcherError && error.errno === "ECONNREFUSED";
+      if (!refused || Date.now() > deadline) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+  }
 }
 
 /** Random requests, several at a time, none overlapping another in flight; then every byte against a model. */
