@@ -2,6 +2,7 @@
 import { once } from "node:events";
 import { connect } from "node:net";
 import type { Socket } from "node:net";
+import { errnoOf } from "../../src/errors.js";
 
 export interface QmpMessage {
   QMP?: { version: { qemu: Record<string, number>; package: string }; capabilities: unknown[] };
@@ -27,11 +28,20 @@ export class RawQmp {
     socket.on("data", (text: string) => this.#take(text));
   }
 
+  /** Tries again while the connection is refused: a server binds its socket a moment before it listens on it. */
   static async connect(path: string): Promise<RawQmp> {
-    const socket = connect(path);
-    const client = new RawQmp(socket);
-    await once(socket, "connect");
-    return client;
+    const deadline = Date.now() + 10_000;
+    for (;;) {
+      const socket = connect(path);
+      const client = new RawQmp(socket);
+      try {
+        await once(socket, "connect");
+        return client;
+      } catch (error) {
+        if (errnoOf(error) !== "ECONNREFUSED" || Date.now() > deadline) throw error;
+        await new Promise((resolve) => setTimeout(resolve, 5));
+      }
+    }
   }
 
   /** Connected, greeted and negotiated. */
