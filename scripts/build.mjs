@@ -1,9 +1,39 @@
 // Compiles src, workers and bench to dist, afresh, and makes the command executable.
+//
+// What a user starts is bundled then, in place: the command, and each worker's entry. Loading some forty small modules
+// took the command 0.1 s, and each worker thread again. The modules themselves stay in dist for the benchmarks and the
+// tests that load them one by one. Packages are not bundled: they are loaded as they were installed.
 import { execFileSync } from "node:child_process";
 import { chmodSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
+import { rolldown } from "rolldown";
+
+/** Relative to dist. Chunks are put beside their entry, so that what a module finds relative to itself is found from there. */
+const ENTRIES = [
+  { entry: "src/cli/main.js", chunks: "src/cli/chunk-[name]-[hash].js" },
+  { entry: "workers/copy.js", chunks: undefined },
+  { entry: "workers/verify.js", chunks: undefined },
+];
 
 rmSync("dist", { recursive: true, force: true });
 const tsc = createRequire(import.meta.url).resolve("typescript/bin/tsc");
 execFileSync(process.execPath, [tsc, "-p", "tsconfig.build.json"], { stdio: "inherit" });
+for (const entry of ENTRIES) await bundle("dist", entry);
 chmodSync("dist/src/cli/main.js", 0o755);
+
+async function bundle(folder, { entry, chunks }) {
+  const build = await rolldown({
+    input: { [entry.replace(/\.js$/, "")]: `${folder}/${entry}` },
+    platform: "node",
+    external: /^[^./]/,
+    treeshake: true,
+    logLevel: "warn",
+  });
+  await build.write({
+    dir: folder,
+    format: "esm",
+    entryFileNames: "[name].js",
+    ...(chunks === undefined ? { codeSplitting: false } : { chunkFileNames: chunks }),
+  });
+  await build.close();
+}

@@ -14,10 +14,11 @@ try {
     stdio: "inherit",
   });
   const counts = readCounts();
+  const fuzz = process.argv.length === 2 ? runFuzz() : { passed: 0, failed: 0 };
   // A file that could not even be loaded has no tests to count, and must not pass for a success.
-  const failed = counts.failed + (run.status !== 0 && counts.failed === 0 ? 1 : 0);
+  const failed = counts.failed + (run.status !== 0 && counts.failed === 0 ? 1 : 0) + fuzz.failed;
   process.exitCode = failed > 0 || counts.passed === 0 ? 1 : 0;
-  console.log(`${counts.passed} passed, ${failed} failed`);
+  console.log(`${counts.passed + fuzz.passed} passed, ${failed} failed`);
 } finally {
   rmSync(directory, { recursive: true, force: true });
 }
@@ -29,4 +30,13 @@ function readCounts() {
   } catch {
     return { passed: 0, failed: 0 };
   }
+}
+
+/** A minute of the fuzzer with a new seed, which it prints; only in a whole run. Counts as one test. */
+function runFuzz() {
+  const seconds = process.env.FUZZ_SECONDS ?? "60";
+  if (seconds === "0") return { passed: 0, failed: 0 };
+  const args = ["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds];
+  const { status } = spawnSync(process.execPath, args, { stdio: "inherit" });
+  return status === 0 ? { passed: 1, failed: 0 } : { passed: 0, failed: 1 };
 }

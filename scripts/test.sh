@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(fio qemu-utils libnbd-bin python3-libnbd nbdkit e2fsprogs util-linux)
+packages=(fio qemu-utils qemu-system-x86 libnbd-bin python3-libnbd nbdkit e2fsprogs util-linux openssl xz-utils)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")

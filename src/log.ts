@@ -3,11 +3,20 @@
 //
 // The destination is synchronous, so that the last lines before a crash or an exit are not lost. At the default
 // level next to nothing is written, and nothing on a guest's path logs at all.
-import { pino, type Logger } from "pino";
+//
+// pino is loaded for the first line that is to be written, unless a file was named: most runs write none, and its
+// twenty-five modules would take longer to load than a small image to copy.
+import { createRequire } from "node:module";
+import type { Logger as PinoLogger, LogFn } from "pino";
 import { ioError } from "./errors.js";
-import type { LogLevel } from "./log-levels.js";
+import { LOG_LEVELS, type LogLevel } from "./log-levels.js";
 
-export type { Logger } from "pino";
+/** The levels that the program logs at. */
+type LogMethod = "error" | "warn" | "info" | "debug";
+
+export interface Logger extends Pick<PinoLogger, LogMethod> {
+  isLevelEnabled(level: LogLevel): boolean;
+}
 
 export interface LogSettings {
   level: LogLevel;
@@ -19,12 +28,29 @@ const STDERR_FD = 2;
 
 /** @throws CowcatcherError IO or NOT_FOUND, naming the file, if it cannot be opened. */
 export function createLogger({ level, file }: LogSettings): Logger {
-  return pino({ name: "cowcatcher", level }, openDestination(file));
+  let logger = file === undefined ? undefined : openLogger(level, file);
+  const isLevelEnabled = (asked: LogLevel): boolean => LOG_LEVELS.indexOf(asked) >= LOG_LEVELS.indexOf(level);
+  const methodOf = (method: LogMethod): LogFn => {
+    if (!isLevelEnabled(method)) return () => undefined;
+    return (...line: Parameters<LogFn>) => {
+      logger ??= openLogger(level, undefined);
+      logger[method](...line);
+    };
+  };
+  return {
+    error: methodOf("error"),
+    warn: methodOf("warn"),
+    info: methodOf("info"),
+    debug: methodOf("debug"),
+    isLevelEnabled,
+  };
 }
 
-function openDestination(file: string | undefined): ReturnType<typeof pino.destination> {
+function openLogger(level: LogLevel, file: string | undefined): PinoLogger {
+  const { pino } = createRequire(import.meta.url)("pino") as typeof import("pino");
   try {
-    return pino.destination({ dest: file ?? STDERR_FD, sync: true });
+    const destination = pino.destination({ dest: file ?? STDERR_FD, sync: true });
+    return pino({ name: "cowcatcher", level }, destination);
   } catch (cause) {
     throw ioError("open the log", file ?? "stderr", cause);
   }

@@ -3,6 +3,7 @@
 // main thread only in shared memory; its port carries what happens once: ready, begin, stopped for an error.
 
 import { once } from "node:events";
+import { setTimeout as delay } from "node:timers/promises";
 import type { MessagePort } from "node:worker_threads";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy-task.js";
 import { FAULTS_VARIABLE, withFaults } from "../src/backup/faults.js";
@@ -12,16 +13,26 @@ import { allocatePages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
 import { SpillFile } from "../src/cow/spill.js";
 import { toCowcatcherError } from "../src/errors.js";
-import type { SourceDescription } from "../src/image/device.js";
+import type { SourceDescription, SourceReader } from "../src/image/device.js";
 import { openSource } from "../src/image/reader.js";
+import { libc } from "../src/native/libc.js";
+import type { TargetWriter } from "../src/target/target.js";
 import { openTarget } from "../src/target/writer.js";
 
 /** Waiters look again after this time, so that a thread that died cannot hold the others. */
 const RECHECK_MS = 250;
+/** The same for a thread in which others are to go on: how long it blocks, and how long until it looks again. */
+const SHORT_WAIT_MS = 1;
+const LANE_RECHECK_MS = 5;
+const LANE_SLEEP_MS = 50;
+/** Chunks on their way between two computers: at 1 MiB each, 16 fill 1 Gbit/s over 100 ms. */
+const LANES_OF_ALL_WORKERS = 16;
+const MAX_LANES = 8;
 
 export default async function copy(task: CopyTask): Promise<CopyResult> {
   const { port } = task;
   try {
+    if (task.niceness > 0) libc?.setThreadNice(task.niceness);
     const shared = new SharedState(task.shared);
     const chunkBuffer = new Uint8Array(allocatePages(shared.geometry.chunkBytes, task.target.name));
     chunkBuffer.fill(0);
@@ -53,10 +64,11 @@ async function copyAll(
   chunkBuffer: Uint8Array,
   source: SourceDescription,
 ): Promise<void> {
+  const isAborting = (): boolean => Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING;
   const { reader, writer } = withFaults(
     process.env[FAULTS_VARIABLE],
-    openSource(source),
-    openTarget(task.target),
+    openSource(source, isAborting),
+    openTarget(task.target, isAborting),
     {
       control: shared.control,
       workerIndex: task.workerIndex,
@@ -66,26 +78,119 @@ async function copyAll(
     },
   );
   try {
-    const drainer = new Drainer({
-      shared,
-      reader,
-      writer,
-      zeroUnitBytes: task.zeroUnitBytes,
-      spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
-      chunkBuffer,
-      onSourceError: task.onSourceError,
-      onTargetError: task.onTargetError,
-      targetRetries: task.targetRetries,
-      onStop(error) {
-        Atomics.compareExchange(shared.control, CTL_RUN, RUN_RUNNING, RUN_PAUSED);
-        send(task.port, { kind: "stopped", error: error.toDetails() });
-      },
-      now: () => process.hrtime.bigint(),
-    });
-    await drive(drainer.run(), shared.control);
+    const drainers = laneBuffers(task, shared, chunkBuffer, source).map((buffer) =>
+      drainerOf(task, shared, reader, writer, buffer),
+    );
+    const [only] = drainers;
+    if (only !== undefined && drainers.length === 1) await drive(only.run(), shared.control);
+    else await driveTogether(drainers, shared.control);
+    if (!isAborting()) await writer.finish?.();
   } finally {
     reader.close();
     writer.close();
+  }
+}
+
+/**
+ * A chunk buffer for each chunk that this worker has in hand at a time: one, unless source or target is a server,
+ * whose answers take their time whatever the processor does.
+ */
+function laneBuffers(
+  { target, workerCount }: CopyTask,
+  { geometry }: SharedState,
+  chunkBuffer: Uint8Array,
+  source: SourceDescription,
+): Uint8Array[] {
+  const buffers = [chunkBuffer];
+  if (source.format !== "nbd" && target.format !== "nbd") return buffers;
+  const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(LANES_OF_ALL_WORKERS / workerCount)));
+  while (buffers.length < laneCount) {
+    buffers.push(new Uint8Array(allocatePages(geometry.chunkBytes, target.name)));
+  }
+  return buffers;
+}
+
+function drainerOf(
+  task: CopyTask,
+  shared: SharedState,
+  reader: SourceReader,
+  writer: TargetWriter,
+  chunkBuffer: Uint8Array,
+): Drainer {
+  return new Drainer({
+    shared,
+    reader,
+    writer,
+    zeroUnitBytes: task.zeroUnitBytes,
+    spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
+    chunkBuffer,
+    onSourceError: task.onSourceError,
+    onTargetError: task.onTargetError,
+    targetRetries: task.targetRetries,
+    onStop(error) {
+      Atomics.compareExchange(shared.control, CTL_RUN, RUN_RUNNING, RUN_PAUSED);
+      send(task.port, { kind: "stopped", error: error.toDetails() });
+    },
+    now: () => process.hrtime.bigint(),
+  });
+}
+
+/**
+ * Several drainers take turns in this thread: one goes on while another awaits an answer. No claim is held across
+ * such a wait, so a wait for a claim is a wait for another thread. The first failure ends all.
+ */
+async function driveTogether(drainers: readonly Drainer[], control: Int32Array): Promise<void> {
+  let failure: { error: unknown } | undefined;
+  const isOver = (): boolean => failure !== undefined;
+  await Promise.all(
+    drainers.map(async (drainer) => {
+      try {
+        await driveLane(drainer.run(), control, isOver);
+      } catch (error) {
+        failure ??= { error };
+      }
+    }),
+  );
+  if (failure !== undefined) throw failure.error;
+}
+
+/** As `drive`, but where that one blocks the thread this one lets the other lanes go on. */
+async function driveLane(
+  steps: Generator<DrainStep, void, void>,
+  control: Int32Array,
+  isOver: () => boolean,
+): Promise<void> {
+  let result = steps.next();
+  while (!result.done) {
+    const step = result.value;
+    switch (step.kind) {
+      case "step":
+        break;
+      case "wait":
+        // A claim lasts for microseconds; only a pause is longer.
+        if (Atomics.wait(step.words, step.index, step.value, SHORT_WAIT_MS) === "timed-out") {
+          await delay(LANE_RECHECK_MS);
+        }
+        break;
+      case "sleep": {
+        const ms = Number(step.untilNs - process.hrtime.bigint()) / 1e6;
+        if (ms > 0 && Atomics.load(control, CTL_RUN) !== RUN_ABORTING) {
+          await delay(Math.min(ms, LANE_SLEEP_MS));
+        }
+        break;
+      }
+      case "promise":
+        try {
+          await step.promise;
+        } catch (error) {
+          if (isOver()) return;
+          result = steps.throw(error);
+          continue;
+        }
+        break;
+    }
+    if (isOver()) return;
+    result = steps.next();
   }
 }
 

@@ -19,6 +19,8 @@ import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/er
 import type { SourceReader } from "../src/image/device.js";
 import { openImage } from "../src/image/open.js";
 import { openSource } from "../src/image/reader.js";
+import { NbdImage } from "../src/nbd/device.js";
+import { isNbdUri } from "../src/nbd/uri.js";
 import { libc, POSIX_FADV_DONTNEED } from "../src/native/libc.js";
 import { roundUp } from "../src/units.js";
 
@@ -30,11 +32,12 @@ export default async function verify(task: VerifyTask): Promise<VerifyResult> {
     const { path, name, format, direct } = task;
     const image = await openImage(path, { format, readOnly: true, direct, lock: false });
     try {
+      if (image instanceof NbdImage) await image.handOver();
       checkSize(task, image.sizeBytes);
       const frozen = image.freeze();
       const reader = withTargetReadFaults(
         process.env[FAULTS_VARIABLE],
-        openSource({ ...frozen.description, name }),
+        openSource({ ...frozen.description, name }, () => checker.mustLeave),
         { control: new Int32Array(task.control), workerIndex: task.workerIndex, targetName: name },
       );
       try {
@@ -55,7 +58,8 @@ export default async function verify(task: VerifyTask): Promise<VerifyResult> {
  */
 export async function dropCache(task: VerifyTask): Promise<VerifyResult> {
   return withErrors(task, { differingClusterCount: 0, firstDifferenceBytes: Infinity }, () => {
-    if (libc === null) return;
+    // Whether an NBD server reads its medium or its memory is its own business.
+    if (libc === null || isNbdUri(task.path)) return;
     const fd = openSync(task.path, "r");
     try {
       libc.fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
@@ -121,11 +125,11 @@ class Checker {
       const extent = reader.extent(start, end - start);
       if (extent.zero && extent.lengthBytes >= end - start) this.#expectZero(start, end);
       else await this.#checkStretch(reader, start, end);
-      if (this.#mustLeave) return;
+      if (this.mustLeave) return;
     }
   }
 
-  get #mustLeave(): boolean {
+  get mustLeave(): boolean {
     return Atomics.load(this.#control, CTL_RUN) === RUN_ABORTING;
   }
 
@@ -138,7 +142,7 @@ class Checker {
 
   async #checkStretch(reader: SourceReader, start: number, end: number): Promise<void> {
     const { chunkBytes, clusterBytes } = this.#task.geometry;
-    for (let offset = start; offset < end && !this.#mustLeave; offset += chunkBytes) {
+    for (let offset = start; offset < end && !this.mustLeave; offset += chunkBytes) {
       const length = Math.min(chunkBytes, end - offset);
       await this.#read(reader, offset, length);
       for (let from = 0; from < length; from += clusterBytes) {

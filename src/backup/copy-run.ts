@@ -29,6 +29,8 @@ import {
 import { CowcatcherError, messageOf } from "../errors.js";
 import type { SourceDescription } from "../image/device.js";
 import type { Target } from "../target/target.js";
+import type { ExtentMap } from "../nbd/extent-map.js";
+import { markClean } from "./incremental.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
@@ -36,12 +38,28 @@ import { RateMeter } from "./rate-meter.js";
 import { openSpillFile, type OpenSpill } from "./spill-file.js";
 
 const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
+/** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
+const LIVE_WORKER_NICENESS = 10;
 export const ABORT_GRACE_MS = 2_000;
 /** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
 export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
 
+/** Threads that boot while the caller still opens what they are to copy. */
+export function createCopyPool(workerCount: number): Piscina {
+  return new Piscina({
+    filename: WORKER_FILE.href,
+    minThreads: workerCount,
+    maxThreads: workerCount,
+    concurrentTasksPerWorker: 1,
+    resourceLimits: WORKER_HEAP,
+    recordTiming: false,
+  });
+}
+
 export interface CopyRunOptions {
   job: JobOptions;
+  /** Of `job.workerCount` threads; becomes the run's, which ends it. Made by the run where undefined. */
+  pool?: Piscina | undefined;
   target: Target;
   sizeBytes: number;
   sourceClusterBytes: number;
@@ -49,6 +67,10 @@ export interface CopyRunOptions {
   slots: SharedArrayBuffer;
   bufferBytes: number;
   live: boolean;
+  /** Most workers that the source is fit for; undefined: any number. */
+  workerLimit?: number | undefined;
+  /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
+  dirty?: ExtentMap | null | undefined;
   /** A worker has paused the job for an error under the policy `stop`. */
   onStopped?: ((error: CowcatcherError) => void) | undefined;
   /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
@@ -81,29 +103,25 @@ export class CopyRun {
     this.#settle = { resolve, reject };
     // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
     promise.catch(() => {});
-    this.#pool = new Piscina({
-      filename: WORKER_FILE.href,
-      minThreads: options.job.workerCount,
-      maxThreads: options.job.workerCount,
-      concurrentTasksPerWorker: 1,
-      resourceLimits: WORKER_HEAP,
-      recordTiming: false,
-    });
+    this.#pool = options.pool ?? createCopyPool(options.job.workerCount);
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
     this.#pool.on("error", (error: unknown) => this.abort(workerError(error)));
   }
 
   /**
-   * Starts the workers and waits until each is ready.
+   * Starts the workers, and for a live backup waits until each is ready: T0 is to find them at their places, with
+   * the buffer prefaulted. An offline copy has no T0 to be ready for, and the first worker there begins.
    * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
    */
-  static async prepare(options: CopyRunOptions): Promise<CopyRun> {
+  static async prepare(given: CopyRunOptions): Promise<CopyRun> {
+    const options = withinLimits(given);
     const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live } = options;
     if (job.verify) checkReadable(target);
     const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
     const shared = createSharedState(geometry, slots, bufferBytes, job.verify);
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
     const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
+    if (options.dirty) markClean(shared, options.dirty);
     const run = new CopyRun(options, shared, spill);
     run.setSpeed(job.rateLimitBytes);
     try {
@@ -130,11 +148,14 @@ export class CopyRun {
       ready.push(this.#listen(port1, task));
     }
     void this.#watch(tasks);
-    await Promise.all(ready);
+    const allReady = Promise.all(ready);
+    if (this.#options.live) await allReady;
+    // A worker that fails before it is ready fails its task, and with it the run.
+    else allReady.catch(() => {});
   }
 
   #task(workerIndex: number, port: MessagePort): CopyTask {
-    const { job, target } = this.#options;
+    const { job, target, live } = this.#options;
     return {
       shared: this.shared.buffers,
       target: target.description,
@@ -145,6 +166,7 @@ export class CopyRun {
       targetRetries: job.targetRetries,
       workerIndex,
       workerCount: job.workerCount,
+      niceness: live ? LIVE_WORKER_NICENESS : 0,
       port,
     };
   }
@@ -178,9 +200,11 @@ export class CopyRun {
     await Promise.race([all, this.#abandoned]);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();
-    // Settles when the threads are gone, which for one that sits in a system call may be never.
+    // Settles when the threads are gone, which for one that sits in a system call may be never. After an offline copy
+    // that went well nothing of theirs is used again, and the process need not wait for them.
     const destroyed = this.#pool.destroy().catch(() => {});
-    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    if (this.#options.live || this.#firstError)
+      await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
     void all.then(() => this.spill?.close());
     if (this.#firstError) this.#settle.reject(this.#firstError);
     else this.#settle.resolve();
@@ -271,6 +295,13 @@ export class CopyRun {
       ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),
     };
   }
+}
+
+/** A server that takes one connection at a time makes it one worker. */
+function withinLimits(options: CopyRunOptions): CopyRunOptions {
+  const { job, target, workerLimit } = options;
+  const workerCount = Math.min(job.workerCount, workerLimit ?? Infinity, target.workerLimit ?? Infinity);
+  return { ...options, job: { ...job, workerCount } };
 }
 
 function withResolvers(): {

@@ -19,6 +19,8 @@ export interface CopyTask {
   targetRetries: number;
   workerIndex: number;
   workerCount: number;
+  /** Of the worker's thread: 0 to 19. */
+  niceness: number;
   port: MessagePort;
 }
 

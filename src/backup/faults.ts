@@ -285,6 +285,10 @@ class FaultyWriter implements TargetWriter {
     return this.inner.writeZeroes(offsetBytes, lengthBytes);
   }
 
+  async finish(): Promise<void> {
+    await this.inner.finish?.();
+  }
+
   close(): void {
     this.inner.close();
   }

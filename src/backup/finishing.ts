@@ -56,9 +56,9 @@ export class Finishing {
       digests,
       path: unfinishedPath,
       name,
-      format: description.format,
+      format: description.format === "nbd" ? "raw" : description.format,
       direct: description.direct,
-      workerCount: this.#job.workerCount,
+      workerCount: Math.min(this.#job.workerCount, this.#target.workerLimit ?? Infinity),
     });
     await this.#check.ended;
   }

@@ -10,6 +10,13 @@ import type { JobProgress } from "./progress.js";
 export type JobStatus =
   "created" | "running" | "paused" | "waiting" | "pending" | "aborting" | "concluded" | "null";
 
+/** The T0 view of a job's disk, as an export. */
+export interface SnapshotInfo {
+  exportName: string;
+  /** Set once it is lost: reading it fails from then on. A backup that has one besides goes on. */
+  error: CowcatcherError | undefined;
+}
+
 export interface BackupJob {
   readonly id: string;
   /** The node name of the disk. */
@@ -20,6 +27,8 @@ export interface BackupJob {
   readonly error: CowcatcherError | undefined;
   /** Current limit in bytes a second; 0 is none. */
   readonly speed: number;
+  /** While the job offers one. */
+  readonly snapshot?: SnapshotInfo | undefined;
   progress(): JobProgress;
   /** Returns at once; the guest's writes go through from this moment on. No effect on a job that has ended. */
   cancel(): void;

@@ -4,24 +4,30 @@ import { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import { BufferStore } from "./buffer-store.js";
 import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "./host.js";
+import type { HostedJob } from "./hosted-job.js";
 import { LiveJob } from "./live-job.js";
+import type { SnapshotPublisher } from "./snapshot.js";
+import { SnapshotJob } from "./snapshot-job.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
 const MAX_JOBS = 64;
 
 export class LiveHost implements JobHost {
   readonly #nodes: ReadonlyMap<string, DiskNode>;
-  readonly #jobs = new Map<string, LiveJob>();
+  readonly #jobs = new Map<string, HostedJob>();
   /** Ids and disks of jobs that are being prepared. */
   readonly #reserved = new Set<string>();
   readonly #listeners = new Set<JobStatusListener>();
   readonly #buffers = new BufferStore();
   readonly #onQuit: () => void;
+  readonly #publisher: SnapshotPublisher | undefined;
   #closing = false;
 
-  constructor(nodes: ReadonlyMap<string, DiskNode>, onQuit: () => void) {
+  /** @param publisher who exports T0 views; without one, jobs that offer one are refused. */
+  constructor(nodes: ReadonlyMap<string, DiskNode>, onQuit: () => void, publisher?: SnapshotPublisher) {
     this.#nodes = nodes;
     this.#onQuit = onQuit;
+    this.#publisher = publisher;
     process.on("exit", this.#atExit);
   }
 
@@ -41,15 +47,17 @@ export class LiveHost implements JobHost {
 
   async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
     const reservations = this.#reserve(requests);
-    const prepared: LiveJob[] = [];
+    const prepared: HostedJob[] = [];
     try {
       for (const { id, disk, options } of requests) {
+        const Job = options.sync === "none" ? SnapshotJob : LiveJob;
         prepared.push(
-          await LiveJob.prepare({
+          await Job.prepare({
             id,
             node: this.#node(disk),
             options,
             buffers: this.#buffers,
+            publisher: this.#publisher,
             onStatus: (job, status) => this.#changed(job, status),
           }),
         );
@@ -73,7 +81,7 @@ export class LiveHost implements JobHost {
   }
 
   /** One of the group could not start: the others, started or not, end without a trace. */
-  async #undo(job: LiveJob): Promise<void> {
+  async #undo(job: HostedJob): Promise<void> {
     if (job.status !== "created") {
       await job.concluded;
       this.dismiss(job.id);
@@ -132,7 +140,7 @@ export class LiveHost implements JobHost {
     });
   }
 
-  #changed(job: LiveJob, status: JobStatus): void {
+  #changed(job: BackupJob, status: JobStatus): void {
     for (const listener of this.#listeners) listener(job, status);
   }
 

@@ -15,23 +15,17 @@ import type { FrozenSource } from "../image/device.js";
 import { createTarget } from "../target/create.js";
 import type { Target } from "../target/target.js";
 import { roundUp } from "../units.js";
+import { checkBacking } from "./backing-check.js";
 import { CopyRun } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
-import type { BackupJob, JobStatus } from "./host.js";
+import type { JobStatus, SnapshotInfo } from "./host.js";
+import type { HostedJob, HostedJobParts } from "./hosted-job.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
-import type { BufferLease, BufferStore } from "./buffer-store.js";
+import type { BufferLease } from "./buffer-store.js";
+import { Snapshot } from "./snapshot.js";
 
-export interface LiveJobParts {
-  id: string;
-  node: DiskNode;
-  options: JobOptions;
-  buffers: BufferStore;
-  /** Called synchronously at each change of status. */
-  onStatus(job: LiveJob, status: JobStatus): void;
-}
-
-export class LiveJob implements BackupJob {
+export class LiveJob implements HostedJob {
   readonly id: string;
   readonly disk: string;
   readonly options: JobOptions;
@@ -40,17 +34,25 @@ export class LiveJob implements BackupJob {
   speed: number;
   /** Fulfilled when the job is concluded and everything of it is cleaned up. */
   readonly concluded: Promise<void>;
-  readonly #parts: LiveJobParts;
+  readonly #parts: HostedJobParts;
   readonly #target: Target;
   readonly #run: CopyRun;
   readonly #lease: BufferLease;
+  /** The T0 view beside the backup, if the server offers one. */
+  readonly #snapshot: Snapshot | null;
   #interceptor: Interceptor | null = null;
   #frozen: FrozenSource | null = null;
   /** Once the copy is done: what can still be cancelled. */
   #finishing: Finishing | null = null;
   #markConcluded: () => void = () => {};
 
-  private constructor(parts: LiveJobParts, target: Target, run: CopyRun, lease: BufferLease) {
+  private constructor(
+    parts: HostedJobParts,
+    target: Target,
+    run: CopyRun,
+    lease: BufferLease,
+    snapshot: Snapshot | null,
+  ) {
     this.id = parts.id;
     this.disk = parts.node.nodeName;
     this.options = parts.options;
@@ -59,14 +61,16 @@ export class LiveJob implements BackupJob {
     this.#target = target;
     this.#run = run;
     this.#lease = lease;
+    this.#snapshot = snapshot;
     this.concluded = new Promise((resolve) => {
       this.#markConcluded = resolve;
     });
   }
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
-  static async prepare(parts: LiveJobParts): Promise<LiveJob> {
-    const { options, node, buffers } = parts;
+  static async prepare(parts: HostedJobParts): Promise<LiveJob> {
+    const { options, node, buffers, publisher } = parts;
+    await checkBacking({ ...options, path: options.target });
     const target = await createTarget({
       path: options.target,
       format: options.targetFormat,
@@ -74,13 +78,19 @@ export class LiveJob implements BackupJob {
       clusterSizeBytes: options.clusterSizeBytes,
       backingFile: options.backingFile,
       backingFormat: options.backingFormat,
+      compression: options.compression,
       force: options.force,
       direct: options.direct,
+      targetRetries: options.targetRetries,
     });
     let lease: BufferLease | undefined;
+    let snapshot: Snapshot | null = null;
     try {
       const bufferBytes = bufferSizeOf(options, node, target);
       lease = buffers.take(bufferBytes);
+      // Its loss is its readers' business: the backup goes on.
+      const viewParts = { node, options, buffers, publisher, onBroken: () => {} };
+      if (options.snapshotExport) snapshot = await Snapshot.prepare(viewParts);
       const run = await CopyRun.prepare({
         job: options,
         target,
@@ -92,13 +102,18 @@ export class LiveJob implements BackupJob {
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
       });
-      const job: LiveJob = new LiveJob(parts, target, run, lease);
+      const job: LiveJob = new LiveJob(parts, target, run, lease, snapshot);
       return job;
     } catch (error) {
+      await snapshot?.end();
       lease?.release();
       await target.abort();
       throw error;
     }
+  }
+
+  get snapshot(): SnapshotInfo | undefined {
+    return this.status === "concluded" || this.status === "null" ? undefined : this.#snapshot?.info;
   }
 
   /** @throws CowcatcherError what the workers have failed with since they were ready. */
@@ -111,6 +126,7 @@ export class LiveJob implements BackupJob {
     const { node, options } = this.#parts;
     const { shared, spill } = this.#run;
     this.#frozen = node.image.freeze();
+    this.#snapshot?.start();
     this.#interceptor = new Interceptor({
       shared,
       image: node.image,
@@ -130,6 +146,7 @@ export class LiveJob implements BackupJob {
     this.#detach();
     this.#run.abort(this.#cancelled());
     await this.#run.ended.catch(() => {});
+    await this.#snapshot?.end();
     this.#frozen?.release();
     this.#lease.release();
     await this.#target.abort();
@@ -152,6 +169,7 @@ export class LiveJob implements BackupJob {
     }
     // A capture from a slow disk may still be on its way into the buffer.
     await this.#interceptor?.idle();
+    await this.#snapshot?.end();
     this.#frozen?.release();
     this.#lease.release();
     this.#setStatus("concluded");
@@ -162,6 +180,7 @@ export class LiveJob implements BackupJob {
   #fail(error: CowcatcherError): void {
     this.error ??= error;
     this.#detach();
+    this.#snapshot?.detach();
     this.#run.abort(this.error);
     if (this.status !== "aborting" && this.status !== "concluded" && this.status !== "null") {
       this.#setStatus("aborting");

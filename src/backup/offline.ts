@@ -1,11 +1,14 @@
 // A backup of an image that no one writes, and `restore`: the same pool without an interceptor. Main thread.
 
+import type { Piscina } from "piscina";
 import { CowcatcherError } from "../errors.js";
 import { openImage } from "../image/open.js";
 import type { ImageFormat } from "../image/format.js";
+import { NbdImage } from "../nbd/device.js";
 import { createTarget } from "../target/create.js";
 import { sameFile } from "../target/destination.js";
-import { CopyRun } from "./copy-run.js";
+import { checkBacking } from "./backing-check.js";
+import { CopyRun, createCopyPool } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
@@ -14,8 +17,12 @@ export interface OfflineCopyRequest {
   source: string;
   /** Undefined: probed. */
   sourceFormat: ImageFormat | undefined;
+  /** Id or name of an internal snapshot of the source; undefined: the disk as it is. */
+  snapshot?: string | undefined;
   /** targetFormat undefined: the source's. */
   job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
+  /** Asked while a server's answer is awaited before the copy begins; true ends it. */
+  isCancelled?: (() => boolean) | undefined;
   onStarted: (totalBytes: number) => void;
   onStopped: (error: CowcatcherError) => void;
 }
@@ -32,26 +39,51 @@ export interface OfflineCopy {
 
 /** @throws CowcatcherError when source or target cannot be opened; later failures are `ended`'s. */
 export async function startOfflineCopy(request: OfflineCopyRequest): Promise<OfflineCopy> {
+  const pool = createCopyPool(request.job.workerCount);
+  try {
+    return await startWithPool(request, pool);
+  } catch (error) {
+    void pool.destroy().catch(() => {});
+    throw error;
+  }
+}
+
+async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promise<OfflineCopy> {
   const { source, sourceFormat, onStopped } = request;
-  const image = await openImage(source, { format: sourceFormat, readOnly: true, direct: request.job.direct });
+  const image = await openImage(source, {
+    format: sourceFormat,
+    readOnly: true,
+    direct: request.job.direct,
+    bitmap: request.job.bitmap,
+    isCancelled: request.isCancelled,
+    snapshot: request.snapshot,
+  });
   try {
     const job: JobOptions = { ...request.job, targetFormat: request.job.targetFormat ?? image.format };
     if (job.target !== "null:" && (await sameFile(source, job.target))) throw sourceIsTarget(job.target);
+    // Before the workers connect: a server may take one connection at a time.
+    const remote = image instanceof NbdImage ? image : null;
+    await remote?.handOver();
+    await checkBacking({ ...job, path: job.target });
     const target = await createTarget({
       ...job,
       path: job.target,
       format: job.targetFormat,
       sizeBytes: image.sizeBytes,
+      isCancelled: request.isCancelled,
     });
     try {
       const run = await CopyRun.prepare({
         job,
+        pool,
         target,
         sizeBytes: image.sizeBytes,
         sourceClusterBytes: image.clusterSizeBytes,
         slots: new SharedArrayBuffer(0),
         bufferBytes: 0,
         live: false,
+        workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
+        dirty: remote?.dirty,
         onStopped,
       });
       const frozen = image.freeze();

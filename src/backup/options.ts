@@ -3,6 +3,7 @@
 
 import { availableParallelism } from "node:os";
 import type { ImageFormat } from "../image/format.js";
+import type { Compression } from "../image/qcow2/compression.js";
 import { KiB, MiB } from "../units.js";
 
 export const ON_BUFFER_FULL = ["spill", "wait", "cancel"] as const;
@@ -11,6 +12,9 @@ export const ON_CBW_ERROR = ["break-snapshot", "break-guest-write"] as const;
 export type OnCbwError = (typeof ON_CBW_ERROR)[number];
 export const ON_IO_ERROR = ["report", "ignore", "stop"] as const;
 export type OnIoError = (typeof ON_IO_ERROR)[number];
+/** `none`: nothing is copied; the job only keeps the disk's T0 view readable (snapshot-job.ts). */
+export const SYNC_MODES = ["full", "none"] as const;
+export type SyncMode = (typeof SYNC_MODES)[number];
 
 export interface JobOptions {
   /** Final path of the target, or "null:". */
@@ -20,7 +24,11 @@ export interface JobOptions {
   clusterSizeBytes: number;
   backingFile?: string | undefined;
   backingFormat?: ImageFormat | undefined;
+  /** Of a qcow2 target's clusters; undefined: none. */
+  compression?: Compression | undefined;
   workerCount: number;
+  /** Incremental, from an NBD export of QEMU's: only what this dirty bitmap calls dirty is copied. */
+  bitmap?: string | undefined;
   /** 0: no buffer; a guest write waits until the target has the old data. */
   cowBufferSizeBytes: number;
   onBufferFull: OnBufferFull;
@@ -36,6 +44,9 @@ export interface JobOptions {
   targetRetries: number;
   direct: boolean;
   verify: boolean;
+  sync: SyncMode;
+  /** The disk's T0 view is an export while the job runs; always so with sync `none`. */
+  snapshotExport: boolean;
 }
 
 /**
@@ -59,4 +70,6 @@ export const JOB_DEFAULTS: Omit<JobOptions, "target" | "targetFormat"> = {
   targetRetries: 5,
   direct: false,
   verify: false,
+  sync: "full",
+  snapshotExport: false,
 };

@@ -12,16 +12,21 @@ import {
   type OnBufferFull,
   type OnCbwError,
   type OnIoError,
+  type SyncMode,
 } from "../backup/options.js";
 import type { ImageFormat } from "../image/format.js";
+import { DEFAULT_COMPRESSION_TYPE, parseCompression, type Compression } from "../image/qcow2/compression.js";
 import { MiB, formatBytes } from "../units.js";
+import { checkBitmapFlags } from "./bitmap-flags.js";
 import {
   NULL_TARGET,
+  absoluteImage,
   choiceOption,
   countOption,
   durationOption,
   formatByExtension,
   formatOption,
+  isNbdUri,
   listWords,
   parseImage,
   sizeOption,
@@ -42,6 +47,8 @@ export interface OfflineBackupSettings {
   source: string;
   /** Undefined: probe. */
   sourceFormat: ImageFormat | undefined;
+  /** Id or name of an internal snapshot of the source. */
+  snapshot?: string | undefined;
   job: JobSettings;
 }
 
@@ -84,12 +91,18 @@ export interface BackupFlags extends CopyFlags {
   disk?: string[];
   backingFile?: string;
   backingFormat?: ImageFormat;
+  snapshot?: string;
+  compress?: Compression;
+  dryRun?: boolean;
   cowBufferSize?: number;
   onBufferFull?: OnBufferFull;
   spillDir?: string;
   spillLimit?: number;
   guestTimeout?: number;
   onCbwError?: OnCbwError;
+  sync?: SyncMode | "incremental";
+  bitmap?: string;
+  bitmapMode?: string;
 }
 
 const WORKER_BOUNDS = { min: 1, max: 64 };
@@ -100,6 +113,8 @@ const MIN_CLUSTER_BYTES = 512;
 const MAX_CLUSTER_BYTES = 2 * MiB;
 
 export function addBackupOptions(command: Command): Command {
+  const parseOptions = command.parseOptions.bind(command);
+  command.parseOptions = (args) => parseOptions(separateCompress(args));
   command
     .option("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup")
     .option("--disk <NAME>", "disk of a live backup, once for each TARGET (the server's only disk)", collect);
@@ -108,6 +123,11 @@ export function addBackupOptions(command: Command): Command {
     .addOption(syncOption())
     .addOption(bitmapOption())
     .addOption(choiceOption("--bitmap-mode <MODE>", `${listWords(BITMAP_MODES)} (on-success)`, BITMAP_MODES))
+    .option(
+      "--snapshot <NAME>",
+      "internal snapshot of SOURCE, by id or name: the disk as of it (offline only)",
+    )
+    .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
     .option("-b, --backing-file <FILE>", "backing file of the qcow2 target")
     .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
   addBufferOptions(command);
@@ -184,32 +204,55 @@ function collect(value: string, previous: string[] | undefined): string[] {
   return [...(previous ?? []), value];
 }
 
+const COMPRESS_METHOD = /^(?:zlib|zstd)(?::.*)?$/;
+
 function compressOption(): Option {
-  return new Option("-c, --compress [METHOD]", "compressed clusters; not supported in this version")
-    .preset("zstd")
-    .argParser(() => {
-      throw unsupported("--compress", "compressed targets are not supported in this version");
-    });
+  return new Option(
+    "-c, --compress [METHOD]",
+    "compressed clusters in a qcow2 target: zlib or zstd, with a level if wanted, such as zlib:9 (zstd:3)",
+  )
+    .preset(DEFAULT_COMPRESSION_TYPE)
+    .argParser((text) => parseCompression(text, "--compress"));
+}
+
+/**
+ * Arguments of `backup` in which --compress takes no value but a method: commander would give it whatever follows,
+ * such as SOURCE. (A SOURCE of that name is written ./zstd.)
+ */
+function separateCompress(args: readonly string[]): string[] {
+  const end = args.indexOf("--");
+  return args.flatMap((arg, index) => {
+    if (end >= 0 && index > end) return [arg];
+    // Also at the end of short options that take no value: -qc.
+    if (arg !== "--compress" && !/^-[pq]*c$/.test(arg)) return [arg];
+    const next = args[index + 1];
+    if (next === undefined || COMPRESS_METHOD.test(next)) return [arg];
+    const others = arg.startsWith("--") ? "" : arg.slice(1, -1);
+    return [...(others === "" ? [] : [`-${others}`]), `--compress=${DEFAULT_COMPRESSION_TYPE}`];
+  });
 }
 
 function syncOption(): Option {
   return new Option(
     "--sync <MODE>",
-    "full; top, incremental and none are not supported in this version",
-  ).argParser((text) => {
-    if (text === "full") return text;
+    "full; incremental, with --bitmap; none: only keep the disk's snapshot readable, see below (full)",
+  ).argParser((text): SyncMode | "incremental" => {
+    if (text === "full" || text === "none" || text === "incremental") return text;
     if (SYNC_MODES.includes(text)) {
-      throw unsupported("--sync", `'${text}' is not supported in this version`, "give full");
+      throw unsupported(
+        "--sync",
+        `'${text}' is not supported in this version`,
+        "give full, none or incremental",
+      );
     }
     throw usageError("--sync", `'${text}' is not known`, `give ${listWords(SYNC_MODES)}`);
   });
 }
 
 function bitmapOption(): Option {
-  return new Option("--bitmap <NAME>", "for incremental backups; not supported in this version").argParser(
-    () => {
-      throw unsupported("--bitmap", "dirty bitmaps are not supported in this version");
-    },
+  return new Option(
+    "--bitmap <NAME>",
+    "incremental: copy what this dirty bitmap of SOURCE, an NBD export, calls dirty; needs -b",
   );
 }
 
@@ -234,7 +277,11 @@ function parseOffline(args: readonly string[], flags: BackupFlags): OfflineBacku
       "give the control socket of the server that has the disk open",
     );
   }
-  return offlineCopy("SOURCE", args, flags);
+  if (flags.sync === "none") {
+    throw usageError("--sync", "none needs --control", "an image that no one writes is its own snapshot");
+  }
+  checkBitmapFlags(args, flags);
+  return { ...offlineCopy("SOURCE", args, flags), snapshot: flags.snapshot };
 }
 
 function offlineCopy(
@@ -267,6 +314,12 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   if (flags.sourceFormat !== undefined) {
     throw usageError("--source-format", "does not go with --control", "the server has opened the source");
   }
+  if (flags.snapshot !== undefined) {
+    throw usageError("--snapshot", "does not go with --control", "give the disk's image as SOURCE");
+  }
+  if (flags.dryRun === true) {
+    throw usageError("--dry-run", "does not go with --control", "give the disk's image as SOURCE");
+  }
   if (targets.length === 0) throw usageError("TARGET", "is missing", "give one for each --disk");
   if (names.length === 0 && targets.length > 1) {
     throw usageError("--disk", `is missing for ${targets.length} targets`, "give one for each TARGET");
@@ -279,13 +332,50 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
     );
   }
   refuseRepeated("--disk", names);
+  if (flags.bitmap !== undefined || flags.bitmapMode !== undefined || flags.sync === "incremental") {
+    throw unsupported("--bitmap", "dirty bitmaps do not go with --control", "leave it out");
+  }
   const paths = targets.map((target) => localPath(target));
   refuseRepeated(
     "TARGET",
     paths.filter((path) => path !== NULL_TARGET),
   );
+  if (flags.sync === "none") checkSnapshotFlags(paths, flags);
   const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
   return { mode: "live", control: resolve(control), disks };
+}
+
+/** What cannot mean anything where nothing is copied. */
+function checkSnapshotFlags(targets: readonly string[], flags: BackupFlags): void {
+  const target = targets.find((path) => path !== NULL_TARGET);
+  if (target !== undefined) {
+    throw usageError(target, "--sync none writes no target", "give null: and read the snapshot's export");
+  }
+  if (flags.onBufferFull === "wait") {
+    throw usageError(
+      "--on-buffer-full",
+      "'wait' would wait for ever with --sync none",
+      "give spill or cancel",
+    );
+  }
+  if (flags.cowBufferSize === 0) {
+    throw usageError("--cow-buffer-size", "--sync none keeps old data in the buffer", "give a size");
+  }
+  const { workers, rateLimit, targetFormat, clusterSize, backingFile, compress, direct, force, verify } =
+    flags;
+  const ofCopies = {
+    workers,
+    compress,
+    "rate-limit": rateLimit,
+    "target-format": targetFormat,
+    direct,
+    force,
+    verify,
+  };
+  const given = Object.entries({ ...ofCopies, "cluster-size": clusterSize, "backing-file": backingFile });
+  const useless = given.find(([, value]) => value !== undefined);
+  if (useless === undefined) return;
+  throw usageError(`--${useless[0]}`, "does not go with --sync none", "nothing is copied");
 }
 
 function refuseRepeated(object: string, values: readonly string[]): void {
@@ -294,11 +384,14 @@ function refuseRepeated(object: string, values: readonly string[]): void {
 }
 
 function localPath(target: string): string {
-  return target === NULL_TARGET ? target : resolve(parseImage(target, "TARGET"));
+  return target === NULL_TARGET ? target : absoluteImage(parseImage(target, "TARGET"));
 }
 
 function jobSettings(target: string, flags: BackupFlags): JobSettings {
-  const targetFormat = flags.targetFormat ?? formatByExtension(target);
+  // What is dirty alone can only be told apart in a format that has backing files.
+  const byBitmap = flags.bitmap === undefined ? undefined : "qcow2";
+  const targetFormat =
+    flags.targetFormat ?? (isNbdUri(target) ? "raw" : (byBitmap ?? formatByExtension(target)));
   checkTargetFlags(targetFormat, flags);
   checkBufferFlags(flags);
   if (flags.verify === true && target === NULL_TARGET) {
@@ -311,6 +404,7 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     clusterSizeBytes: flags.clusterSize ?? JOB_DEFAULTS.clusterSizeBytes,
     backingFile: flags.backingFile,
     backingFormat: flags.backingFormat,
+    compression: flags.compress,
     workerCount: flags.workers ?? JOB_DEFAULTS.workerCount,
     cowBufferSizeBytes: flags.cowBufferSize,
     onBufferFull: flags.onBufferFull ?? JOB_DEFAULTS.onBufferFull,
@@ -324,18 +418,25 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     targetRetries: flags.targetRetries ?? JOB_DEFAULTS.targetRetries,
     direct: flags.direct ?? JOB_DEFAULTS.direct,
     verify: flags.verify ?? JOB_DEFAULTS.verify,
+    bitmap: flags.bitmap,
+    sync: flags.sync === "incremental" ? "full" : (flags.sync ?? JOB_DEFAULTS.sync),
+    snapshotExport: JOB_DEFAULTS.snapshotExport,
   };
 }
 
 function checkTargetFlags(targetFormat: ImageFormat | undefined, flags: BackupFlags): void {
-  const { clusterSize, backingFile, backingFormat } = flags;
+  const { clusterSize, backingFile, backingFormat, compress } = flags;
   if (clusterSize !== undefined) checkClusterSize(clusterSize, "--cluster-size");
   if (backingFormat !== undefined && backingFile === undefined) {
     throw usageError("--backing-format", "needs --backing-file");
   }
+  if (backingFile !== undefined && backingFormat === undefined && targetFormat !== "raw") {
+    throw usageError("--backing-format", "is missing", "name the backing file's format: raw or qcow2");
+  }
   if (targetFormat !== "raw") return;
   const hint = "choose a qcow2 target with -O qcow2";
   if (clusterSize !== undefined) throw usageError("--cluster-size", "a raw target has no clusters", hint);
+  if (compress !== undefined) throw usageError("--compress", "a raw target cannot be compressed", hint);
   if (backingFile !== undefined) throw usageError("--backing-file", "a raw target has no backing file", hint);
 }
 

@@ -3,13 +3,13 @@
 import { randomBytes } from "node:crypto";
 import { startOfflineCopy } from "../backup/offline.js";
 import { ControlClient } from "../control/client.js";
-import { startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
+import { listJobs, startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
 import { isJsonObject } from "../control/qmp.js";
 import { CowcatcherError } from "../errors.js";
 import type { LiveBackupSettings, LiveDiskSettings, OfflineBackupSettings } from "./backup-options.js";
-import type { CommandContext, RunBackup } from "./context.js";
+import { type CommandContext, printLine, type RunBackup } from "./context.js";
 import { EXIT } from "./exit-codes.js";
-import { usageError } from "./options.js";
+import { isNbdUri, usageError } from "./options.js";
 import { createProgressView, type JobInfo, type JobResult, type ProgressView } from "./progress/view.js";
 import { onInterrupt } from "./signals.js";
 import { printSummary } from "./summary.js";
@@ -36,7 +36,7 @@ export async function runOfflineCopy(
   let cancel: ((error: CowcatcherError) => void) | undefined;
   let abortSync: (() => void) | undefined;
   const removeHandlers = onInterrupt(context, {
-    onFirst: (signal) => cancel?.(interrupted(signal)),
+    onFirst: (signal) => cancel?.(interrupted(signal, settings.job.target)),
     onSecond: () => abortSync?.(),
   });
   let timer: NodeJS.Timeout | undefined;
@@ -44,13 +44,15 @@ export async function runOfflineCopy(
     const copy = await startOfflineCopy({
       source: settings.source,
       sourceFormat: settings.sourceFormat,
+      snapshot: settings.snapshot,
       job: { ...settings.job, cowBufferSizeBytes: 0 },
+      isCancelled: () => context.interruptedBy !== undefined,
       onStarted: (totalBytes) => view.start({ ...info, totalBytes }),
       onStopped: (error) => copy.cancel(error),
     });
     cancel = (error) => copy.cancel(error);
     abortSync = () => copy.abortSync();
-    if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy));
+    if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy, info.target));
     timer = setInterval(() => view.update(info.jobId, copy.progress()), UPDATE_MS);
     try {
       await copy.ended;
@@ -72,12 +74,12 @@ export async function runOfflineCopy(
   }
 }
 
-function interrupted(signal: string): CowcatcherError {
+function interrupted(signal: string, target = ""): CowcatcherError {
   return new CowcatcherError({
     code: "CANCELLED",
     object: "backup",
     problem: `interrupted by ${signal}`,
-    hint: "the unfinished target was removed",
+    hint: isNbdUri(target) ? "the target holds a part of the copy" : "the unfinished target was removed",
   });
 }
 
@@ -94,9 +96,12 @@ async function runLive(settings: LiveBackupSettings, context: CommandContext): P
     orders.push(...settings.disks.map((disk) => orderOf(disk, names)));
     await startBackup(client, orders, { grouped: true });
     if (context.interruptedBy !== undefined) await cancelAll();
-    const ends = await Promise.all(orders.map((order) => follow(client, order, view, names)));
+    const snapshots = await snapshotExports(client);
+    const infos = orders.map((order) => infoOf(order, names, snapshots.get(order.id)));
+    for (const info of infos) announceSnapshot(context, info);
+    const ends = await Promise.all(infos.map((info) => follow(client, info, view)));
     view.stop();
-    const failed = firstCause(ends.map(({ result }) => result.error));
+    const failed = firstCause(ends.filter((end) => !isOrderlyEnd(end)).map(({ result }) => result.error));
     if (failed !== undefined)
       throw context.interruptedBy === undefined ? failed : interrupted(context.interruptedBy);
     for (const { info, result } of ends) printSummary(context.output, info, result.progress);
@@ -130,26 +135,55 @@ function orderOf({ disk, job }: LiveDiskSettings, names: ReadonlyMap<string, num
   return { id: `${name}-${randomBytes(4).toString("hex")}`, disk: name, options: job };
 }
 
-async function follow(
-  client: ControlClient,
+function infoOf(
   { id, disk, options }: BackupOrder,
-  view: ProgressView,
   names: ReadonlyMap<string, number>,
-): Promise<{ info: JobInfo; result: JobResult }> {
-  const info: JobInfo = {
+  snapshotExport: string | undefined,
+): JobInfo {
+  return {
     jobId: id,
     disk,
     target: options.target,
     totalBytes: names.get(disk) ?? 0,
     live: true,
     verify: options.verify ?? false,
+    snapshotOnly: options.sync === "none",
+    snapshotExport,
   };
+}
+
+/** By job: the name under which the server exports its disk as of T0. A job that has ended already has none. */
+async function snapshotExports(client: ControlClient): Promise<Map<string, string>> {
+  const jobs = await listJobs(client);
+  return new Map(
+    jobs.flatMap(({ id, snapshotExport }) => (snapshotExport === undefined ? [] : [[id, snapshotExport]])),
+  );
+}
+
+/** Scripts wait for this line, or with --json for `started`, before they read the snapshot. */
+function announceSnapshot({ output }: CommandContext, { disk, snapshotExport }: JobInfo): void {
+  if (snapshotExport === undefined || output.json || output.quiet) return;
+  printLine(output, `${disk}: snapshot exported as ${snapshotExport}`);
+}
+
+interface JobEnd {
+  info: JobInfo;
+  result: JobResult;
+}
+
+async function follow(client: ControlClient, info: JobInfo, view: ProgressView): Promise<JobEnd> {
+  const id = info.jobId;
   view.start(info);
   const { progress, error } = await watchJob(client, id, (now) => view.update(id, now));
   view.update(id, progress);
   const result = { progress, error };
   view.finish(id, result);
   return { info, result };
+}
+
+/** A job of sync none ends by being cancelled, by this command's signal or by somebody else. */
+function isOrderlyEnd({ info, result }: JobEnd): boolean {
+  return info.snapshotOnly === true && result.error?.code === "CANCELLED";
 }
 
 /** Of a group, the failure that cancelled the others, not their cancellation. */

@@ -1,21 +1,69 @@
-// `check`: whether a qcow2 image's metadata is sound, in the words of qemu-img check.
+// `check`: whether a qcow2 image's metadata is sound, and its repair, in the words of qemu-img check.
 import type { ImageFormat } from "../image/format.js";
+import type { RepairMode } from "../image/qcow2/check-state.js";
 import { checkExitCode, checkImage, checkResultToJson, type CheckResult } from "../image/qcow2/check.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
+import { isNbdUri, parseImage, unsupported, usageError } from "./options.js";
 
 export interface CheckFlags {
   format?: ImageFormat;
   forceShare?: boolean;
+  /** Without its value the option takes the next word, which may be the image. */
+  repair?: string | true;
 }
 
-type CheckCounts = Omit<CheckResult, "filename" | "format" | "messages">;
+export interface CheckRequest {
+  path: string;
+  repair: RepairMode | undefined;
+}
 
-export async function runCheck(path: string, flags: CheckFlags, { output }: CommandContext): Promise<number> {
-  const result = await checkImage(path, { format: flags.format, lock: flags.forceShare !== true });
+type CheckCounts = Omit<CheckResult, "filename" | "format" | "messages" | "corruptionsFixed" | "leaksFixed">;
+
+/** @throws CowcatcherError USAGE */
+export function parseCheckRequest(image: string | undefined, flags: CheckFlags): CheckRequest {
+  const { repair } = flags;
+  if (repair !== undefined && flags.forceShare === true) {
+    throw usageError("--repair", "does not go with --force-share", "stop whatever uses the image first");
+  }
+  if (repair === undefined || repair === true || repair === "all" || repair === "leaks") {
+    if (image === undefined) throw usageError("IMAGE", "is missing", "see cowcatcher check --help");
+    return { path: parseCheckable(image), repair: repair === true ? "all" : repair };
+  }
+  if (image === undefined) return { path: parseCheckable(repair), repair: "all" };
+  throw usageError("--repair", `'${repair}' is not known`, "give leaks or all");
+}
+
+/** What an export shows is a raw disk. */
+function parseCheckable(image: string): string {
+  const path = parseImage(image);
+  if (!isNbdUri(path)) return path;
+  throw unsupported(path, "this image format does not support checks", "check the image where it is stored");
+}
+
+export async function runCheck(
+  { path, repair }: CheckRequest,
+  flags: CheckFlags,
+  { output }: CommandContext,
+): Promise<number> {
+  const result = await checkImage(path, { format: flags.format, lock: flags.forceShare !== true, repair });
   if (!output.quiet) for (const message of result.messages) output.stderr.write(`${message}\n`);
   if (output.json) printJsonDocument(output, checkResultToJson(result));
-  else if (!output.quiet) for (const line of checkLines(result)) printLine(output, line);
+  else if (!output.quiet) {
+    for (const line of [...repairLines(result), ...checkLines(result)]) printLine(output, line);
+  }
   return checkExitCode(result);
+}
+
+export function repairLines({ leaksFixed, corruptionsFixed }: CheckResult): string[] {
+  if (leaksFixed + corruptionsFixed === 0) return [];
+  return [
+    "The following inconsistencies were found and repaired:",
+    "",
+    `    ${leaksFixed} leaked clusters`,
+    `    ${corruptionsFixed} corruptions`,
+    "",
+    "Double checking the fixed image now...",
+  ];
 }
 
 export function checkLines(result: CheckCounts): string[] {

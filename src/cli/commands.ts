@@ -10,6 +10,7 @@ import {
   type BackupFlags,
   type CopyFlags,
 } from "./backup-options.js";
+import { addBenchOptions, parseBenchSettings, type BenchFlags } from "./bench-options.js";
 import type { CompareFlags } from "./compare.js";
 import type { CommandContext } from "./context.js";
 import type { CreateFlags } from "./create.js";
@@ -17,7 +18,14 @@ import { exitCodesHelp, type CommandName } from "./exit-codes.js";
 import type { InfoFlags } from "./info.js";
 import type { MapFlags } from "./map.js";
 import type { CheckFlags } from "./check.js";
-import { choiceOption, forceShareOption, formatOption, parseImage, sizeOption } from "./options.js";
+import {
+  choiceOption,
+  forceShareOption,
+  formatOption,
+  parseImage,
+  parseLocalImage,
+  sizeOption,
+} from "./options.js";
 import { addServeOptions, parseServeSettings, type Environment, type ServeFlags } from "./serve-options.js";
 
 /** The options that every command takes. */
@@ -54,6 +62,7 @@ export function addCommands(program: Command, run: RunCommand, environment: Envi
   addCheck(program, run);
   addCompare(program, run);
   addCreate(program, run);
+  addBench(program, run);
 }
 
 function define(program: Command, name: CommandName, help: CommandHelp): Command {
@@ -79,6 +88,15 @@ function addCommonOptions(command: Command): Command {
     );
 }
 
+const NBD_NOTES =
+  "SOURCE and TARGET may be NBD URIs: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; with nbds: for TLS,\n" +
+  "and libnbd's tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME, tls-verify-peer=0. An export is raw. As a\n" +
+  "TARGET it exists already, at least as large as the disk, and is written in place, as qemu-img convert -n does:\n" +
+  "no --force is asked for, what a larger export has behind the disk's end stays, and a backup that fails or is\n" +
+  "interrupted leaves a mixture of old and new there. A lost connection is made again up to --target-retries times.\n" +
+  "With --bitmap NAME a QEMU export's dirty bitmap says what is copied, into an overlay of --backing-file; clearing\n" +
+  "the bitmap is QEMU's business. Not supported in this version: --sync top, bitmaps of image files.";
+
 function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
     summary: "point-in-time copy of an image, or of a disk that a guest is using",
@@ -87,9 +105,12 @@ function addBackup(program: Command, run: RunCommand): void {
     notes:
       "SOURCE and TARGET are paths; TARGET may be null:, which throws the data away. Without --control no one\n" +
       "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
-      "Not supported in this version: NBD URIs, --compress, --bitmap, every --sync but full.",
+      "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
+      "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
+      "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
+      NBD_NOTES,
     examples: [
-      "cowcatcher backup disk.qcow2 /backup/disk.qcow2",
+      "cowcatcher backup -c disk.img /backup/disk.qcow2",
       "cowcatcher backup --control /run/vm1.ctl /backup/vm1.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
     ],
@@ -97,6 +118,9 @@ function addBackup(program: Command, run: RunCommand): void {
   addCommonOptions(addBackupOptions(command)).action((args: string[], flags: BackupFlags & CommonFlags) =>
     run("backup", flags, async (context) => {
       const settings = parseBackupSettings(args, flags);
+      if (flags.dryRun === true && settings.mode === "offline") {
+        return (await import("./dry-run.js")).runDryRun(settings, context);
+      }
       return (await import("./backup.js")).runBackup(settings, context);
     }),
   );
@@ -109,10 +133,16 @@ function addServe(program: Command, run: RunCommand, environment: Environment): 
     notes:
       "Prints one line with `listening` when it is ready. SIGINT and SIGTERM finish what is in flight, flush and\n" +
       "exit; a second one exits at once. Without --socket and --port the sockets of systemd's LISTEN_FDS are used.\n" +
-      "Not supported in this version: NBD URIs, TLS.",
+      "With --snapshot-export each running backup of NAME comes with a read-only export NAME-snapshot, the disk as\n" +
+      "the backup sees it. It has a buffer and a spill of its own, of the job's sizes; when they do not suffice,\n" +
+      "reading it fails, and the backup goes on.\n" +
+      "With TLS, which is required of every client or off, a folder of certificates is laid out as for qemu-nbd.\n" +
+      "--bitmap looks in the backing files, too; what cowcatcher itself opens for writing it marks as out of date.\n" +
+      "IMAGE may be an NBD URI; a live backup of it needs a server that is fit for several connections.",
     examples: [
       "cowcatcher serve --socket /run/vm1.nbd --control /run/vm1.ctl disk.qcow2",
       "cowcatcher serve --port 10809 --control /run/vm1.ctl root.qcow2=root data.img=data",
+      "cowcatcher serve --port 10809 --bind 0.0.0.0 --tls-certificates /etc/pki/vm1 --tls-verify-peer disk.qcow2",
     ],
   }).argument("<IMAGE...>", "image, and the name of its export: IMAGE=NAME");
   addCommonOptions(addServeOptions(command)).action((images: string[], flags: ServeFlags & CommonFlags) =>
@@ -159,10 +189,11 @@ function addRestore(program: Command, run: RunCommand): void {
     examples: [
       "cowcatcher restore /backup/vm1.qcow2 disk.qcow2",
       "cowcatcher restore --force --verify /backup/vm1.qcow2 disk.img",
+      "cowcatcher restore /backup/vm1.qcow2 nbds://host/disk",
     ],
   })
     .argument("<BACKUP>", "path of the backup")
-    .argument("<TARGET>", "path of the image or device to write");
+    .argument("<TARGET>", "path of the image or device to write, or an NBD URI (see backup --help)");
   addCommonOptions(addRestoreOptions(command)).action(
     (backup: string, target: string, flags: CopyFlags & CommonFlags) =>
       run("restore", flags, async (context) => {
@@ -178,7 +209,7 @@ function addInfo(program: Command, run: RunCommand): void {
     usage: "[options] IMAGE",
     examples: ["cowcatcher info disk.qcow2", "cowcatcher info --json --backing-chain -U disk.qcow2"],
   })
-    .argument("<IMAGE>", "path of the image")
+    .argument("<IMAGE>", "path of the image, or an NBD URI")
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (probed)"))
     .addOption(forceShareOption())
     .option("--backing-chain", "describe the backing files as well");
@@ -199,11 +230,12 @@ function addMap(program: Command, run: RunCommand): void {
       "cowcatcher map --json --start-offset 1G --max-length 64M disk.qcow2",
     ],
   })
-    .argument("<IMAGE>", "path of the image")
+    .argument("<IMAGE>", "path of the image, or an NBD URI")
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (probed)"))
     .addOption(forceShareOption())
     .addOption(sizeOption("-s, --start-offset <SIZE>", "where to begin (0)"))
-    .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"));
+    .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"))
+    .option("--snapshot <NAME>", "internal snapshot, by id or name: the disk as of it");
   addCommonOptions(command).action((image: string, flags: MapFlags & CommonFlags) =>
     run("map", flags, async (context) => {
       const path = parseImage(image);
@@ -214,18 +246,25 @@ function addMap(program: Command, run: RunCommand): void {
 
 function addCheck(program: Command, run: RunCommand): void {
   const command = define(program, "check", {
-    summary: "check a qcow2 image's metadata, as qemu-img check",
+    summary: "check a qcow2 image's metadata and repair it, as qemu-img check",
     usage: "[options] IMAGE",
-    notes: "It never writes: to repair an image, use qemu-img check -r.",
-    examples: ["cowcatcher check disk.qcow2", "cowcatcher check --json -f qcow2 disk.qcow2"],
+    notes:
+      "Without --repair it never writes. The codes are for what is left after a repair. Internal snapshots are never\n" +
+      "discarded, and references that lead nowhere are left as they are.",
+    examples: [
+      "cowcatcher check disk.qcow2",
+      "cowcatcher check --repair disk.qcow2",
+      "cowcatcher check --repair leaks --json -f qcow2 disk.qcow2",
+    ],
   })
-    .argument("<IMAGE>", "path of the image")
+    .argument("[IMAGE]", "path of the image")
     .addOption(formatOption("-f, --format <FMT>", "qcow2 (probed)"))
-    .addOption(forceShareOption());
-  addCommonOptions(command).action((image: string, flags: CheckFlags & CommonFlags) =>
+    .addOption(forceShareOption())
+    .option("-r, --repair [WHAT]", "repair leaks only, or all that can be (all)");
+  addCommonOptions(command).action((image: string | undefined, flags: CheckFlags & CommonFlags) =>
     run("check", flags, async (context) => {
-      const path = parseImage(image);
-      return (await import("./check.js")).runCheck(path, flags, context);
+      const { parseCheckRequest, runCheck } = await import("./check.js");
+      return runCheck(parseCheckRequest(image, flags), flags, context);
     }),
   );
 }
@@ -244,7 +283,8 @@ function addCompare(program: Command, run: RunCommand): void {
     .addOption(formatOption("-f, --format <FMT>", "of A: raw or qcow2 (probed)"))
     .addOption(formatOption("-F, --format2 <FMT>", "of B: raw or qcow2 (probed)"))
     .addOption(forceShareOption())
-    .option("-s, --strict", "different sizes and allocation are differences, too");
+    .option("-s, --strict", "different sizes and allocation are differences, too")
+    .option("--snapshot <NAME>", "internal snapshot of A, by id or name: the disk as of it");
   addCommonOptions(command).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
     run("compare", flags, async (context) => {
       const paths = [parseImage(a, "A"), parseImage(b, "B")] as const;
@@ -275,8 +315,29 @@ function addCreate(program: Command, run: RunCommand): void {
   addCommonOptions(command).action(
     (image: string, size: string | undefined, flags: CreateFlags & CommonFlags) =>
       run("create", flags, async (context) => {
-        const path = parseImage(image);
+        const path = parseLocalImage(image);
         return (await import("./create.js")).runCreate(path, size, flags, context);
       }),
+  );
+}
+
+function addBench(program: Command, run: RunCommand): void {
+  const command = define(program, "bench", {
+    summary: "measure a guest's writes with no backup, an unbuffered and a buffered one",
+    usage: "[options]",
+    notes:
+      "Makes a test disk, serves it to a guest of its own that writes at random places, and backs it up meanwhile.\n" +
+      "Everything that it makes is removed. The figures are of one run: for a fair comparison, run it several times.",
+    examples: [
+      "cowcatcher bench --dir /var/lib/vm",
+      "cowcatcher bench --dir /var/lib/vm --target /mnt/backup/test.qcow2 --rate-limit 0",
+      "cowcatcher bench --json --size 4G -f qcow2 --block-size 4K --iodepth 32 --runtime 10s",
+    ],
+  });
+  addCommonOptions(addBenchOptions(command)).action((flags: BenchFlags & CommonFlags) =>
+    run("bench", flags, async (context) => {
+      const settings = parseBenchSettings(flags);
+      return (await import("./bench.js")).runBench(settings, context);
+    }),
   );
 }

@@ -11,6 +11,8 @@ export interface CompareFlags {
   /** Of the second image. */
   format2?: ImageFormat;
   forceShare?: boolean;
+  /** Id or name of an internal snapshot of the first image. */
+  snapshot?: string;
   strict?: boolean;
 }
 
@@ -43,7 +45,7 @@ async function compareFiles(
   flags: CompareFlags,
 ): Promise<{ result: CompareResult; commonBytes: number }> {
   const shared = { readOnly: true, lock: flags.forceShare !== true };
-  const a = await openImage(pathA, { ...shared, format: flags.format });
+  const a = await openImage(pathA, { ...shared, format: flags.format, snapshot: flags.snapshot });
   try {
     const b = await openImage(pathB, { ...shared, format: flags.format2 });
     try {

@@ -14,6 +14,9 @@ export interface FormatOptions {
   refcountBits: number;
   compressionType: CompressionType;
   lazyRefcounts: boolean;
+  extendedL2: boolean;
+  dataFile?: string;
+  dataFileRaw: boolean;
 }
 
 const DEFAULTS: FormatOptions = {
@@ -21,6 +24,8 @@ const DEFAULTS: FormatOptions = {
   refcountBits: 16,
   compressionType: "zlib",
   lazyRefcounts: false,
+  extendedL2: false,
+  dataFileRaw: false,
 };
 
 const QCOW2_ONLY = [
@@ -30,10 +35,12 @@ const QCOW2_ONLY = [
   "lazy_refcounts",
   "refcount_bits",
   "extended_l2",
+  "data_file",
+  "data_file_raw",
 ];
 
 /** qemu-img's, that are known and missing: each is refused by its name. */
-const MISSING = ["data_file", "data_file_raw", "encryption", "nocow", "extent_size_hint"];
+const MISSING = ["encryption", "nocow", "extent_size_hint"];
 
 /**
  * Parses "cluster_size=128K,lazy_refcounts=on". A comma in a value is written twice, as in QEMU.
@@ -84,6 +91,15 @@ function applyOption(options: FormatOptions, name: string, value: string): void 
     case "lazy_refcounts":
       options.lazyRefcounts = parseSwitch(value, object);
       break;
+    case "extended_l2":
+      options.extendedL2 = parseSwitch(value, object);
+      break;
+    case "data_file":
+      options.dataFile = value;
+      break;
+    case "data_file_raw":
+      options.dataFileRaw = parseSwitch(value, object);
+      break;
     default:
       refuseOther(name, value, object);
   }
@@ -94,8 +110,6 @@ function refuseOther(name: string, value: string, object: string): void {
   const notHere = `'${value}' is not supported in this version`;
   if (name === "compat") {
     if (!["1.1", "v3"].includes(value)) throw unsupported(object, notHere, "give 1.1");
-  } else if (name === "extended_l2") {
-    if (parseSwitch(value, object)) throw unsupported(object, notHere, "give off");
   } else if (name === "preallocation") {
     if (value !== "off") throw unsupported(object, notHere, "give off");
   } else if (MISSING.includes(name) || name.startsWith("encrypt.")) {

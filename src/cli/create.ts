@@ -13,13 +13,14 @@ import {
 import { ioError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { acquireImageLock } from "../image/locks.js";
+import { resolveDataFile } from "../image/external-data.js";
 import { openImage, resolveBackingPath } from "../image/open.js";
 import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create.js";
 import { parseSize, roundUp } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { parseFormatOptions, type FormatOptions } from "./create-options.js";
 import { EXIT } from "./exit-codes.js";
-import { formatByExtension, parseImage, unsupported, usageError } from "./options.js";
+import { formatByExtension, parseLocalImage, unsupported, usageError } from "./options.js";
 
 /** Disks are counted in sectors. */
 const SECTOR_BYTES = 512;
@@ -74,7 +75,7 @@ function checkBacking(
     if (backingFormat !== undefined) throw usageError("--backing-format", "needs --backing-file");
     return;
   }
-  parseImage(backingFile, "--backing-file");
+  parseLocalImage(backingFile, "--backing-file");
   if (format === "raw") {
     throw usageError("--backing-file", "a raw image has no backing file", "choose qcow2 with -f qcow2");
   }
@@ -95,8 +96,9 @@ async function backingSize(
 }
 
 function write(image: NewImage): void {
-  const { path, format, sizeBytes } = image;
+  const { path, format, sizeBytes, dataFile } = image;
   if (format === "qcow2") planQcow2(path, image);
+  if (dataFile !== undefined) writeDataFile(path, resolveDataFile(path, dataFile), sizeBytes);
   const { fd, isNew } = openForCreation(path);
   try {
     acquireImageLock(fd, path, { write: true, resize: true });
@@ -110,6 +112,29 @@ function write(image: NewImage): void {
   } finally {
     closeSync(fd);
   }
+}
+
+/** It is made anew, as qemu-img does it, and as long as the disk, so that it is one by itself. */
+function writeDataFile(imagePath: string, path: string, sizeBytes: number): void {
+  const { fd, isNew } = openForCreation(path);
+  try {
+    if (isSameFile(fd, imagePath)) throw usageError("-o data_file", "is the image itself");
+    acquireImageLock(fd, path, { write: true, resize: true });
+    truncate(fd, path);
+    createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES));
+    sync(fd, path);
+  } catch (error) {
+    if (isNew) rmSync(path, { force: true });
+    throw error;
+  } finally {
+    closeSync(fd);
+  }
+}
+
+function isSameFile(fd: number, path: string): boolean {
+  const other = statSync(path, { throwIfNoEntry: false });
+  const { dev, ino } = fstatSync(fd);
+  return other !== undefined && other.dev === dev && other.ino === ino;
 }
 
 function openForCreation(path: string): { fd: number; isNew: boolean } {
@@ -146,15 +171,23 @@ export function formattingLine(image: NewImage): string {
   const parts = [`Formatting '${path}', fmt=${format}`];
   if (format === "qcow2") {
     parts.push(
-      `cluster_size=${image.clusterSizeBytes} extended_l2=off compression_type=${image.compressionType}`,
+      `cluster_size=${image.clusterSizeBytes} extended_l2=${onOff(image.extendedL2)} compression_type=${image.compressionType}`,
     );
   }
   parts.push(`size=${sizeBytes}`);
   if (backingFile !== undefined) parts.push(`backing_file=${backingFile} backing_fmt=${backingFormat}`);
+  if (image.dataFile !== undefined) {
+    parts.push(`data_file=${image.dataFile}`);
+    if (image.dataFileRaw) parts.push("data_file_raw=on");
+  }
   if (format === "qcow2") {
-    parts.push(`lazy_refcounts=${image.lazyRefcounts ? "on" : "off"} refcount_bits=${image.refcountBits}`);
+    parts.push(`lazy_refcounts=${onOff(image.lazyRefcounts)} refcount_bits=${image.refcountBits}`);
   }
   return parts.join(" ");
+}
+
+function onOff(value: boolean): string {
+  return value ? "on" : "off";
 }
 
 /** What was made, in the words of `info`. */

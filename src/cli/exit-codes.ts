@@ -33,6 +33,7 @@ export const COMMAND_NAMES = [
   "check",
   "compare",
   "create",
+  "bench",
 ] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
 
@@ -60,6 +61,11 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   info: COMMON,
   map: COMMON,
   create: COMMON,
+  bench: [
+    ...COMMON,
+    [EXIT.interruptedBySigint, "interrupted by SIGINT; what it made is removed"],
+    [EXIT.interruptedBySigterm, "interrupted by SIGTERM; what it made is removed"],
+  ],
   check: [
     [CHECK_EXIT.clean, "clean"],
     [CHECK_EXIT.cannotCheck, "cannot check (wrong usage, too)"],

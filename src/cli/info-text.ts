@@ -7,8 +7,9 @@ export interface ImageInfoDocument {
   filename: string;
   format: string;
   "virtual-size": number;
-  "actual-size": number;
-  "dirty-flag": boolean;
+  /** Unknown of an NBD export. */
+  "actual-size"?: number;
+  "dirty-flag"?: boolean;
   "cluster-size"?: number;
   encrypted?: boolean;
   "backing-filename"?: string;
@@ -37,11 +38,11 @@ export function infoLines(info: ImageInfoDocument): string[] {
     `image: ${info.filename}`,
     `file format: ${info.format}`,
     `virtual size: ${qemuSize(info["virtual-size"])} (${info["virtual-size"]} bytes)`,
-    `disk size: ${qemuSize(info["actual-size"])}`,
+    `disk size: ${info["actual-size"] === undefined ? "unavailable" : qemuSize(info["actual-size"])}`,
   ];
   if (info.encrypted === true) lines.push("encrypted: yes");
   if (info["cluster-size"] !== undefined) lines.push(`cluster_size: ${info["cluster-size"]}`);
-  if (info["dirty-flag"]) lines.push("cleanly shut down: no");
+  if (info["dirty-flag"] === true) lines.push("cleanly shut down: no");
   lines.push(...backingLines(info));
   if (info.snapshots !== undefined) lines.push("Snapshot list:", ...snapshotLines(info.snapshots));
   if (info["format-specific"] !== undefined) {

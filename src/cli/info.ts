@@ -1,16 +1,16 @@
 // `info`: what an image is, in the words of qemu-img info.
 //
 // It reads the header alone, so that it also describes images that this version cannot open: encrypted ones, and
-// those with an external data file or extended L2 entries.
+// those whose data file is missing.
 import { fstatSync, statSync } from "node:fs";
 import { dirname, isAbsolute } from "node:path";
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError, ioError } from "../errors.js";
 import { sizeOf } from "../image/devicesize.js";
 import { closeFile, readFirstBytes, readFullySync } from "../image/fileio.js";
 import { isImageFormat, type ImageFormat } from "../image/format.js";
 import { openImageFile } from "../image/imagefile.js";
 import { acquireImageLock } from "../image/locks.js";
-import { MAX_BACKING_DEPTH } from "../image/open.js";
+import { MAX_BACKING_DEPTH, openImage } from "../image/open.js";
 import { PROBE_BYTES, probeFormat } from "../image/probe.js";
 import { BufferedFile } from "../image/qcow2/file.js";
 import {
@@ -57,13 +57,12 @@ async function describeChain(
   const layers: ImageInfoDocument[] = [];
   const seen = new Set<string>();
   for (let next: string | undefined = path, nextFormat = format; next !== undefined;) {
-    const { dev, ino } = statSync(next, { throwIfNoEntry: false }) ?? { dev: -1, ino: -1 };
-    if (seen.has(`${dev}:${ino}`))
-      throw chainError("FORMAT", next, "the backing chain comes back to this file");
+    const identity = fileIdentity(next);
+    if (seen.has(identity)) throw chainError("FORMAT", next, "the backing chain comes back to this file");
     if (layers.length > MAX_BACKING_DEPTH) {
       throw chainError("LIMIT", path, `the backing chain is deeper than ${MAX_BACKING_DEPTH}`);
     }
-    seen.add(`${dev}:${ino}`);
+    seen.add(identity);
     const layer = await describeLayer(next, nextFormat, lock);
     layers.push(layer);
     next = layer["full-backing-filename"];
@@ -71,6 +70,16 @@ async function describeChain(
     nextFormat = named !== undefined && isImageFormat(named) ? named : undefined;
   }
   return layers;
+}
+
+/** A missing file has none: opening it says so better. @throws CowcatcherError IO for a name that leads nowhere */
+function fileIdentity(path: string): string {
+  try {
+    const { dev, ino } = statSync(path, { throwIfNoEntry: false }) ?? { dev: -1, ino: -1 };
+    return `${dev}:${ino}`;
+  } catch (error) {
+    throw ioError("examine", path, error);
+  }
 }
 
 function chainError(code: "FORMAT" | "LIMIT", object: string, problem: string): CowcatcherError {
@@ -83,6 +92,7 @@ async function describeLayer(
   format: ImageFormat | undefined,
   lock: boolean,
 ): Promise<ImageInfoDocument> {
+  if (isNbdUri(path)) return describeExport(path, format);
   const fd = await openImageFile(path, { readOnly: true, direct: false });
   try {
     if (lock) acquireImageLock(fd, path, { write: false });
@@ -91,6 +101,13 @@ async function describeLayer(
   } finally {
     await closeFile(fd);
   }
+}
+
+/** What a client sees of an export; where its data is stored, and how much of it, the server keeps to itself. */
+async function describeExport(uri: string, format: ImageFormat | undefined): Promise<ImageInfoDocument> {
+  const image = await openImage(uri, { format, readOnly: true });
+  await image.close();
+  return { "virtual-size": roundUp(image.sizeBytes, SECTOR_BYTES), filename: uri, format: "raw" };
 }
 
 function describeRaw(path: string, fd: number): ImageInfoDocument {

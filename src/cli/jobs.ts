@@ -26,6 +26,8 @@ export interface JobDocument extends Omit<StatusMessage, "message_type"> {
   status: string;
   /** Limit in bytes a second; 0: none. */
   rate_limit: number;
+  /** Name of the export of the disk as of T0; left out where the job has none. */
+  snapshot_export?: string;
   error: ErrorMessage["error"] | null;
 }
 
@@ -106,6 +108,7 @@ export function jobDocument(job: JobSummary): JobDocument {
     target: job.target,
     status: job.status,
     rate_limit: job.speed,
+    ...(job.snapshotExport === undefined ? {} : { snapshot_export: job.snapshotExport }),
     error: job.error === undefined ? null : errorMessage(job.error).error,
   };
 }

@@ -3,6 +3,7 @@ import { CowcatcherError } from "../errors.js";
 import type { BlockStatus, Image } from "../image/device.js";
 import type { ImageFormat } from "../image/format.js";
 import { openImage } from "../image/open.js";
+import { Qcow2Image } from "../image/qcow2/image.js";
 import { roundUp } from "../units.js";
 import { printLine, type CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
@@ -13,6 +14,8 @@ const SECTOR_BYTES = 512;
 export interface MapFlags {
   format?: ImageFormat;
   forceShare?: boolean;
+  /** Id or name of an internal snapshot. */
+  snapshot?: string;
   /** Bytes. */
   startOffset?: number;
   /** Bytes. */
@@ -35,6 +38,7 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
     format: flags.format,
     readOnly: true,
     lock: flags.forceShare !== true,
+    snapshot: flags.snapshot,
   });
   try {
     const start = Math.min(flags.startOffset ?? 0, image.sizeBytes);
@@ -113,7 +117,8 @@ async function printText(
     if (!entry.data) continue;
     if (entry.offset === undefined) throw noPlaceError(image, entry);
     if (entry.zero) continue;
-    const file = layerAt(image, entry.depth).path;
+    const layer = layerAt(image, entry.depth);
+    const file = layer instanceof Qcow2Image ? layer.dataName : layer.path;
     printLine(output, mapRow(qemuHex(entry.start), qemuHex(entry.length), qemuHex(entry.offset), file));
   }
 }

@@ -1,8 +1,10 @@
 // Parsers of option values and arguments. Each throws a typed usage error that names the option, so that
 // commander's own wording never reaches the user.
+import { resolve } from "node:path";
 import { Option } from "commander";
 import { CowcatcherError } from "../errors.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../image/format.js";
+import { formatNbdUri, isNbdUri, parseNbdUri } from "../nbd/uri.js";
 import { parseDurationMs, parseSize } from "../units.js";
 
 export function usageError(object: string, problem: string, hint?: string): CowcatcherError {
@@ -71,22 +73,40 @@ export function forceShareOption(): Option {
   return new Option("-U, --force-share", "open the image although another program may write it");
 }
 
-const NBD_URI = /^nbds?(?:\+unix|\+vsock)?:\/\//i;
-
-export function isNbdUri(text: string): boolean {
-  return NBD_URI.test(text);
-}
+export { isNbdUri };
 
 /** "null:" throws data away, as in nbdcopy. */
 export const NULL_TARGET = "null:";
 
-/** A path, not an NBD URI. @throws CowcatcherError UNSUPPORTED for a URI, USAGE for an empty text. */
+/** A path or an NBD URI. @throws CowcatcherError USAGE for an empty text or a wrong URI, UNSUPPORTED for vsock. */
 export function parseImage(text: string, argument = "IMAGE"): string {
-  if (isNbdUri(text)) {
-    throw unsupported(text, "NBD URIs are not supported in this version", "give the path of an image");
-  }
-  if (text === "") throw usageError(argument, "is empty", "give the path of an image");
+  if (isNbdUri(text)) parseNbdUri(text);
+  if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
   return text;
+}
+
+/** A path, not an NBD URI. @throws CowcatcherError UNSUPPORTED for a URI, USAGE for an empty text. */
+export function parseLocalImage(text: string, argument = "IMAGE"): string {
+  if (isNbdUri(text)) {
+    throw unsupported(text, "an NBD export is not possible here", "give the path of an image");
+  }
+  return parseImage(text, argument);
+}
+
+/** For another process with another working folder: paths are made absolute, also those within a URI. */
+export function absoluteImage(text: string): string {
+  if (!isNbdUri(text)) return resolve(text);
+  const address = parseNbdUri(text);
+  const { tls } = address;
+  const absolute = (path: string | undefined): string | undefined =>
+    path === undefined ? undefined : resolve(path);
+  return formatNbdUri({
+    ...address,
+    ...("path" in address && { path: resolve(address.path) }),
+    ...(tls !== undefined && {
+      tls: { ...tls, certificates: absolute(tls.certificates), pskFile: absolute(tls.pskFile) },
+    }),
+  });
 }
 
 const FORMAT_OF_EXTENSION = new Map<string, ImageFormat>([
@@ -98,6 +118,8 @@ const FORMAT_OF_EXTENSION = new Map<string, ImageFormat>([
 
 /** The format that a target's extension says, if it says one. */
 export function formatByExtension(path: string): ImageFormat | undefined {
+  // What an export is called says nothing of it: it is written as it is.
+  if (isNbdUri(path)) return "raw";
   const extension = /\.([^./]+)$/.exec(path)?.[1]?.toLowerCase();
   return extension === undefined ? undefined : FORMAT_OF_EXTENSION.get(extension);
 }

@@ -1,9 +1,12 @@
 // The options of `serve`, from commander's loose values to typed settings.
-import type { Command } from "commander";
+import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../backup/options.js";
 import type { ImageFormat } from "../image/format.js";
 import { formatBytes } from "../units.js";
-import { countOption, formatOption, parseImage, sizeOption, usageError } from "./options.js";
+import { MAX_STRING_BYTES } from "../nbd/protocol.js";
+import type { TlsSettings } from "../nbd/server-tls.js";
+import { countOption, formatOption, isNbdUri, parseImage, sizeOption, usageError } from "./options.js";
+import { addTlsOptions, parseTls, type TlsFlags } from "./serve-tls.js";
 
 export interface ServedImage {
   path: string;
@@ -14,7 +17,8 @@ export interface ServedImage {
 }
 
 export type ListenSettings =
-  | { type: "unix"; path: string }
+  /** `mode`: permission bits of the socket's file; undefined: what the umask leaves. */
+  | { type: "unix"; path: string; mode: number | undefined }
   | { type: "tcp"; address: string; port: number }
   /** Sockets that systemd has opened: `count` file descriptors from 3 on. */
   | { type: "inherited"; count: number };
@@ -26,20 +30,32 @@ export interface ServeSettings {
   /** Path of the control socket. */
   control: string | undefined;
   readOnly: boolean;
+  /** O_DIRECT for the images. */
+  direct: boolean;
   /** The default for its jobs. */
   cowBufferSizeBytes: number;
+  /** The T0 view of each job's disk is an export. */
+  snapshotExport: boolean;
   maxConnections: number;
+  /** Persistent bitmaps to offer as metadata contexts. */
+  bitmaps: string[];
+  /** Undefined: off. */
+  tls: TlsSettings | undefined;
 }
 
-export interface ServeFlags {
+export interface ServeFlags extends TlsFlags {
   socket?: string;
+  socketMode?: number;
+  bitmap?: string[];
   port?: number;
   bind?: string;
   control?: string;
   format?: ImageFormat;
   readOnly?: boolean;
+  direct?: boolean;
   name?: string;
   cowBufferSize?: number;
+  snapshotExport?: boolean;
   maxConnections?: number;
 }
 
@@ -53,20 +69,41 @@ const CONNECTION_BOUNDS = { min: 1, max: 1024 };
 const DEFAULT_MAX_CONNECTIONS = 16;
 
 export function addServeOptions(command: Command): Command {
+  return addTlsOptions(addImageOptions(command));
+}
+
+function addImageOptions(command: Command): Command {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   return command
     .option("--socket <PATH>", "listen on a Unix socket")
+    .addOption(
+      new Option(
+        "--socket-mode <MODE>",
+        "permissions of the Unix socket, octal (0777 less the umask)",
+      ).argParser(parseSocketMode),
+    )
     .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
     .option("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`)
     .option("--control <PATH>", "control socket (QMP) for backups and jobs (none)")
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
     .option("--read-only", "refuse the guest's writes")
+    .option("--direct", "O_DIRECT for the images")
+    .addOption(
+      new Option(
+        "--bitmap <NAME>",
+        "with --read-only: offer a qcow2 bitmap as qemu:dirty-bitmap:NAME; repeatable",
+      ).argParser((name: string, earlier: string[] = []) => [...earlier, name]),
+    )
     .option("--name <NAME>", `name of a single image (${DEFAULT_NAME})`)
     .addOption(
       sizeOption(
         "--cow-buffer-size <SIZE>",
         `copy-before-write buffer, the default for its jobs (${buffer})`,
       ),
+    )
+    .option(
+      "--snapshot-export",
+      "export NAME-snapshot while a backup of NAME runs: the disk as the backup sees it",
     )
     .addOption(
       countOption(
@@ -93,9 +130,27 @@ export function parseServeSettings(
     listen: parseListen(flags, environment, processId),
     control: flags.control,
     readOnly: flags.readOnly ?? false,
+    direct: flags.direct ?? false,
     cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    snapshotExport: flags.snapshotExport ?? false,
     maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
+    bitmaps: parseBitmaps(flags),
+    tls: parseTls(flags),
   };
+}
+
+function parseBitmaps({ bitmap = [], readOnly }: ServeFlags): string[] {
+  if (bitmap.length > 0 && readOnly !== true) {
+    throw usageError("--bitmap", "needs --read-only", "guest writes are not recorded in bitmaps");
+  }
+  return [...new Set(bitmap)];
+}
+
+function parseSocketMode(text: string): number {
+  if (!/^0?[0-7]{3}$/.test(text)) {
+    throw usageError("--socket-mode", `'${text}' is not a mode`, "give three octal digits, such as 660");
+  }
+  return Number.parseInt(text, 8);
 }
 
 function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[] {
@@ -111,6 +166,9 @@ function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[]
     return { path: parseImage(path), name: name ?? flags.name ?? DEFAULT_NAME, format: flags.format };
   });
   const names = images.map(({ name }) => name);
+  const long = names.find((name) => Buffer.byteLength(name) > MAX_STRING_BYTES);
+  if (long !== undefined)
+    throw usageError("IMAGE", `an export's name has more than ${MAX_STRING_BYTES} bytes`);
   const repeated = names.find((name, index) => names.indexOf(name) !== index);
   if (repeated !== undefined) throw usageError("IMAGE", `the name '${repeated}' is given twice`);
   return images;
@@ -118,18 +176,21 @@ function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[]
 
 /** A path may hold "=" itself, so the name is what follows the last one, unless a folder does. */
 function splitName(text: string): { path: string; name: string | undefined } {
-  const match = /^(.+)=([^=/]+)$/s.exec(text);
+  // In a URI's query the last parameter has its own "=" first.
+  const isBareUri = isNbdUri(text) && /[?&][^=&]*=[^=&]*$/.test(text);
+  const match = isBareUri ? null : /^(.+)=([^=/]+)$/s.exec(text);
   return match?.[1] === undefined ? { path: text, name: undefined } : { path: match[1], name: match[2] };
 }
 
 function parseListen(
-  { socket, port, bind }: ServeFlags,
+  { socket, socketMode, port, bind }: ServeFlags,
   environment: Environment,
   processId: number,
 ): ListenSettings {
   if (socket !== undefined && port !== undefined) throw usageError("--port", "does not go with --socket");
   if (bind !== undefined && port === undefined) throw usageError("--bind", "needs --port");
-  if (socket !== undefined) return { type: "unix", path: socket };
+  if (socketMode !== undefined && socket === undefined) throw usageError("--socket-mode", "needs --socket");
+  if (socket !== undefined) return { type: "unix", path: socket, mode: socketMode };
   if (port !== undefined) return { type: "tcp", address: bind ?? DEFAULT_ADDRESS, port };
   const count = inheritedSocketCount(environment, processId);
   if (count > 0) return { type: "inherited", count };

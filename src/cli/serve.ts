@@ -8,9 +8,13 @@ import type { Image } from "../image/device.js";
 import { openImage } from "../image/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../nbd/listen.js";
 import { notifyReady } from "../nbd/notify.js";
-import { type NbdExport, NbdServer } from "../nbd/server.js";
+import { NbdServer } from "../nbd/server.js";
+import { loadTlsCredentials } from "../nbd/server-tls.js";
 import { type CommandContext, printJsonLine, printLine, type RunServe } from "./context.js";
 import { EXIT } from "./exit-codes.js";
+import { logLoopDelay } from "./loop-delay.js";
+import { bitmapContexts } from "./serve-bitmaps.js";
+import { ServedExports } from "./served-exports.js";
 import type { ListenSettings, ServedImage, ServeSettings } from "./serve-options.js";
 import { onInterrupt } from "./signals.js";
 import { packageVersion } from "./version.js";
@@ -21,17 +25,22 @@ export const runServe: RunServe = async (settings, context) => {
   const quitting = new Promise<void>((resolve) => {
     quit = resolve;
   });
+  // `bench` is on the other end of this channel, where there is one: without it the server has no one to serve.
+  process.once("disconnect", quit);
   const removeHandlers = onInterrupt(context, { onFirst: quit, onSecond: () => removeSockets(settings) });
   try {
     for (const served of settings.images) {
-      const options = { format: served.format, readOnly: settings.readOnly };
+      const options = { format: served.format, readOnly: settings.readOnly, direct: settings.direct };
       images.push({ served, image: await openImage(served.path, options) });
     }
     const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
-    const host = new LiveHost(nodes, quit);
-    await serveNodes(settings, context, nodes, host, quitting);
+    const opened = images.map(({ image }) => image);
+    const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));
+    const host = new LiveHost(nodes, quit, exports);
+    await serveNodes(settings, context, exports, host, quitting);
   } finally {
     removeHandlers();
+    process.removeListener("disconnect", quit);
     // Flushes: what a guest was told is stored must be, whatever ended the server.
     const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
     const failure = closed.find((result) => result.status === "rejected");
@@ -43,23 +52,30 @@ export const runServe: RunServe = async (settings, context) => {
 async function serveNodes(
   settings: ServeSettings,
   context: CommandContext,
-  nodes: ReadonlyMap<string, DiskNode>,
+  exports: ServedExports,
   host: LiveHost,
   quitting: Promise<void>,
 ): Promise<void> {
   const { logger } = context;
+  const tls = settings.tls && loadTlsCredentials(settings.tls);
   const server = new NbdServer({
-    exports: exportsOf(nodes),
+    exports: exports.byName,
     maxConnections: settings.maxConnections,
     logger,
+    tls,
   });
+  exports.attach(server);
   const control = new ControlServer({
     host,
     logger,
-    jobDefaults: { cowBufferSizeBytes: settings.cowBufferSizeBytes },
+    jobDefaults: {
+      cowBufferSizeBytes: settings.cowBufferSizeBytes,
+      snapshotExport: settings.snapshotExport,
+    },
     version: packageVersion(),
   });
   const listeners: NbdListener[] = [];
+  const stopLoopDelay = logLoopDelay(logger);
   try {
     listeners.push(...(await listen(settings.listen)));
     if (settings.control !== undefined) await control.listen(settings.control);
@@ -67,6 +83,7 @@ async function serveNodes(
     announce(settings, context, listeners);
     await quitting;
   } finally {
+    stopLoopDelay();
     await Promise.all(listeners.map((listener) => listener.close()));
     // Jobs first: a guest that waits for one is let go, so that its last requests can be answered.
     await host.close();
@@ -75,24 +92,10 @@ async function serveNodes(
   }
 }
 
-function exportsOf(nodes: ReadonlyMap<string, DiskNode>): Map<string, NbdExport> {
-  const exports = new Map<string, NbdExport>();
-  for (const [name, device] of nodes) {
-    exports.set(name, {
-      name,
-      description: device.name,
-      device,
-      readOnly: device.readOnly,
-      canMultiConn: true,
-    });
-  }
-  return exports;
-}
-
 async function listen(settings: ListenSettings): Promise<NbdListener[]> {
   switch (settings.type) {
     case "unix":
-      return [await listenUnix(settings.path)];
+      return [await listenUnix(settings.path, { mode: settings.mode })];
     case "tcp":
       return [await listenTcp(settings.address, settings.port)];
     case "inherited":

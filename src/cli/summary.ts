@@ -49,6 +49,9 @@ export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMes
 }
 
 export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
+  if (info.snapshotOnly === true) {
+    return [`${info.disk}: snapshot kept for ${formatDuration(progress.elapsedMs)}`, captureLine(progress)];
+  }
   const lines = [
     `${info.disk} -> ${info.target}: ${formatBytes(progress.bytesTotal)} in ` +
       `${formatDuration(progress.elapsedMs)} (${formatBytes(averageRate(progress))}/s), ` +

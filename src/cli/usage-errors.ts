@@ -2,7 +2,7 @@
 import { CommanderError } from "commander";
 import { toCowcatcherError, type CowcatcherError } from "../errors.js";
 import type { CommandName } from "./exit-codes.js";
-import { unsupported, usageError } from "./options.js";
+import { usageError } from "./options.js";
 
 /** True where commander has printed what was asked for (--help, --version) and only wants to end. */
 export function isFinishedRequest(thrown: unknown): boolean {
@@ -39,7 +39,6 @@ function fromCommander({ code, message }: CommanderError, command: CommandName |
 }
 
 function unknownOption(flag: string, hint: string): CowcatcherError {
-  if (flag.startsWith("--tls-")) return unsupported(flag, "TLS is not supported in this version");
   return usageError(flag, "is not an option", hint);
 }
 

@@ -3,11 +3,15 @@
 // `on-buffer-full`, `spill-dir`, `spill-limit`, `cbw-timeout-ms` and what starts with x- are cowcatcher's.
 // QEMU's arguments that this version cannot honour are known here, so that each is refused by its name.
 
+import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
 import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR } from "../backup/options.js";
 import type { JobOptions, OnIoError } from "../backup/options.js";
 import { IMAGE_FORMATS, isImageFormat } from "../image/format.js";
 import type { ImageFormat } from "../image/format.js";
+import { COMPRESSION_TYPES, compressionOf, DEFAULT_COMPRESSION_TYPE } from "../image/qcow2/compression.js";
+import type { Compression } from "../image/qcow2/compression.js";
+import { isNbdUri } from "../nbd/uri.js";
 import { KiB } from "../units.js";
 import { genericError, notSupported } from "./qmp.js";
 import type { JsonObject } from "./qmp.js";
@@ -59,6 +63,8 @@ export const BACKUP_COMMON = {
   "x-target-retries": optional(upTo(RETRY_COUNT_MAX)),
   "x-backing-file": optional(string),
   "x-backing-format": optional(oneOf(IMAGE_FORMATS)),
+  "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
+  "x-compression-level": optional(integer),
 };
 
 export const DRIVE_BACKUP = {
@@ -114,6 +120,8 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     clusterSizeBytes: args["x-cluster-size"],
     backingFile: args["x-backing-file"],
     backingFormat: args["x-backing-format"],
+    compression: compressionFrom(args),
+    sync: args.sync === "none" ? "none" : "full",
   };
   const present = Object.entries(given).filter(([, value]) => value !== undefined);
   return {
@@ -121,7 +129,7 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     ...defaults,
     ...(Object.fromEntries(present) as Partial<JobOptions>),
     target: targetName(args.target),
-    targetFormat: targetFormat(args.format, disk),
+    targetFormat: targetFormat(args.format ?? (isNbdUri(args.target) ? "raw" : undefined), disk),
   };
 }
 
@@ -137,18 +145,32 @@ function targetFormat(format: string | undefined, disk: DiskInfo): ImageFormat {
   return format;
 }
 
+/** `compress` alone is the command line's -c; a type or a level without it would be a mistake to pass over. */
+function compressionFrom(args: DriveBackupArguments): Compression | undefined {
+  const { compress, "x-compression-type": type, "x-compression-level": level } = args;
+  if (compress !== true) {
+    if (type === undefined && level === undefined) return undefined;
+    throw genericError("'x-compression-type' and 'x-compression-level' need 'compress' true");
+  }
+  try {
+    return compressionOf(type ?? DEFAULT_COMPRESSION_TYPE, level, "x-compression-level");
+  } catch (error) {
+    throw genericError(`Parameter ${messageOf(error)}`);
+  }
+}
+
 function ioPolicy(name: string, policy: (typeof ON_ERROR)[number] | undefined): OnIoError | undefined {
   if (policy === "enospc" || policy === "auto") throw notSupported(`'${policy}' as '${name}'`);
   return policy;
 }
 
 function refuseUnsupported(args: DriveBackupArguments): void {
-  if (args.sync !== "full") throw notSupported(`Sync mode '${args.sync}'`);
+  if (args.sync !== "full" && args.sync !== "none") throw notSupported(`Sync mode '${args.sync}'`);
   if (args.bitmap !== undefined) throw notSupported("Parameter 'bitmap'");
   if (args["bitmap-mode"] !== undefined) throw notSupported("Parameter 'bitmap-mode'");
-  if (args.compress === true) throw notSupported("Compression ('compress')");
   if (args["discard-source"] === true) throw notSupported("'discard-source'");
-  if (args.mode === "existing") throw notSupported("Mode 'existing'");
+  // An NBD export exists; QEMU asks for this mode there.
+  if (args.mode === "existing" && !isNbdUri(args.target)) throw notSupported("Mode 'existing'");
   // The job finishes its target by itself; nothing could wait for a job-finalize.
   if (args["auto-finalize"] === false) throw notSupported("'auto-finalize' false");
   if (args.speed !== undefined && args.speed < 0) {
@@ -187,7 +209,7 @@ export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObj
     device: disk,
     target: options.target,
     format: options.targetFormat,
-    sync: "full",
+    sync: options.sync ?? "full",
     speed: options.rateLimitBytes,
     "on-source-error": options.onSourceError,
     "on-target-error": options.onTargetError,
@@ -205,5 +227,8 @@ export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObj
     "x-target-retries": options.targetRetries,
     "x-backing-file": options.backingFile,
     "x-backing-format": options.backingFormat,
+    compress: options.compression === undefined ? undefined : true,
+    "x-compression-type": options.compression?.type,
+    "x-compression-level": options.compression?.level,
   };
 }

@@ -1,6 +1,6 @@
 // The table of all commands, and those that ask about the server and its disks.
 
-import type { DiskInfo } from "../backup/host.js";
+import type { DiskInfo, JobHost } from "../backup/host.js";
 import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
@@ -47,6 +47,14 @@ function exportInfo({ name }: DiskInfo): JsonObject {
   return { id: name, type: "nbd", "node-name": name, "shutting-down": false };
 }
 
+/** Exports of the T0 views of jobs, which come and go with them. */
+function snapshotExports(host: JobHost): JsonObject[] {
+  return host.jobs().flatMap(({ disk, snapshot }) => {
+    if (snapshot === undefined) return [];
+    return [{ id: snapshot.exportName, type: "nbd", "node-name": disk, "shutting-down": false }];
+  });
+}
+
 const QUERY_COMMANDS: Record<string, Command> = {
   "query-version": command({}, (_args, { version }) => versionInfo(version)),
   "query-commands": command({}, () => COMMAND_NAMES.map((name) => ({ name }))),
@@ -56,7 +64,10 @@ const QUERY_COMMANDS: Record<string, Command> = {
     host.disks().map(nodeInfo),
   ),
   "query-block": command({}, (_args, { host }) => host.disks().map(blockInfo)),
-  "query-block-exports": command({}, (_args, { host }) => host.disks().map(exportInfo)),
+  "query-block-exports": command({}, (_args, { host }) => [
+    ...host.disks().map(exportInfo),
+    ...snapshotExports(host),
+  ]),
   quit: command({}, (_args, { host, logger }) => {
     logger.info("a client of the control socket asked to quit");
     // The answer goes first.

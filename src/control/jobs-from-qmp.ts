@@ -28,6 +28,8 @@ export interface JobSummary {
   speed: number;
   progress: JobProgress;
   error?: CowcatcherError | undefined;
+  /** Name of the export of the disk's T0 view, where the job has one. */
+  snapshotExport?: string | undefined;
 }
 
 export interface JobResult {
@@ -130,6 +132,7 @@ function readJob({ id, status, error, "x-cowcatcher": extra }: JsonObject): JobS
     speed: typeof wire.speed === "number" ? wire.speed : 0,
     progress: progressFromWire(wire),
     error: readError(wire.error, error, text(id)),
+    snapshotExport: typeof wire["snapshot-export"] === "string" ? wire["snapshot-export"] : undefined,
   };
 }
 

@@ -151,6 +151,10 @@ export function jobToWire(job: BackupJob): JsonObject {
   const wire: JsonObject = { disk: job.disk, target: job.options.target, speed: job.speed };
   for (const key of PROGRESS_KEYS) wire[PROGRESS_FIELDS[key]] = progress[key];
   if (job.error !== undefined) wire.error = errorToWire(job.error);
+  if (job.snapshot !== undefined) {
+    wire["snapshot-export"] = job.snapshot.exportName;
+    if (job.snapshot.error !== undefined) wire["snapshot-error"] = errorToWire(job.snapshot.error);
+  }
   return wire;
 }
 

@@ -105,6 +105,14 @@ export class CaptureStore {
     return missing;
   }
 
+  /**
+   * Whether [from, to), bytes of the disk in the chunk, is known to be captured. No claim is needed: only this thread
+   * notes captures, once they are complete, and what is captured stays so. `false` says nothing.
+   */
+  isHeld(chunk: number, from: number, to: number): boolean {
+    return this.#heldBlocks.hasAll(chunk, this.#blockOf(chunk, from), this.#endBlockOf(chunk, to));
+  }
+
   /** All blocks of [from, to) are captured now, or their cluster is DONE. */
   #noteHeld(chunk: number, from: number, to: number): void {
     this.#heldBlocks.add(chunk, this.#blockOf(chunk, from), this.#endBlockOf(chunk, to));

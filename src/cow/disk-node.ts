@@ -8,7 +8,15 @@
 
 import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../image/device.js";
 import { toCowcatcherError } from "../errors.js";
+import { GiB } from "../units.js";
 import type { Interceptor } from "./interceptor.js";
+
+/**
+ * A longer trim or write of zeroes (NBD's extended headers allow any length) is carried out in pieces, with a turn of
+ * the event loop between two, so that it cannot hold up other guests. It is one write all the same: T0 waits for all
+ * of it.
+ */
+const PIECE_BYTES = 1 * GiB;
 
 export class DiskNode implements BlockDevice {
   readonly name: string;
@@ -51,12 +59,24 @@ export class DiskNode implements BlockDevice {
   }
 
   writeZeroes(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): Completion {
+    if (lengthBytes > PIECE_BYTES) {
+      return this.#inPieces(offsetBytes, lengthBytes, (at, count) =>
+        this.image.writeZeroes(at, count, options),
+      );
+    }
     const wait = this.#beforeWrite(offsetBytes, lengthBytes);
     if (wait) return wait.then(() => this.writeZeroes(offsetBytes, lengthBytes, options));
     return this.#track(this.image.writeZeroes(offsetBytes, lengthBytes, options));
   }
 
+  canZeroFast(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): boolean {
+    return this.image.canZeroFast?.(offsetBytes, lengthBytes, options) ?? false;
+  }
+
   discard(offsetBytes: number, lengthBytes: number): Completion {
+    if (lengthBytes > PIECE_BYTES) {
+      return this.#inPieces(offsetBytes, lengthBytes, (at, count) => this.image.discard(at, count));
+    }
     const wait = this.#beforeWrite(offsetBytes, lengthBytes);
     if (wait) return wait.then(() => this.discard(offsetBytes, lengthBytes));
     return this.#track(this.image.discard(offsetBytes, lengthBytes));
@@ -75,7 +95,10 @@ export class DiskNode implements BlockDevice {
   }
 
   #beforeWrite(offsetBytes: number, lengthBytes: number): Completion {
-    if (this.#gate !== null) return this.#gate;
+    return this.#gate ?? this.#intercept(offsetBytes, lengthBytes);
+  }
+
+  #intercept(offsetBytes: number, lengthBytes: number): Completion {
     try {
       for (const interceptor of this.#interceptors) {
         const wait = interceptor.beforeWrite(offsetBytes, lengthBytes);
@@ -88,13 +111,37 @@ export class DiskNode implements BlockDevice {
     }
   }
 
+  /** Past the gate once: T0 cannot come between two pieces, nor can the interceptors of a job that it starts. */
+  async #inPieces(
+    offsetBytes: number,
+    lengthBytes: number,
+    step: (offsetBytes: number, lengthBytes: number) => Completion,
+  ): Promise<void> {
+    while (this.#gate !== null) await this.#gate;
+    this.#inFlight++;
+    try {
+      const end = offsetBytes + lengthBytes;
+      for (let at = offsetBytes; at < end; at += PIECE_BYTES) {
+        const count = Math.min(PIECE_BYTES, end - at);
+        // A piece that waited starts again: another interceptor may have come to need it.
+        for (let wait = this.#intercept(at, count); wait; wait = this.#intercept(at, count)) await wait;
+        await step(at, count);
+        await new Promise((resolve) => setImmediate(resolve));
+      }
+    } finally {
+      this.#leave();
+    }
+  }
+
   #track(completion: Completion): Completion {
     if (!completion) return undefined;
     this.#inFlight++;
-    return completion.finally(() => {
-      this.#inFlight--;
-      if (this.#inFlight === 0) this.#onIdle?.();
-    });
+    return completion.finally(() => this.#leave());
+  }
+
+  #leave(): void {
+    this.#inFlight--;
+    if (this.#inFlight === 0) this.#onIdle?.();
   }
 
   /** Closes the gate and waits until no write is in flight; the result opens the gate again. */

@@ -42,6 +42,20 @@ export class HeldBlocks {
     return ((this.#bits[word] >>> (block & 31)) & 1) === 1;
   }
 
+  /** Whether the chunk is known and blocks [from, to) of it, at least one, are all noted. */
+  hasAll(chunk: number, from: number, to: number): boolean {
+    if (!this.knows(chunk)) return false;
+    const base = (chunk & this.#mask) * this.#wordsPerChunk;
+    const lastWord = (to - 1) >> 5;
+    for (let word = from >> 5; word <= lastWord; word++) {
+      let wanted = -1;
+      if (word === from >> 5) wanted <<= from & 31;
+      if (word === lastWord) wanted &= -1 >>> (31 - ((to - 1) & 31));
+      if ((this.#bits[base + word] & wanted) !== wanted) return false;
+    }
+    return true;
+  }
+
   /** Notes blocks [from, to) of the chunk as captured; nothing happens if it was pushed out meanwhile. */
   add(chunk: number, from: number, to: number): void {
     if (!this.knows(chunk)) return;

@@ -1,8 +1,8 @@
 // The main thread's side of copy-before-write: before a guest write changes a byte, the T0 content of its 4 KiB
 // block is in a slot, in the spill, or in a worker's hands.
 //
-// The quick way through costs a few loads: the clusters are DONE, or their region is a hole. Else the write's
-// blocks are captured, chunk by chunk: claim the chunk, find the blocks that no earlier capture holds, copy them
+// The quick way through costs a few loads: the main thread has noted that the blocks are captured, the clusters are
+// DONE, or their region is a hole. Else the write's blocks are captured, chunk by chunk: claim the chunk, find the blocks that no earlier capture holds, copy them
 // from the image into slots, put the captures on the chunk's list, mark the clusters CAPTURED, queue the chunk,
 // let it go. All of that is synchronous when the data is cached, and a claim is then held for microseconds.
 //
@@ -126,6 +126,7 @@ export class Interceptor {
     const { chunkBytes } = this.#shared.geometry;
     const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
     const first = Math.floor(offsetBytes / chunkBytes);
+    if (first === last && this.#store.isHeld(first, offsetBytes, offsetBytes + lengthBytes)) return undefined;
     const enough = this.counters.captureCount + CHUNKS_PER_TURN;
     for (let chunk = first; chunk <= last; chunk++) {
       if (this.counters.captureCount >= enough) return this.#captureSlowly(offsetBytes, lengthBytes);

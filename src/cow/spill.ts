@@ -12,6 +12,8 @@
 
 import { readSync, writeSync } from "node:fs";
 import { CowcatcherError, ioError } from "../errors.js";
+import type { Completion } from "../image/device.js";
+import { readFully } from "../image/fileio.js";
 import { libc } from "../native/libc.js";
 import { roundUp } from "../units.js";
 import { BLOCK_BYTES, type Geometry } from "./geometry.js";
@@ -81,11 +83,42 @@ export class SpillFile {
     const offset = chunk * this.geometry.chunkBytes + blockInChunk * BLOCK_BYTES;
     const wanted = count * BLOCK_BYTES;
     if (this.#transfer("read", readSync, buffer, bufferOffset, wanted, offset) === wanted) return;
-    throw new CowcatcherError({
+    throw this.#lostData(offset);
+  }
+
+  /**
+   * Main thread: reads spilled bytes by their offset on the disk, at once if they are in the page cache, else through
+   * libuv's pool. Rejects with CowcatcherError IO. The descriptor must stay open until completion.
+   */
+  readBytes(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    const { fd } = this.description;
+    let done = 0;
+    if (libc !== null) {
+      const at = buffer.byteOffset + bufferOffset;
+      // An error, such as that of a file system without RWF_NOWAIT, is the asynchronous read's to find.
+      done = Math.max(0, libc.readNowait(fd, buffer.buffer, at, lengthBytes, offsetBytes));
+      if (done === lengthBytes) return undefined;
+    }
+    return this.#readLater(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
+  }
+
+  async #readLater(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const { fd, path } = this.description;
+    const count = await readFully(path, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+    if (count < lengthBytes) throw this.#lostData(offsetBytes + count);
+  }
+
+  #lostData(offsetBytes: number): CowcatcherError {
+    return new CowcatcherError({
       code: "IO",
       object: this.description.path,
       problem: "the spill file has lost what was written to it",
-      offsetBytes: offset,
+      offsetBytes,
     });
   }
 

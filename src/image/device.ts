@@ -53,6 +53,11 @@ export interface BlockDevice {
   /** Writes buffer[bufferOffset, +lengthBytes). The buffer must stay unchanged until completion. */
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   writeZeroes(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): Completion;
+  /**
+   * Whether `writeZeroes` of the range would take less than writing data there: by metadata or by the file system
+   * (NBD: NBD_CMD_FLAG_FAST_ZERO). False where it is not known, as without this method. Changes nothing.
+   */
+  canZeroFast?(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): boolean;
   /** Advice that the content is not needed; what the range reads as afterwards is zeroes or the old data. */
   discard(offsetBytes: number, lengthBytes: number): Completion;
   /** On completion every write that had completed before the call is on stable storage, with its metadata. */
@@ -100,9 +105,14 @@ export interface Qcow2SourceDescription {
   fd: number;
   /** File that holds guest clusters: `fd` itself unless the image has an external data file. */
   dataFd: number;
+  /** What errors call that file. */
+  dataName: string;
   sizeBytes: number;
   direct: boolean;
+  /** Version 2 knows no zero flag: an entry that has it is damaged. */
+  version: 2 | 3;
   clusterBits: number;
+  isExtendedL2: boolean;
   compressionType: "zlib" | "zstd";
   /** The L1 table of T0: 64-bit entries in host byte order, two 32-bit words each, low word first. */
   l1Table: SharedArrayBuffer;
@@ -122,7 +132,20 @@ export interface NullSourceDescription {
   sizeBytes: number;
 }
 
-export type SourceDescription = RawSourceDescription | Qcow2SourceDescription | NullSourceDescription;
+export interface NbdSourceDescription {
+  format: "nbd";
+  name: string;
+  /** Each worker makes a connection of its own to it. */
+  uri: string;
+  sizeBytes: number;
+  /** How often a lost connection is made again before a read fails. */
+  retries: number;
+  /** What reads as zeroes, where that was asked for and cannot change any more (nbd/extent-map.ts). */
+  zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
+}
+
+export type SourceDescription =
+  RawSourceDescription | Qcow2SourceDescription | NullSourceDescription | NbdSourceDescription;
 
 /** A worker's view of the source at T0. One thread; offsets and lengths within [0, sizeBytes). */
 export interface SourceReader {

@@ -5,15 +5,18 @@
 // A chain may not come back to a file that it holds already (by device and inode, so that links do not help), and
 // its depth is bounded.
 
-import { closeSync, fstatSync, openSync } from "node:fs";
-import type { Stats } from "node:fs";
+import { closeSync, openSync } from "node:fs";
 import * as path from "node:path";
 import { CowcatcherError, ioError } from "../errors.js";
+import { openNbdImage } from "../nbd/device.js";
+import { isNbdUri } from "../nbd/uri.js";
 import type { Image } from "./device.js";
+import { type ExternalData, fileIdentity, openExternalData } from "./external-data.js";
 import { closeFile, readFirstBytes, readFullySync } from "./fileio.js";
 import { type ImageFormat, isImageFormat } from "./format.js";
 import { acquireImageLock } from "./locks.js";
 import { PROBE_BYTES, probeFormat } from "./probe.js";
+import { repairIfDirty } from "./qcow2/check.js";
 import { type Qcow2Header, readHeader } from "./qcow2/header.js";
 import { openQcow2 } from "./qcow2/image.js";
 import { openImageFile } from "./imagefile.js";
@@ -32,6 +35,12 @@ export interface OpenOptions {
   lock?: boolean | undefined;
   /** Open the backing chain; true by default. Without it unallocated clusters read as zeroes. */
   backing?: boolean | undefined;
+  /** Id or name of an internal snapshot of a qcow2 image: the disk as of it, read-only. */
+  snapshot?: string | undefined;
+  /** Of an NBD export only: the dirty bitmap that the copy will ask for. */
+  bitmap?: string | undefined;
+  /** Of an NBD export: asked while a server's answer is awaited; true ends the wait with CANCELLED. */
+  isCancelled?: (() => boolean) | undefined;
 }
 
 /** Options as they hold for the whole chain, and the files that it consists of so far. */
@@ -48,13 +57,29 @@ interface ChainState {
  * @throws CowcatcherError NOT_FOUND, IO, LOCKED, UNSUPPORTED (foreign format, protocol, O_DIRECT), FORMAT, LIMIT.
  */
 export async function openImage(imagePath: string, options: OpenOptions): Promise<Image> {
+  if (options.snapshot !== undefined && !options.readOnly) throw snapshotIsReadOnly(imagePath);
+  if (isNbdUri(imagePath)) return openNbd(imagePath, options);
   const chain: ChainState = {
     direct: options.direct ?? false,
     lock: options.lock ?? true,
     backing: options.backing ?? true,
     files: new Set(),
   };
-  return openLayer(imagePath, options.format, options.readOnly, chain);
+  return openLayer(imagePath, options.format, options.readOnly, chain, options.snapshot);
+}
+
+/** An export is raw: what another program serves as qcow2 bytes, that program can serve as a disk. */
+async function openNbd(uri: string, options: OpenOptions): Promise<Image> {
+  const { format, readOnly, bitmap, snapshot, isCancelled } = options;
+  if (snapshot !== undefined) throw noSnapshots(uri, "an NBD export");
+  if (format !== undefined && format !== "raw") {
+    throw unsupported(
+      uri,
+      `an NBD export cannot be read as ${format}`,
+      `export the disk and not its file, as with qemu-nbd -f ${format}`,
+    );
+  }
+  return openNbdImage(uri, { readOnly, bitmap, isCancelled });
 }
 
 async function openLayer(
@@ -62,29 +87,54 @@ async function openLayer(
   format: ImageFormat | undefined,
   readOnly: boolean,
   chain: ChainState,
+  snapshot?: string,
 ): Promise<Image> {
   const fd = await openImageFile(imagePath, { readOnly, direct: chain.direct });
   let backing: Image | null = null;
+  let data: ExternalData | undefined;
   try {
-    enterChain(imagePath, fstatSync(fd), chain);
+    enterChain(imagePath, fileIdentity(fd), chain);
     if (chain.lock) acquireImageLock(fd, imagePath, { write: !readOnly });
     const probed = format === undefined;
     const known = format ?? probeFormat(imagePath, readFirstBytes(imagePath, fd, PROBE_BYTES));
     const base = { path: imagePath, name: imagePath, fd, readOnly, direct: chain.direct, probed };
-    if (known === "raw") return await openRaw(base);
+    if (known === "raw") {
+      if (snapshot !== undefined) throw noSnapshots(imagePath, "a raw image");
+      return await openRaw(base);
+    }
     if (chain.lock && !readOnly) acquireImageLock(fd, imagePath, { write: true, resize: true });
-    if (chain.backing)
-      backing = await openBackingOf(imagePath, readHeaderOf(imagePath, fd, chain.direct), chain);
-    return await openQcow2({ ...base, backing });
+    if (!readOnly) await repairIfDirty(imagePath, fd);
+    const header = readHeaderOf(imagePath, fd, chain.direct);
+    if (chain.backing) backing = await openBackingOf(imagePath, header, chain);
+    data = await openExternalData(imagePath, header, { ...chain, readOnly });
+    return await openQcow2({ ...base, ...data, backing, snapshot });
   } catch (error) {
     await backing?.close();
+    if (data !== undefined) await closeFile(data.dataFd);
     await closeFile(fd);
     throw ioError("open", imagePath, error);
   }
 }
 
-function enterChain(imagePath: string, stats: Stats, chain: ChainState): void {
-  const file = stats.isBlockDevice() ? `rdev:${stats.rdev}` : `${stats.dev}:${stats.ino}`;
+function snapshotIsReadOnly(object: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "USAGE",
+    object,
+    problem: "an internal snapshot cannot be written",
+    hint: "open it read-only",
+  });
+}
+
+function noSnapshots(object: string, kind: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "UNSUPPORTED",
+    object,
+    problem: `${kind} has no internal snapshots`,
+    hint: "leave --snapshot out",
+  });
+}
+
+function enterChain(imagePath: string, file: string, chain: ChainState): void {
   if (chain.files.has(file)) {
     throw new CowcatcherError({
       code: "FORMAT",

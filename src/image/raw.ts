@@ -87,7 +87,11 @@ export class RawImage implements Image {
   private readonly fd: number;
   private readonly guard: ProbeGuard | null;
   private readonly isInMemory: boolean;
+  private readonly isBlockDevice: boolean;
   private canReadNowait = libc !== null;
+  /** What fallocate can do with this file, as far as known. */
+  private canPunch: boolean | undefined;
+  private canZeroRange = false;
   private flushError: CowcatcherError | null = null;
 
   constructor(
@@ -101,6 +105,7 @@ export class RawImage implements Image {
     this.fd = fd;
     this.readOnly = readOnly;
     this.probed = probed;
+    this.isBlockDevice = fs.fstatSync(fd).isBlockDevice();
     this.isInMemory = directFile === null && isOnMemoryFileSystem(fd);
     this.guard =
       probed && !readOnly ? new ProbeGuard(name, () => readFirstBytes(name, fd, PROBE_BYTES)) : null;
@@ -213,6 +218,20 @@ export class RawImage implements Image {
     return this.zeroFrom(offsetBytes, end, mayUnmap);
   }
 
+  /**
+   * Small ranges are written, which costs no more than data would. For others the file system must have shown that
+   * it can: with holes at the first question, which frees nothing as it lies behind the end, without holes by an
+   * earlier request. A block device may write zeroes itself.
+   */
+  canZeroFast(_offsetBytes: number, lengthBytes: number, { mayUnmap }: WriteZeroesOptions): boolean {
+    if (libc === null || this.readOnly) return false;
+    if (lengthBytes <= WRITTEN_ZEROES_BYTES && !mayUnmap) return true;
+    if (this.isBlockDevice) return false;
+    if (!mayUnmap) return this.canZeroRange;
+    this.canPunch ??= libc.punchHole(this.fd, this.sizeBytes, WRITTEN_ZEROES_BYTES) >= 0;
+    return this.canPunch;
+  }
+
   /** The first piece at once, the others each in a turn of their own. */
   private zeroFrom(offsetBytes: number, end: number, mayUnmap: boolean): Completion {
     const pieceEnd = Math.min(end, offsetBytes + FALLOCATE_PIECE_BYTES);
@@ -241,6 +260,7 @@ export class RawImage implements Image {
     const result = mayUnmap
       ? libc.punchHole(this.fd, offsetBytes, lengthBytes)
       : libc.zeroRange(this.fd, offsetBytes, lengthBytes);
+    if (!mayUnmap) this.canZeroRange = result >= 0;
     if (FALLOCATE_UNSUPPORTED.has(result)) return false;
     if (result < 0) throw errnoError("write zeroes", this.name, result, offsetBytes);
     return true;

@@ -14,20 +14,29 @@ import {
   readFullySync,
   readOnceSync,
 } from "./fileio.js";
+import { NbdSourceReader } from "../nbd/reader.js";
 import { Qcow2SourceReader } from "./qcow2/reader.js";
 
 const BOUNCE_BYTES = 64 * KiB;
 
-/** Opens the reader for a description, and those of its backing chain. Any thread; the reader stays there. */
-export function openSource(description: SourceDescription): SourceReader {
+/**
+ * Opens the reader for a description, and those of its backing chain. Any thread; the reader stays there.
+ * @param isCancelled asked while an NBD server's answer is awaited; true ends the wait
+ */
+export function openSource(
+  description: SourceDescription,
+  isCancelled: () => boolean = () => false,
+): SourceReader {
   switch (description.format) {
     case "raw":
       return description.direct ? new DirectRawSourceReader(description) : new RawSourceReader(description);
     case "null":
       return new NullSourceReader(description.sizeBytes);
+    case "nbd":
+      return new NbdSourceReader(description, isCancelled);
     case "qcow2": {
       const { backing } = description;
-      return new Qcow2SourceReader(description, backing === null ? null : openSource(backing));
+      return new Qcow2SourceReader(description, backing === null ? null : openSource(backing, isCancelled));
     }
   }
 }

@@ -4,18 +4,25 @@
 //
 // A request's cookie is its slot and the slot's generation, so a reply that answers nothing, or answers twice, is
 // noticed and ends the connection: after it no reply can be trusted. Requests that are made in one turn of the
-// event loop leave in one write. A read's payload goes from the socket's chunk straight into the caller's buffer.
-// The first failure of the connection is what every request in flight and every later one rejects with.
+// event loop leave in one write. A read's payload goes from the kernel straight into the caller's buffer
+// (client-replies.ts). The first failure of the connection is what every request in flight and every later one
+// rejects with. No wait is without an end: the negotiation as a whole and each request have a time limit, so that
+// neither silence nor a trickle of bytes holds a caller.
 //
-// No TLS, and simple replies only (client-handshake.ts). Main thread or worker; one event loop owns a client.
+// Main thread or worker; one event loop owns a client. Who wants a lost connection made again uses client-session.ts.
 // Specification: doc/proto.md of NetworkBlockDevice/nbd, "Transmission".
 
 import { connect, type Socket } from "node:net";
 import { CowcatcherError, ioError } from "../errors.js";
 import { MiB } from "../units.js";
-import { negotiate, protocolError, type ExportInfo } from "./client-handshake.js";
+import { negotiate, protocolError, type ExportInfo, type Negotiated } from "./client-handshake.js";
+import { ReplyReader, type ReplySink } from "./client-replies.js";
+import { commandName, connectionError, replyError, type Extents, type Request } from "./client-request.js";
+import { readDirectly } from "./direct-socket.js";
 import {
+  NBD_CMD_BLOCK_STATUS,
   NBD_CMD_DISC,
+  NBD_CMD_FLAG_FAST_ZERO,
   NBD_CMD_FLAG_FUA,
   NBD_CMD_FLAG_NO_HOLE,
   NBD_CMD_FLUSH,
@@ -23,24 +30,15 @@ import {
   NBD_CMD_TRIM,
   NBD_CMD_WRITE,
   NBD_CMD_WRITE_ZEROES,
-  NBD_EIO,
-  NBD_EINVAL,
-  NBD_ENOMEM,
-  NBD_ENOSPC,
-  NBD_ENOTSUP,
-  NBD_EOVERFLOW,
-  NBD_EPERM,
-  NBD_ESHUTDOWN,
   NBD_FLAG_CAN_MULTI_CONN,
   NBD_FLAG_READ_ONLY,
+  NBD_FLAG_SEND_FAST_ZERO,
   NBD_FLAG_SEND_FLUSH,
   NBD_FLAG_SEND_FUA,
   NBD_FLAG_SEND_TRIM,
   NBD_FLAG_SEND_WRITE_ZEROES,
   NBD_REQUEST_MAGIC,
-  NBD_SIMPLE_REPLY_MAGIC,
   REQUEST_HEADER_BYTES,
-  SIMPLE_REPLY_BYTES,
   writeUint64,
 } from "./protocol.js";
 import { formatNbdUri, parseNbdUri, type NbdAddress } from "./uri.js";
@@ -50,115 +48,118 @@ export interface NbdClientOptions {
   maxInFlight?: number;
   /** For the connection and the negotiation. */
   connectTimeoutMs?: number;
-  /** Longest silence of the server while it owes replies. A live backup may hold a guest's write for 45 s. */
+  /** Longest time between a request and its answer. A live backup may hold a guest's write for 45 s. */
   replyTimeoutMs?: number;
+  /** Structured replies where the server has them; true by default. */
+  structured?: boolean;
+  /** Metadata contexts to ask for. */
+  contexts?: readonly string[];
+  /** Asked a few times a second while an answer is awaited: true ends the connection with CANCELLED. */
+  isCancelled?: () => boolean;
 }
 
-const DEFAULT_OPTIONS = { maxInFlight: 64, connectTimeoutMs: 30_000, replyTimeoutMs: 120_000 };
+const DEFAULT_OPTIONS = {
+  maxInFlight: 64,
+  connectTimeoutMs: 30_000,
+  replyTimeoutMs: 120_000,
+  structured: true,
+  contexts: [],
+  isCancelled: () => false,
+};
 const MAX_IN_FLIGHT_BOUND = 1024;
 /** Payload of the requests in flight; one request of any size is always let through. */
 const MAX_BYTES_IN_FLIGHT = 64 * MiB;
 /** Requests that wait for a slot: a caller that has so many open has no bound of its own. */
 const MAX_WAITING = 4096;
 /** A 32-bit length, rounded down so that it stays aligned to any block size. */
-const MAX_RANGE_BYTES = 2 ** 32 - 65_536;
+export const MAX_RANGE_BYTES = 2 ** 32 - 65_536;
 const HANG_UP_TIMEOUT_MS = 5_000;
-
-const ERRNO_OF_NBD: ReadonlyMap<number, string> = new Map([
-  [NBD_EPERM, "EPERM"],
-  [NBD_EIO, "EIO"],
-  [NBD_ENOMEM, "ENOMEM"],
-  [NBD_EINVAL, "EINVAL"],
-  [NBD_ENOSPC, "ENOSPC"],
-  [NBD_EOVERFLOW, "EOVERFLOW"],
-  [NBD_ENOTSUP, "ENOTSUP"],
-  [NBD_ESHUTDOWN, "ESHUTDOWN"],
-]);
-
-const COMMAND_NAMES: Readonly<Record<number, string>> = {
-  [NBD_CMD_READ]: "read",
-  [NBD_CMD_WRITE]: "write",
-  [NBD_CMD_FLUSH]: "flush",
-  [NBD_CMD_TRIM]: "trim",
-  [NBD_CMD_WRITE_ZEROES]: "write zeroes",
-};
-
-interface Request {
-  command: number;
-  flags: number;
-  offsetBytes: number;
-  lengthBytes: number;
-  /** A read's destination or a write's source: exactly lengthBytes. */
-  data: Uint8Array | undefined;
-  resolve: () => void;
-  reject: (error: CowcatcherError) => void;
-}
+/** How often the age of the requests in flight is looked at. */
+const WATCH_MS = 100;
 
 export class NbdClient {
   /** What errors call the export: its URI. */
   readonly name: string;
   readonly info: Readonly<ExportInfo>;
+  /** Metadata contexts that `blockStatus` may be asked for. */
+  readonly contexts: ReadonlySet<string>;
   readonly #socket: Socket;
   readonly #maxInFlight: number;
   readonly #slots: (Request | undefined)[];
   readonly #generations: Uint32Array;
   readonly #freeSlots: number[];
   readonly #waiting: Request[] = [];
+  readonly #options: Required<NbdClientOptions>;
   #bytesInFlight = 0;
   #failure: CowcatcherError | undefined;
   #isCorked = false;
   #whenIdle: (() => void) | undefined;
+  #watch: NodeJS.Timeout | undefined;
 
-  readonly #replyHeader = Buffer.alloc(SIMPLE_REPLY_BYTES);
-  #replyHeaderBytes = 0;
-  /** The read whose payload is arriving, its slot, and how much of it is there. */
-  #arriving: Request | undefined;
-  #arrivingSlot = 0;
-  #arrivedBytes = 0;
-
-  private constructor(socket: Socket, name: string, info: ExportInfo, options: Required<NbdClientOptions>) {
-    this.#socket = socket;
+  private constructor(negotiated: Negotiated, name: string, options: Required<NbdClientOptions>) {
+    const { info, structured, contexts } = negotiated;
     this.name = name;
     this.info = info;
+    this.contexts = new Set(contexts.values());
+    this.#options = options;
     this.#maxInFlight = Math.max(1, Math.min(options.maxInFlight, MAX_IN_FLIGHT_BOUND));
     this.#slots = new Array<Request | undefined>(this.#maxInFlight).fill(undefined);
     this.#generations = new Uint32Array(this.#maxInFlight);
     this.#freeSlots = Array.from({ length: this.#maxInFlight }, (_, i) => i);
-    socket.on("data", (chunk: Buffer) => this.#receive(chunk));
+    const sink: ReplySink = {
+      structured,
+      contexts,
+      find: (generation, slot) => (this.#generations[slot] === generation ? this.#slots[slot] : undefined),
+      settle: (slot, request, nbdError) => this.#settle(slot, request, nbdError),
+      broken: (problem) => this.#fail(protocolError(name, problem)),
+    };
+    const socket = readDirectly(negotiated.socket, new ReplyReader(sink));
+    this.#socket = socket;
     socket.on("error", (cause) => this.#fail(ioError("talk to the server", name, cause)));
+    socket.on("end", () => this.#fail(connectionError(name, "the server hung up", "ECONNRESET")));
     socket.on("close", () => this.#fail(connectionError(name, "the server hung up", "ECONNRESET")));
-    socket.setTimeout(options.replyTimeoutMs, () => {
-      if (this.inFlight === 0) return;
-      const seconds = options.replyTimeoutMs / 1000;
-      this.#fail(connectionError(name, `no reply from the server within ${seconds} s`, "ETIMEDOUT"));
-    });
+    socket.resume();
   }
 
   /**
    * Connects, negotiates and enters the export.
    * @throws CowcatcherError USAGE or UNSUPPORTED for the URI; NOT_FOUND for no such socket or export; PROTOCOL;
-   *   IO for anything else, with errno where the system gave one (ETIMEDOUT after connectTimeoutMs).
+   *   CANCELLED; IO for anything else, with errno where the system gave one (ETIMEDOUT after connectTimeoutMs).
    */
   static async connect(server: string | NbdAddress, options: NbdClientOptions = {}): Promise<NbdClient> {
     const address = typeof server === "string" ? parseNbdUri(server) : server;
     const name = typeof server === "string" ? server : formatNbdUri(address);
     const settings = { ...DEFAULT_OPTIONS, ...options };
     const socket = connect("path" in address ? { path: address.path } : { ...address, noDelay: true });
-    let isTimedOut = false;
-    const timer = setTimeout(() => {
-      isTimedOut = true;
-      socket.destroy();
-    }, settings.connectTimeoutMs);
+    const deadlineMs = performance.now() + settings.connectTimeoutMs;
+    let ended: CowcatcherError | undefined;
+    const timer = setInterval(
+      () => {
+        if (settings.isCancelled()) ended = cancelled(name);
+        else if (performance.now() < deadlineMs) return;
+        ended ??= connectionError(
+          name,
+          `no connection within ${settings.connectTimeoutMs / 1000} s`,
+          "ETIMEDOUT",
+        );
+        socket.destroy();
+      },
+      Math.min(WATCH_MS, settings.connectTimeoutMs),
+    );
     try {
       await connected(socket, name);
-      return new NbdClient(socket, name, await negotiate(socket, name, address.exportName), settings);
+      return new NbdClient(await negotiate(socket, name, address, settings), name, settings);
     } catch (error) {
       socket.destroy();
-      if (!isTimedOut) throw error;
-      throw connectionError(name, `no connection within ${settings.connectTimeoutMs / 1000} s`, "ETIMEDOUT");
+      throw ended ?? error;
     } finally {
-      clearTimeout(timer);
+      clearInterval(timer);
     }
+  }
+
+  /** Why no request can be made any more, if none can. */
+  get failure(): CowcatcherError | undefined {
+    return this.#failure;
   }
 
   get sizeBytes(): number {
@@ -179,6 +180,10 @@ export class NbdClient {
 
   get canMultiConn(): boolean {
     return this.#has(NBD_FLAG_CAN_MULTI_CONN);
+  }
+
+  get canZeroFast(): boolean {
+    return this.#has(NBD_FLAG_SEND_FAST_ZERO);
   }
 
   /** Requests that the server has not answered. */
@@ -211,18 +216,22 @@ export class NbdClient {
     if (fua && flags === 0) await this.flush();
   }
 
-  /** Rejects with UNSUPPORTED where the server cannot (`canWriteZeroes`). At most 4 GiB - 64 KiB at a time. */
+  /**
+   * Rejects with UNSUPPORTED where the server cannot (`canWriteZeroes`). At most 4 GiB - 64 KiB at a time.
+   * `fast` (only where `canZeroFast`): rejects with errno ENOTSUP where it would take as long as writing the zeroes.
+   */
   async writeZeroes(
     offsetBytes: number,
     lengthBytes: number,
-    { mayUnmap = true, fua = false } = {},
+    { mayUnmap = true, fua = false, fast = false } = {},
   ): Promise<void> {
     if (!this.canWriteZeroes) {
       const problem = "the server cannot write zeroes";
       throw new CowcatcherError({ code: "UNSUPPORTED", object: this.name, problem });
     }
     const fuaFlag = fua && this.#has(NBD_FLAG_SEND_FUA) ? NBD_CMD_FLAG_FUA : 0;
-    const flags = fuaFlag | (mayUnmap ? 0 : NBD_CMD_FLAG_NO_HOLE);
+    const fastFlag = fast && this.canZeroFast ? NBD_CMD_FLAG_FAST_ZERO : 0;
+    const flags = fuaFlag | fastFlag | (mayUnmap ? 0 : NBD_CMD_FLAG_NO_HOLE);
     await this.#request(NBD_CMD_WRITE_ZEROES, flags, offsetBytes, lengthBytes, undefined);
     if (fua && fuaFlag === 0) await this.flush();
   }
@@ -240,6 +249,24 @@ export class NbdClient {
     return this.#request(NBD_CMD_FLUSH, 0, 0, 0, undefined);
   }
 
+  /**
+   * What the server says of [offsetBytes, +lengthBytes) in a metadata context: at least one extent; the last may
+   * reach over the end, and together they may end before it. At most 4 GiB - 64 KiB at a time.
+   * Rejects with UNSUPPORTED unless `contexts` has it.
+   */
+  async blockStatus(context: string, offsetBytes: number, lengthBytes: number): Promise<Extents> {
+    if (!this.contexts.has(context)) {
+      const problem = `the server does not have the metadata context '${context}' for this export`;
+      throw new CowcatcherError({ code: "UNSUPPORTED", object: this.name, problem });
+    }
+    const made: { request?: Request } = {};
+    await this.#request(NBD_CMD_BLOCK_STATUS, 0, offsetBytes, lengthBytes, undefined, made);
+    const extents = made.request?.extents?.get(context);
+    if (extents === undefined)
+      throw protocolError(this.name, `no block status of '${context}' in the answer`);
+    return extents;
+  }
+
   /** Waits for the requests at hand, says goodbye and hangs up. No request may follow. Never rejects. */
   async disconnect(): Promise<void> {
     if (this.#failure === undefined && (this.inFlight > 0 || this.#waiting.length > 0)) {
@@ -248,6 +275,7 @@ export class NbdClient {
       });
     }
     if (this.#failure !== undefined) return;
+    clearInterval(this.#watch);
     this.#failure = connectionError(this.name, "the connection is closed", "ENOTCONN");
     this.#send(NBD_CMD_DISC, 0, 0, 0, 0, 0);
     this.#socket.end();
@@ -271,12 +299,19 @@ export class NbdClient {
     offsetBytes: number,
     lengthBytes: number,
     data: Uint8Array | undefined,
+    made: { request?: Request } = {},
   ): Promise<void> {
     const wrong = this.#failure ?? this.#refusalOf(command, offsetBytes, lengthBytes, data);
     if (wrong !== undefined) return Promise.reject(wrong);
     if (lengthBytes === 0 && command !== NBD_CMD_FLUSH) return Promise.resolve();
     return new Promise((resolve, reject) => {
-      this.#waiting.push({ command, flags, offsetBytes, lengthBytes, data, resolve, reject });
+      const request = { command, flags, offsetBytes, lengthBytes, data, resolve, reject, sentMs: 0 };
+      made.request = request;
+      this.#waiting.push(request);
+      this.#watch ??= setInterval(
+        () => this.#lookAtAges(),
+        Math.min(WATCH_MS, this.#options.replyTimeoutMs / 2),
+      ).unref();
       this.#start();
     });
   }
@@ -291,10 +326,11 @@ export class NbdClient {
     const { minimumBlockBytes, maximumPayloadBytes, sizeBytes } = this.info;
     const refuse = (code: "IO" | "LIMIT", problem: string, errno?: string): CowcatcherError =>
       new CowcatcherError({ code, object: this.name, problem, offsetBytes, errno });
-    const what = `cannot ${COMMAND_NAMES[command]} ${lengthBytes} bytes`;
+    const what = `cannot ${commandName(command)} ${lengthBytes} bytes`;
     if (this.#waiting.length >= MAX_WAITING) return refuse("LIMIT", `more than ${MAX_WAITING} requests wait`);
     if (command === NBD_CMD_FLUSH) return undefined;
-    if (command !== NBD_CMD_READ && this.readOnly) return refuse("IO", "the export is read-only", "EPERM");
+    const isReading = command === NBD_CMD_READ || command === NBD_CMD_BLOCK_STATUS;
+    if (!isReading && this.readOnly) return refuse("IO", "the export is read-only", "EPERM");
     const isWithin = offsetBytes >= 0 && lengthBytes >= 0 && offsetBytes + lengthBytes <= sizeBytes;
     if (!isWithin || !Number.isSafeInteger(offsetBytes) || !Number.isSafeInteger(lengthBytes)) {
       return refuse("IO", `${what}: outside the export's ${sizeBytes} bytes`, "EINVAL");
@@ -321,6 +357,7 @@ export class NbdClient {
       const slot = this.#freeSlots.pop();
       if (slot === undefined) return;
       this.#waiting.shift();
+      request.sentMs = performance.now();
       this.#slots[slot] = request;
       this.#bytesInFlight += payloadBytes;
       const generation = ((this.#generations[slot] ?? 0) + 1) >>> 0;
@@ -359,64 +396,25 @@ export class NbdClient {
     this.#socket.write(header);
   }
 
-  #receive(chunk: Buffer): void {
-    let at = 0;
-    while (at < chunk.length && this.#failure === undefined) {
-      at += this.#arriving === undefined ? this.#takeHeader(chunk, at) : this.#takePayload(chunk, at);
+  /** A server that takes too long has failed, whether it is silent or sends a byte now and then. */
+  #lookAtAges(): void {
+    if (this.#options.isCancelled()) {
+      this.#fail(cancelled(this.name));
+      return;
     }
-  }
-
-  #takeHeader(chunk: Buffer, at: number): number {
-    const takenBytes = chunk.copy(this.#replyHeader, this.#replyHeaderBytes, at);
-    this.#replyHeaderBytes += takenBytes;
-    if (this.#replyHeaderBytes < SIMPLE_REPLY_BYTES) return takenBytes;
-    this.#replyHeaderBytes = 0;
-    const header = this.#replyHeader;
-    const slot = header.readUInt32BE(12);
-    const request = this.#slots[slot];
-    if (header.readUInt32BE(0) !== NBD_SIMPLE_REPLY_MAGIC) {
-      this.#fail(protocolError(this.name, "the server sent what is not a simple reply"));
-    } else if (request === undefined || this.#generations[slot] !== header.readUInt32BE(8)) {
-      this.#fail(protocolError(this.name, "the server answered a request that was not made"));
-    } else {
-      const nbdError = header.readUInt32BE(4);
-      if (nbdError === 0 && request.command === NBD_CMD_READ) {
-        this.#arriving = request;
-        this.#arrivingSlot = slot;
-        this.#arrivedBytes = 0;
-      } else {
-        this.#settle(slot, request, nbdError);
-      }
-    }
-    return takenBytes;
-  }
-
-  #takePayload(chunk: Buffer, at: number): number {
-    const request = this.#arriving;
-    if (request?.data === undefined) return 0;
-    const takenBytes = Math.min(chunk.length - at, request.lengthBytes - this.#arrivedBytes);
-    request.data.set(chunk.subarray(at, at + takenBytes), this.#arrivedBytes);
-    this.#arrivedBytes += takenBytes;
-    if (this.#arrivedBytes === request.lengthBytes) {
-      this.#arriving = undefined;
-      this.#settle(this.#arrivingSlot, request, 0);
-    }
-    return takenBytes;
+    const { replyTimeoutMs } = this.#options;
+    const latestMs = performance.now() - replyTimeoutMs;
+    if (!this.#slots.some((request) => request !== undefined && request.sentMs < latestMs)) return;
+    const problem = `no answer from the server within ${replyTimeoutMs / 1000} s`;
+    this.#fail(connectionError(this.name, problem, "ETIMEDOUT"));
   }
 
   #settle(slot: number, request: Request, nbdError: number): void {
     this.#slots[slot] = undefined;
     this.#freeSlots.push(slot);
     this.#bytesInFlight -= request.data?.length ?? 0;
-    if (nbdError === 0) {
-      request.resolve();
-    } else {
-      // A value that the protocol does not list says no more than that the request was refused.
-      const errno = ERRNO_OF_NBD.get(nbdError) ?? "EINVAL";
-      const action = COMMAND_NAMES[request.command] ?? "finish a request";
-      const offset = request.command === NBD_CMD_FLUSH ? undefined : request.offsetBytes;
-      request.reject(ioError(action, this.name, { code: errno }, offset));
-    }
+    if (nbdError === 0) request.resolve();
+    else request.reject(replyError(this.name, request, nbdError));
     this.#start();
     if (this.inFlight === 0 && this.#waiting.length === 0) this.#whenIdle?.();
   }
@@ -424,6 +422,7 @@ export class NbdClient {
   #fail(error: CowcatcherError): void {
     if (this.#failure !== undefined) return;
     this.#failure = error;
+    clearInterval(this.#watch);
     this.#socket.destroy();
     const open = [...this.#slots, ...this.#waiting.splice(0)];
     this.#slots.fill(undefined);
@@ -441,6 +440,6 @@ function connected(socket: Socket, name: string): Promise<void> {
   });
 }
 
-function connectionError(object: string, problem: string, errno: string): CowcatcherError {
-  return new CowcatcherError({ code: "IO", object, problem, errno });
+function cancelled(object: string): CowcatcherError {
+  return new CowcatcherError({ code: "CANCELLED", object, problem: "given up, as asked" });
 }

@@ -1,24 +1,31 @@
 // One client: its socket, its bounds, its life.
 //
 //   negotiating ──GO / EXPORT_NAME──► transmitting ──► finishing ──► closed
-//        └──────────────── ABORT, broken bytes ──────────┘
+//     │    ▲ └──────────── ABORT, broken bytes ──────────┘
+//     └──► securing
 //
+// - securing: STARTTLS is acknowledged. Nothing is read until the acknowledgement has left; from then on the socket
+//   is TLS's, and the negotiation begins anew on what TLS makes of it. Bytes that came with STARTTLS or before the
+//   acknowledgement are not the client's own (someone on the way put them there), so they end the connection.
 // - finishing: nothing more is handled, input is thrown away; when the last request in flight is answered and the
-//   socket has taken the answers, our side of the socket is closed. The client gets LINGER_MS to close its own.
+//   socket has taken the answers (the client has DRAIN_TIMEOUT_MS for that), our side of the socket is closed. The
+//   client gets LINGER_MS to close its own.
 // - closed: the socket is gone. Devices may still be busy with requests; their answers are dropped, and `onGone` is
 //   called when the last one is done.
 //
 // The socket is paused while a bound (requests in flight, bytes held) is reached: back-pressure, not an error.
+// A plain connection is read directly (direct-socket.ts); where TLS is required, by copy.
 // Main thread only.
 
 import type { Socket } from "node:net";
-import { readDirectly } from "./direct-socket.js";
+import { readByCopy, readDirectly, type SocketReader } from "./direct-socket.js";
 import type { NbdExport, NbdLogger } from "./export.js";
 import { Handshake } from "./handshake.js";
-import { HANDSHAKE_TIMEOUT_MS, LINGER_MS } from "./limits.js";
+import { DRAIN_TIMEOUT_MS, HANDSHAKE_TIMEOUT_MS, LINGER_MS } from "./limits.js";
 import { MAX_OPTION_BYTES, OPTION_HEADER_BYTES } from "./protocol.js";
 import { ReceiveBuffer } from "./receive-buffer.js";
 import { ReplyQueue } from "./reply-queue.js";
+import { acceptTls, type TlsCredentials } from "./server-tls.js";
 import type { SlabPool } from "./slab.js";
 import { Transmission } from "./transmission.js";
 
@@ -26,48 +33,43 @@ export interface ConnectionOptions {
   exports: ReadonlyMap<string, NbdExport>;
   pool: SlabPool;
   logger: NbdLogger;
+  /** TLS is required; undefined: it is off. */
+  tls: TlsCredentials | undefined;
   /** The socket is closed and no device works for this client any more. */
   onGone: () => void;
 }
 
 export class Connection {
-  private readonly socket: Socket;
+  private socket: Socket;
   private readonly receive: ReceiveBuffer;
   private readonly replies: ReplyQueue;
   private readonly handshake: Handshake;
   private readonly logger: NbdLogger;
   private readonly onGone: () => void;
   private transmission: Transmission | undefined;
-  private phase: "negotiating" | "transmitting" | "finishing" | "closed" = "negotiating";
+  private phase: "negotiating" | "securing" | "transmitting" | "finishing" | "closed" = "negotiating";
+  private readonly tls: TlsCredentials | undefined;
+  /** Set while a socket is read by copy. */
+  private stopReading: (() => number) | undefined;
   private isShuttingDown = false;
   private isEnded = false;
   private isGone = false;
   private isFlushScheduled = false;
+  private isHandedOver = false;
   private timer: NodeJS.Timeout | undefined;
 
-  constructor(socket: Socket, { exports, pool, logger, onGone }: ConnectionOptions) {
+  constructor(socket: Socket, { exports, pool, logger, tls, onGone }: ConnectionOptions) {
     this.logger = logger;
     this.onGone = onGone;
+    this.tls = tls;
     this.receive = new ReceiveBuffer(pool);
-    this.socket = readDirectly(socket, {
-      landing: () => this.receive.landing,
-      received: (byteCount) => {
-        this.received(byteCount);
-      },
-    });
+    this.socket = tls === undefined ? readDirectly(socket, this.reader) : socket;
+    if (tls !== undefined) this.stopReading = readByCopy(socket, this.reader);
     this.replies = new ReplyQueue(pool, this.socket, () => {
       this.makeProgress();
     });
-    this.handshake = new Handshake(exports, this.replies);
-    this.socket.on("end", () => {
-      this.finish();
-    });
-    this.socket.on("error", (error) => {
-      logger.debug({ err: error }, "connection broke");
-    });
-    this.socket.on("close", () => {
-      this.closed();
-    });
+    this.handshake = new Handshake(exports, this.replies, tls !== undefined);
+    this.listenTo(this.socket);
     this.timer = setTimeout(() => {
       this.logger.warn({}, "client did not finish its negotiation in time");
       this.socket.destroy();
@@ -78,13 +80,39 @@ export class Connection {
     this.replies.flush();
   }
 
+  private readonly reader: SocketReader = {
+    landing: () => this.receive.landing,
+    received: (byteCount) => {
+      this.received(byteCount);
+    },
+  };
+
+  private listenTo(socket: Socket): void {
+    socket.on("end", () => {
+      if (socket === this.socket) this.finish();
+    });
+    socket.on("error", (error) => {
+      this.logger.debug({ err: error }, "connection broke");
+    });
+    socket.on("close", () => {
+      this.closed();
+    });
+  }
+
   /** Answers what is in flight, refuses what still comes, then closes. */
   shutDown(): void {
     this.isShuttingDown = true;
     this.handshake.shuttingDown = true;
     this.transmission?.refuseRequests();
-    if (this.phase === "negotiating") this.finish();
+    if (this.phase === "securing") this.socket.destroy();
+    else if (this.phase === "negotiating") this.finish();
     else this.makeProgress();
+  }
+
+  /** What the client uses, once it has chosen. */
+  get nbdExport(): NbdExport | undefined {
+    const outcome = this.handshake.outcome;
+    return outcome?.kind === "transmission" ? outcome.negotiated.nbdExport : undefined;
   }
 
   destroy(): void {
@@ -127,6 +155,7 @@ export class Connection {
     receive.start = handshake.consume(receive.slab.bytes, receive.start, receive.end);
     const { outcome } = handshake;
     if (outcome === undefined) return;
+    if (outcome.kind === "startTls") return this.beginTls();
     clearTimeout(this.timer);
     if (outcome.kind === "transmission") {
       const { negotiated } = outcome;
@@ -141,9 +170,49 @@ export class Connection {
     this.finish();
   }
 
+  /** STARTTLS has just been acknowledged, in bytes that the socket has not taken yet. */
+  private beginTls(): void {
+    const earlyBytes = (this.stopReading?.() ?? 0) + this.receive.end - this.receive.start;
+    this.stopReading = undefined;
+    if (earlyBytes > 0) {
+      this.logger.warn({ earlyBytes }, "client sent plain text behind STARTTLS");
+      return this.finish();
+    }
+    this.phase = "securing";
+  }
+
+  private handOverToTls(tls: TlsCredentials): void {
+    const plain = this.socket;
+    acceptTls(
+      plain,
+      tls,
+      (secured) => {
+        if (this.phase !== "securing") return void secured.destroy();
+        this.socket = secured;
+        this.listenTo(secured);
+        this.replies.useSocket(secured);
+        this.handshake.secured();
+        this.phase = "negotiating";
+        this.stopReading = readByCopy(secured, this.reader);
+        secured.resume();
+      },
+      (reason) => {
+        this.logger.warn({ reason }, "TLS handshake failed");
+        plain.destroy();
+      },
+    );
+  }
+
+  /** Whole requests or options are left over until the client takes its answers, or devices are done. */
+  private get isWaiting(): boolean {
+    if (this.phase === "negotiating") return this.handshake.isWaiting;
+    return this.phase === "transmitting" && this.transmission?.isWaiting === true;
+  }
+
   /** Pauses or resumes the socket as the bounds ask. */
   private settleBounds(): void {
-    const mustWait = this.transmission?.isWaiting === true && this.phase === "transmitting";
+    if (this.phase === "securing") return;
+    const mustWait = this.isWaiting;
     if (mustWait && !this.socket.isPaused()) this.socket.pause();
     else if (!mustWait && this.socket.isPaused()) this.socket.resume();
   }
@@ -160,9 +229,13 @@ export class Connection {
   }
 
   private makeProgress(): void {
-    if (this.phase === "transmitting" && this.transmission?.isWaiting === true) {
+    if (this.isWaiting) {
       this.process();
       this.settleBounds();
+    }
+    if (this.phase === "securing" && this.tls !== undefined && !this.replies.isBusy && !this.isHandedOver) {
+      this.isHandedOver = true;
+      this.handOverToTls(this.tls);
     }
     if (this.phase === "transmitting" && this.isShuttingDown && this.requestsInFlight === 0) this.finish();
     if (this.phase === "finishing") this.endWhenAnswered();
@@ -184,7 +257,12 @@ export class Connection {
     if (this.isEnded || this.requestsInFlight > 0) return;
     this.isEnded = true;
     this.replies.flush();
+    this.timer = setTimeout(() => {
+      this.logger.warn({}, "client did not take its last replies in time");
+      this.socket.destroy();
+    }, DRAIN_TIMEOUT_MS);
     this.socket.end(() => {
+      clearTimeout(this.timer);
       // The client has all answers; if it has hung up too, this closes the socket, else the timer does.
       if (this.socket.readableEnded) this.socket.destroy();
       else this.linger();

@@ -35,7 +35,10 @@ export function readDirectly(socket: Socket, reader: SocketReader): Socket {
     socket.readableLength === 0 &&
     typeof handle?.useUserBuffer === "function" &&
     typeof handle.readStart === "function";
-  if (!canMove) return readByCopy(socket, reader);
+  if (!canMove) {
+    readByCopy(socket, reader);
+    return socket;
+  }
   const options: OptionsWithHandle = {
     handle,
     allowHalfOpen: true,
@@ -56,7 +59,11 @@ export function readDirectly(socket: Socket, reader: SocketReader): Socket {
   return moved;
 }
 
-function readByCopy(socket: Socket, reader: SocketReader): Socket {
+/**
+ * Starts reading the ordinary way, which any kind of socket allows. Returns a function that stops it, with the
+ * socket paused, and tells how many bytes had been read from the socket but not been delivered.
+ */
+export function readByCopy(socket: Socket, reader: SocketReader): () => number {
   socket.allowHalfOpen = true;
   let rest: Buffer | undefined;
   const deliver = (): void => {
@@ -67,10 +74,16 @@ function readByCopy(socket: Socket, reader: SocketReader): Socket {
       reader.received(byteCount);
     }
   };
-  socket.on("data", (chunk: Buffer) => {
+  const take = (chunk: Buffer): void => {
     rest = rest === undefined ? chunk : Buffer.concat([rest, chunk]);
     deliver();
-  });
+  };
+  socket.on("data", take);
   socket.on("resume", deliver);
-  return socket;
+  return () => {
+    socket.pause();
+    socket.off("data", take);
+    socket.off("resume", deliver);
+    return rest?.length ?? 0;
+  };
 }

@@ -1,18 +1,26 @@
 // The negotiation: fixed newstyle, from the server's greeting to the option that ends it.
 //
 // A push parser without I/O of its own: `consume` takes bytes as they arrive, handles each option that is complete
-// and appends the answers to a ReplyQueue. Nothing in it waits, so it has three states only:
+// and appends the answers to a ReplyQueue. Nothing in it waits, so it has few states:
 //
 //   client flags ──► options ──► outcome (transmission | end | drop)
+//        │
+//        └─ TLS required ─► options in plain text ──► outcome startTls ── secured() ──► options
 //
-// Bounds: an option's data, the number of options, and (in connection.ts) the time. Options are independent, but
-// for what two of them leave behind: STRUCTURED_REPLY, and SET_META_CONTEXT for one export.
+// TLS is off or required, never left to the client: where it is required, nothing but STARTTLS and ABORT is
+// answered before it, and nothing of what was said before it counts after it.
 //
-// Specification: doc/proto.md, "Handshake phase". TLS is not offered; STARTTLS is refused as unknown.
+// Bounds: an option's data, the number of options, answers that lie unread, and (in connection.ts) the time.
+// Options are independent, but for what three of them leave behind: STRUCTURED_REPLY, EXTENDED_HEADERS, and
+// SET_META_CONTEXT for one export.
+//
+// Specification: doc/proto.md, "Handshake phase" and "TLS support"; extended headers: branch extension-ext-header.
 
 import type { NbdExport } from "./export.js";
 import { blockSizes, transmissionFlags } from "./export.js";
 import { MAX_OPTIONS } from "./limits.js";
+import { chooseContexts, type MetaContext } from "./meta-contexts.js";
+import { OptionData, readQueries } from "./option-data.js";
 import {
   EXPORT_NAME_PADDING_BYTES,
   MAX_OPTION_BYTES,
@@ -26,20 +34,24 @@ import {
   NBD_INFO_EXPORT,
   NBD_INFO_NAME,
   NBD_INIT_MAGIC,
-  NBD_META_BASE_ALLOCATION,
   NBD_OPTION_MAGIC,
   NBD_OPTION_REPLY_MAGIC,
   NBD_OPT_ABORT,
   NBD_OPT_EXPORT_NAME,
+  NBD_OPT_EXTENDED_HEADERS,
   NBD_OPT_GO,
   NBD_OPT_INFO,
   NBD_OPT_LIST,
   NBD_OPT_LIST_META_CONTEXT,
   NBD_OPT_SET_META_CONTEXT,
+  NBD_OPT_STARTTLS,
   NBD_OPT_STRUCTURED_REPLY,
   NBD_REP_ACK,
+  NBD_REP_ERR_EXT_HEADER_REQD,
   NBD_REP_ERR_INVALID,
+  NBD_REP_ERR_POLICY,
   NBD_REP_ERR_SHUTDOWN,
+  NBD_REP_ERR_TLS_REQD,
   NBD_REP_ERR_TOO_BIG,
   NBD_REP_ERR_UNKNOWN,
   NBD_REP_ERR_UNSUP,
@@ -50,19 +62,21 @@ import {
   OPTION_REPLY_HEADER_BYTES,
 } from "./protocol.js";
 
-/** The id that BLOCK_STATUS chunks carry; any value serves, as there is one context. */
-export const BASE_ALLOCATION_ID = 1;
+/** The form of replies; "extended" also stands for extended requests. */
+export type ReplyForm = "simple" | "structured" | "extended";
 
 /** What the negotiation ended with. */
 export interface Negotiated {
   nbdExport: NbdExport;
-  structuredReplies: boolean;
-  /** The client chose base:allocation for this export, so BLOCK_STATUS is allowed. */
-  baseAllocation: boolean;
+  replyForm: ReplyForm;
+  /** What the client chose for this export; BLOCK_STATUS is allowed if there is any. */
+  contexts: readonly MetaContext[];
 }
 
 export type HandshakeOutcome =
   | { kind: "transmission"; negotiated: Negotiated }
+  /** STARTTLS is acknowledged: once that is sent, the next byte is TLS's. Then `secured` goes on. */
+  | { kind: "startTls" }
   /** The client asked for the end: send what is queued, then hang up. */
   | { kind: "end" }
   /** The client broke the protocol or asked for what has no error reply: hang up after what is queued. */
@@ -71,53 +85,28 @@ export type HandshakeOutcome =
 /** Where answers go; reply-queue.ts's ReplyQueue is one. */
 export interface ByteSink {
   append(bytes: Uint8Array): void;
-}
-
-/** A cursor over an option's data; a read past its end gives undefined, which makes the option invalid. */
-class OptionData {
-  private at = 0;
-  constructor(private readonly data: Buffer) {}
-
-  get remainingBytes(): number {
-    return this.data.length - this.at;
-  }
-
-  uint16(): number | undefined {
-    if (this.remainingBytes < 2) return undefined;
-    this.at += 2;
-    return this.data.readUInt16BE(this.at - 2);
-  }
-
-  uint32(): number | undefined {
-    if (this.remainingBytes < 4) return undefined;
-    this.at += 4;
-    return this.data.readUInt32BE(this.at - 4);
-  }
-
-  /** A 32-bit length and that many bytes of UTF-8. */
-  string(): string | undefined {
-    const lengthBytes = this.uint32();
-    if (lengthBytes === undefined || lengthBytes > MAX_STRING_BYTES || lengthBytes > this.remainingBytes) {
-      return undefined;
-    }
-    this.at += lengthBytes;
-    return this.data.toString("utf8", this.at - lengthBytes, this.at);
-  }
+  /** The client leaves too much of it unread. */
+  readonly isFullForOptions?: boolean;
 }
 
 export class Handshake {
   outcome: HandshakeOutcome | undefined;
   /** Set while the server closes: every option is answered with ERR_SHUTDOWN. */
   shuttingDown = false;
+  /** Whole options may be left over: the client is to take its answers first. */
+  isWaiting = false;
   private clientFlags: number | undefined;
   private optionCount = 0;
-  private structuredReplies = false;
-  /** The export that the last successful SET_META_CONTEXT chose base:allocation for. */
+  private isSecure = false;
+  private replyForm: ReplyForm = "simple";
+  /** What the last successful SET_META_CONTEXT chose, and of which export. */
+  private contexts: readonly MetaContext[] = [];
   private contextExport: NbdExport | undefined;
 
   constructor(
     private readonly exports: ReadonlyMap<string, NbdExport>,
     private readonly replies: ByteSink,
+    private readonly requiresTls = false,
   ) {}
 
   /** Sends the server's first 18 bytes. */
@@ -129,15 +118,29 @@ export class Handshake {
     this.replies.append(greeting);
   }
 
+  /** TLS is there: goes on as if nothing but the client's flags had been said. */
+  secured(): void {
+    this.isSecure = true;
+    this.outcome = undefined;
+    this.replyForm = "simple";
+    this.contexts = [];
+    this.contextExport = undefined;
+  }
+
   /** Handles what is complete in bytes[start, end) until an outcome is reached; returns where it stopped. */
   consume(bytes: Buffer, start: number, end: number): number {
     let at = start;
+    this.isWaiting = false;
     if (this.clientFlags === undefined) {
       if (end - at < 4) return at;
       this.acceptClientFlags(bytes.readUInt32BE(at));
       at += 4;
     }
     while (this.outcome === undefined && end - at >= OPTION_HEADER_BYTES) {
+      if (this.replies.isFullForOptions === true) {
+        this.isWaiting = true;
+        break;
+      }
       const lengthBytes = bytes.readUInt32BE(at + 12);
       if (!this.acceptOptionHeader(bytes.readBigUInt64BE(at), bytes.readUInt32BE(at + 8), lengthBytes)) break;
       if (end - at < OPTION_HEADER_BYTES + lengthBytes) break;
@@ -152,7 +155,11 @@ export class Handshake {
   private acceptClientFlags(flags: number): void {
     this.clientFlags = flags;
     const unknown = flags & ~(NBD_FLAG_C_FIXED_NEWSTYLE | NBD_FLAG_C_NO_ZEROES);
-    if (unknown !== 0) this.drop(`unknown client flags 0x${flags.toString(16)}`);
+    if (unknown !== 0) {
+      this.drop(`unknown client flags 0x${flags.toString(16)}`);
+    } else if (this.requiresTls && (flags & NBD_FLAG_C_FIXED_NEWSTYLE) === 0) {
+      this.drop("TLS is required, and a client without fixed newstyle cannot start it");
+    }
   }
 
   private acceptOptionHeader(magic: bigint, option: number, lengthBytes: number): boolean {
@@ -169,11 +176,15 @@ export class Handshake {
   }
 
   private handleOption(option: number, data: Buffer): void {
+    const isExportName = option === NBD_OPT_EXPORT_NAME;
     if (option === NBD_OPT_ABORT) {
       this.reply(option, NBD_REP_ACK);
       this.outcome = { kind: "end" };
-    } else if (option === NBD_OPT_EXPORT_NAME) {
-      this.enterByExportName(data.toString("utf8"));
+    } else if (this.requiresTls && !this.isSecure && option !== NBD_OPT_STARTTLS) {
+      if (isExportName) this.drop("an export was asked for without TLS");
+      else this.fail(option, NBD_REP_ERR_TLS_REQD, "this server requires TLS: start it first");
+    } else if (isExportName) {
+      this.enterByExportName(data);
     } else if (this.shuttingDown) {
       this.fail(option, NBD_REP_ERR_SHUTDOWN, "the server is shutting down");
     } else {
@@ -189,9 +200,10 @@ export class Handshake {
       case NBD_OPT_GO:
         return this.infoOrGo(option, data);
       case NBD_OPT_STRUCTURED_REPLY:
-        if (data.length > 0) return this.fail(option, NBD_REP_ERR_INVALID, "this option has no data");
-        this.structuredReplies = true;
-        return this.reply(option, NBD_REP_ACK);
+      case NBD_OPT_EXTENDED_HEADERS:
+        return this.setReplyForm(option, data);
+      case NBD_OPT_STARTTLS:
+        return this.startTls(data);
       case NBD_OPT_LIST_META_CONTEXT:
       case NBD_OPT_SET_META_CONTEXT:
         return this.metaContext(option, data);
@@ -200,13 +212,39 @@ export class Handshake {
     }
   }
 
-  private enterByExportName(name: string): void {
+  private setReplyForm(option: number, data: Buffer): void {
+    if (data.length > 0) return this.fail(option, NBD_REP_ERR_INVALID, "this option has no data");
+    if (option === NBD_OPT_EXTENDED_HEADERS) {
+      this.replyForm = "extended";
+    } else if (this.replyForm === "extended") {
+      return this.fail(option, NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are agreed on already");
+    } else {
+      this.replyForm = "structured";
+    }
+    this.reply(option, NBD_REP_ACK);
+  }
+
+  private startTls(data: Buffer): void {
+    if (data.length > 0) return this.fail(NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, "this option has no data");
+    if (!this.requiresTls) {
+      return this.fail(NBD_OPT_STARTTLS, NBD_REP_ERR_POLICY, "TLS is not configured on this server");
+    }
+    if (this.isSecure) return this.fail(NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, "TLS is in use already");
+    this.reply(NBD_OPT_STARTTLS, NBD_REP_ACK);
+    this.outcome = { kind: "startTls" };
+  }
+
+  /** This option has no error reply: what cannot be granted ends the connection. */
+  private enterByExportName(data: Buffer): void {
+    const name = data.toString("utf8");
+    if (data.length > MAX_STRING_BYTES) return this.drop(`an export name of ${data.length} bytes`);
+    if (this.replyForm === "extended") return this.drop("EXPORT_NAME after extended headers were agreed on");
     const nbdExport = this.shuttingDown ? undefined : this.findExport(name);
     if (nbdExport === undefined) return this.drop(`no export named '${name.slice(0, 100)}'`);
     const noZeroes = ((this.clientFlags ?? 0) & NBD_FLAG_C_NO_ZEROES) !== 0;
     const answer = Buffer.alloc(10 + (noZeroes ? 0 : EXPORT_NAME_PADDING_BYTES));
     answer.writeBigUInt64BE(BigInt(nbdExport.device.sizeBytes), 0);
-    answer.writeUInt16BE(transmissionFlags(nbdExport, this.structuredReplies), 8);
+    answer.writeUInt16BE(this.flagsOf(nbdExport), 8);
     this.replies.append(answer);
     this.enter(nbdExport);
   }
@@ -242,7 +280,7 @@ export class Handshake {
     const info = Buffer.alloc(12);
     info.writeUInt16BE(NBD_INFO_EXPORT, 0);
     info.writeBigUInt64BE(BigInt(nbdExport.device.sizeBytes), 2);
-    info.writeUInt16BE(transmissionFlags(nbdExport, this.structuredReplies), 10);
+    info.writeUInt16BE(this.flagsOf(nbdExport), 10);
     this.reply(option, NBD_REP_INFO, info);
     if (requested.has(NBD_INFO_NAME)) this.sendTextInfo(option, NBD_INFO_NAME, nbdExport.name);
     if (requested.has(NBD_INFO_DESCRIPTION) && nbdExport.description !== "") {
@@ -269,7 +307,7 @@ export class Handshake {
     const isSet = option === NBD_OPT_SET_META_CONTEXT;
     // A SET that fails takes back what an earlier one chose.
     if (isSet) this.contextExport = undefined;
-    if (!this.structuredReplies) {
+    if (this.replyForm === "simple") {
       return this.fail(option, NBD_REP_ERR_INVALID, "structured replies must be agreed on first");
     }
     const cursor = new OptionData(data);
@@ -280,32 +318,39 @@ export class Handshake {
     }
     const nbdExport = this.findExport(name);
     if (nbdExport === undefined) return this.fail(option, NBD_REP_ERR_UNKNOWN, "no export has this name");
-    const isChosen =
-      queries.includes(NBD_META_BASE_ALLOCATION) ||
-      (!isSet && (queries.length === 0 || queries.includes("base:")));
-    if (isChosen) this.sendBaseAllocation(option, isSet ? BASE_ALLOCATION_ID : 0);
-    if (isChosen && isSet) this.contextExport = nbdExport;
+    const chosen = chooseContexts(nbdExport, queries, isSet);
+    for (const context of chosen) {
+      const id = Buffer.alloc(4);
+      id.writeUInt32BE(isSet ? context.id : 0);
+      this.reply(option, NBD_REP_META_CONTEXT, Buffer.concat([id, Buffer.from(context.name)]));
+    }
+    if (isSet) {
+      this.contexts = chosen;
+      this.contextExport = nbdExport;
+    }
     this.reply(option, NBD_REP_ACK);
-  }
-
-  private sendBaseAllocation(option: number, id: number): void {
-    const head = Buffer.alloc(4);
-    head.writeUInt32BE(id);
-    this.reply(option, NBD_REP_META_CONTEXT, Buffer.concat([head, Buffer.from(NBD_META_BASE_ALLOCATION)]));
   }
 
   /** The empty name means the default export: the only one, where there is but one. */
   private findExport(name: string): NbdExport | undefined {
     const named = this.exports.get(name);
-    if (named !== undefined || name !== "" || this.exports.size !== 1) return named;
-    for (const only of this.exports.values()) return only;
-    return undefined;
+    if (named !== undefined || name !== "") return named;
+    const lasting = [...this.exports.values()].filter(({ isTemporary }) => isTemporary !== true);
+    return lasting.length === 1 ? lasting[0] : undefined;
+  }
+
+  private contextsFor(nbdExport: NbdExport): readonly MetaContext[] {
+    return this.contextExport === nbdExport ? this.contexts : [];
+  }
+
+  private flagsOf(nbdExport: NbdExport): number {
+    return transmissionFlags(nbdExport, this.replyForm, this.contextsFor(nbdExport).length > 0);
   }
 
   private enter(nbdExport: NbdExport): void {
-    const { structuredReplies } = this;
-    const baseAllocation = this.contextExport === nbdExport;
-    this.outcome = { kind: "transmission", negotiated: { nbdExport, structuredReplies, baseAllocation } };
+    const { replyForm } = this;
+    const contexts = this.contextsFor(nbdExport);
+    this.outcome = { kind: "transmission", negotiated: { nbdExport, replyForm, contexts } };
   }
 
   private drop(reason: string): void {
@@ -325,17 +370,4 @@ export class Handshake {
     this.replies.append(header);
     if (data !== undefined) this.replies.append(data);
   }
-}
-
-function readQueries(cursor: OptionData): string[] | undefined {
-  const queryCount = cursor.uint32();
-  if (queryCount === undefined) return undefined;
-  const queries: string[] = [];
-  // A query takes four bytes at least, so the option's own bound also bounds this loop.
-  for (let i = 0; i < queryCount; i++) {
-    const query = cursor.string();
-    if (query === undefined) return undefined;
-    queries.push(query);
-  }
-  return cursor.remainingBytes === 0 ? queries : undefined;
 }

@@ -17,6 +17,11 @@ export const MAX_REQUESTS_IN_FLIGHT = 256;
  * largest payload, so a connection never holds more than this and 128 MiB.
  */
 export const MAX_SLAB_BYTES_PER_CONNECTION = 48 * MiB;
+/**
+ * Slabs of all connections together. Beyond it a connection is held to one request at a time, so that clients who
+ * do not take their replies cannot each fill up their own bound. 1024 idle connections hold half of it, untouched.
+ */
+export const MAX_SLAB_BYTES_IN_USE = 1024 * MiB;
 
 /**
  * Replies are sent after this many bytes of requests or of replies, even if more requests are at hand, so that
@@ -34,6 +39,10 @@ export const MAX_WRITES_QUEUED = 1024;
 export const MAX_OPTIONS = 4096;
 /** A client that has not finished its negotiation by then is dropped, so that idle sockets cannot use up the server. */
 export const HANDSHAKE_TIMEOUT_MS = 30_000;
+/** Answers to options that a client may leave unread; no more of its options are looked at beyond it. */
+export const MAX_NEGOTIATION_REPLY_BYTES = 4 * MiB;
+/** A client that is to be hung up on gets so long to take the answers that it is owed. */
+export const DRAIN_TIMEOUT_MS = 30_000;
 
 /** A TCP client that has been silent so long is asked for a sign of life. */
 export const KEEP_ALIVE_MS = 60_000;
@@ -43,6 +52,10 @@ export const MAX_DISCARD_BYTES = 64 * MiB;
 
 /** Descriptors in one BLOCK_STATUS reply. Each may cost two system calls on the main thread. */
 export const MAX_STATUS_EXTENTS = 512;
+/** Questions to the device for one BLOCK_STATUS; a few microseconds each. What is left the client asks again. */
+export const MAX_STATUS_QUERIES = 4096;
+/** The same for the holes of one read. */
+export const MAX_HOLE_QUERIES = 128;
 /** Reads from this size on are asked for holes first: below it the question costs more than it saves. */
 export const HOLE_SEARCH_MIN_BYTES = 64 * KiB;
 /** Chunks in one structured read; the rest is sent as data. */

@@ -4,9 +4,9 @@
 //
 // Main thread only.
 
-import { lstatSync, unlinkSync, chmodSync } from "node:fs";
-import { connect, createServer, type ListenOptions, type Server, type Socket } from "node:net";
-import { CowcatcherError, errnoOf, ioError } from "../errors.js";
+import { createServer, type ListenOptions, type Server, type Socket } from "node:net";
+import { CowcatcherError, ioError } from "../errors.js";
+import { listenAtPath } from "../unix-socket.js";
 
 export { notifyReady } from "./notify.js";
 
@@ -23,8 +23,6 @@ export interface NbdListener {
   close(): Promise<void>;
 }
 
-/** A stale socket refuses at once; a live but busy server may take a moment. */
-const LIVENESS_TIMEOUT_MS = 2_000;
 const LISTEN_BACKLOG = 128;
 /** systemd passes its sockets from this descriptor on (sd_listen_fds(3)). */
 const SD_LISTEN_FDS_START = 3;
@@ -32,20 +30,15 @@ const MAX_SYSTEMD_SOCKETS = 64;
 
 /**
  * Listens on a Unix socket. A socket file that no one listens on any more is replaced.
- * @throws CowcatcherError EXISTS where another program listens there, or the file is no socket; IO.
+ * @param options permission bits of the socket's file, as asked for or as the umask leaves them
+ * @throws CowcatcherError BUSY where another program listens there, EXISTS where the file is no socket, LIMIT, IO.
  */
-export async function listenUnix(path: string, options: { mode?: number } = {}): Promise<NbdListener> {
-  await removeStaleSocket(path);
+export async function listenUnix(
+  path: string,
+  options: { mode?: number | undefined } = {},
+): Promise<NbdListener> {
   const listener = new Listener(path);
-  await listener.listen({ path });
-  if (options.mode !== undefined) {
-    try {
-      chmodSync(path, options.mode);
-    } catch (error) {
-      await listener.close();
-      throw ioError("set the mode of", path, error);
-    }
-  }
+  await listener.listenAtPath(path, options.mode);
   return listener;
 }
 
@@ -99,6 +92,11 @@ class Listener implements NbdListener {
     });
   }
 
+  async listenAtPath(path: string, mode: number | undefined): Promise<void> {
+    await listenAtPath(this.server, path, { mode, backlog: LISTEN_BACKLOG });
+    this.outlastErrors();
+  }
+
   async listen(options: ListenOptions): Promise<void> {
     try {
       await new Promise<void>((resolve, reject) => {
@@ -108,14 +106,18 @@ class Listener implements NbdListener {
     } catch (error) {
       throw ioError("listen on", this.address, error);
     }
-    this.server.removeAllListeners("error");
-    // Running out of descriptors fails one accept; it must not end the process.
-    this.server.on("error", () => undefined);
+    this.outlastErrors();
     const bound = this.server.address();
     if (bound !== null && typeof bound === "object") {
       this.address =
         bound.family === "IPv6" ? `[${bound.address}]:${bound.port}` : `${bound.address}:${bound.port}`;
     }
+  }
+
+  /** Running out of descriptors fails one accept; it must not end the process. */
+  private outlastErrors(): void {
+    this.server.removeAllListeners("error");
+    this.server.on("error", () => undefined);
   }
 
   serve(server: SocketServer): void {
@@ -131,54 +133,4 @@ class Listener implements NbdListener {
     this.server.close();
     await Promise.resolve();
   }
-}
-
-async function removeStaleSocket(path: string): Promise<void> {
-  try {
-    if (!lstatSync(path).isSocket()) {
-      throw new CowcatcherError({
-        code: "EXISTS",
-        object: path,
-        problem: "a file that is not a socket is in the way",
-        hint: "choose another path for the socket",
-      });
-    }
-  } catch (error) {
-    if (errnoOf(error) === "ENOENT") return;
-    throw ioError("look at", path, error);
-  }
-  if (await isLive(path)) {
-    throw new CowcatcherError({
-      code: "EXISTS",
-      object: path,
-      problem: "another program listens on this socket",
-      hint: "stop it, or choose another path",
-    });
-  }
-  try {
-    unlinkSync(path);
-  } catch (error) {
-    if (errnoOf(error) !== "ENOENT") throw ioError("remove the stale socket", path, error);
-  }
-}
-
-/** Only a refused connection proves that nobody listens. */
-function isLive(path: string): Promise<boolean> {
-  return new Promise((resolve) => {
-    const probe = connect(path);
-    const answer = (live: boolean): void => {
-      probe.destroy();
-      resolve(live);
-    };
-    probe.setTimeout(LIVENESS_TIMEOUT_MS, () => {
-      answer(true);
-    });
-    probe.once("connect", () => {
-      answer(true);
-    });
-    probe.once("error", (error) => {
-      const errno = errnoOf(error);
-      answer(errno !== "ECONNREFUSED" && errno !== "ENOENT");
-    });
-  });
 }

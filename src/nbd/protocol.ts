@@ -11,6 +11,9 @@ export const NBD_OPTION_REPLY_MAGIC = 0x0003e889045565a9n;
 export const NBD_REQUEST_MAGIC = 0x25609513;
 export const NBD_SIMPLE_REPLY_MAGIC = 0x67446698;
 export const NBD_STRUCTURED_REPLY_MAGIC = 0x668e33ef;
+/** Of the EXTENDED_HEADERS extension (branch extension-ext-header of the same document). */
+export const NBD_EXTENDED_REQUEST_MAGIC = 0x21e41c71;
+export const NBD_EXTENDED_REPLY_MAGIC = 0x6e8a278c;
 
 /** Handshake flags (server, 16 bits). */
 export const NBD_FLAG_FIXED_NEWSTYLE = 1 << 0;
@@ -31,6 +34,7 @@ export const NBD_FLAG_SEND_DF = 1 << 7;
 export const NBD_FLAG_CAN_MULTI_CONN = 1 << 8;
 export const NBD_FLAG_SEND_CACHE = 1 << 10;
 export const NBD_FLAG_SEND_FAST_ZERO = 1 << 11;
+export const NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12;
 
 export const NBD_OPT_EXPORT_NAME = 1;
 export const NBD_OPT_ABORT = 2;
@@ -41,6 +45,7 @@ export const NBD_OPT_GO = 7;
 export const NBD_OPT_STRUCTURED_REPLY = 8;
 export const NBD_OPT_LIST_META_CONTEXT = 9;
 export const NBD_OPT_SET_META_CONTEXT = 10;
+export const NBD_OPT_EXTENDED_HEADERS = 11;
 
 export const NBD_REP_ACK = 1;
 export const NBD_REP_SERVER = 2;
@@ -55,6 +60,7 @@ export const NBD_REP_ERR_UNKNOWN = 0x80000006;
 export const NBD_REP_ERR_SHUTDOWN = 0x80000007;
 export const NBD_REP_ERR_BLOCK_SIZE_REQD = 0x80000008;
 export const NBD_REP_ERR_TOO_BIG = 0x80000009;
+export const NBD_REP_ERR_EXT_HEADER_REQD = 0x8000000a;
 
 export const NBD_INFO_EXPORT = 0;
 export const NBD_INFO_NAME = 1;
@@ -69,6 +75,7 @@ export const NBD_CMD_TRIM = 4;
 export const NBD_CMD_CACHE = 5;
 export const NBD_CMD_WRITE_ZEROES = 6;
 export const NBD_CMD_BLOCK_STATUS = 7;
+export const NBD_CMD_RESIZE = 8;
 
 /** Command flags (16 bits). */
 export const NBD_CMD_FLAG_FUA = 1 << 0;
@@ -76,12 +83,15 @@ export const NBD_CMD_FLAG_NO_HOLE = 1 << 1;
 export const NBD_CMD_FLAG_DF = 1 << 2;
 export const NBD_CMD_FLAG_REQ_ONE = 1 << 3;
 export const NBD_CMD_FLAG_FAST_ZERO = 1 << 4;
+/** Extended headers only: the length field is that of a payload behind the header. */
+export const NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5;
 
 export const NBD_REPLY_FLAG_DONE = 1 << 0;
 export const NBD_REPLY_TYPE_NONE = 0;
 export const NBD_REPLY_TYPE_OFFSET_DATA = 1;
 export const NBD_REPLY_TYPE_OFFSET_HOLE = 2;
 export const NBD_REPLY_TYPE_BLOCK_STATUS = 5;
+export const NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6;
 export const NBD_REPLY_TYPE_ERROR = 0x8001;
 export const NBD_REPLY_TYPE_ERROR_OFFSET = 0x8002;
 
@@ -98,6 +108,9 @@ export const NBD_ESHUTDOWN = 108;
 export const NBD_META_BASE_ALLOCATION = "base:allocation";
 export const NBD_STATE_HOLE = 1 << 0;
 export const NBD_STATE_ZERO = 1 << 1;
+/** QEMU's contexts for dirty bitmaps: this and the bitmap's name (docs/interop/nbd.rst of qemu/qemu). */
+export const NBD_META_DIRTY_BITMAP_PREFIX = "qemu:dirty-bitmap:";
+export const NBD_STATE_DIRTY = 1 << 0;
 
 /** Layout: sizes in bytes of what has a fixed size. */
 export const OPTION_HEADER_BYTES = 16;
@@ -105,11 +118,8 @@ export const OPTION_REPLY_HEADER_BYTES = 20;
 export const REQUEST_HEADER_BYTES = 28;
 export const SIMPLE_REPLY_BYTES = 16;
 export const STRUCTURED_REPLY_HEADER_BYTES = 20;
-/** An OFFSET_DATA chunk before its data: the header and the 64-bit offset. */
-export const OFFSET_DATA_HEADER_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 8;
-export const OFFSET_HOLE_CHUNK_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 12;
-/** An ERROR chunk without a message. */
-export const ERROR_CHUNK_BYTES = STRUCTURED_REPLY_HEADER_BYTES + 6;
+export const EXTENDED_REQUEST_HEADER_BYTES = 32;
+export const EXTENDED_REPLY_HEADER_BYTES = 32;
 /** Zeroes that end an EXPORT_NAME answer unless NO_ZEROES was agreed. */
 export const EXPORT_NAME_PADDING_BYTES = 124;
 

@@ -13,7 +13,7 @@
 //
 // Main thread only.
 
-import { MAX_WRITES_QUEUED } from "./limits.js";
+import { MAX_NEGOTIATION_REPLY_BYTES, MAX_WRITES_QUEUED } from "./limits.js";
 import type { Slab, SlabPool } from "./slab.js";
 
 /** The part of a socket that replies need. */
@@ -40,7 +40,7 @@ export class ReplyQueue {
 
   constructor(
     private readonly pool: SlabPool,
-    private readonly socket: ReplySocket,
+    private socket: ReplySocket,
     /** Called whenever the socket has taken a write. */
     private readonly onProgress: () => void,
   ) {}
@@ -48,6 +48,21 @@ export class ReplyQueue {
   /** The socket has not yet taken everything. */
   get isBusy(): boolean {
     return this.writing.length > this.writtenCount || this.ready.length > 0 || this.end > this.segmentStart;
+  }
+
+  /** The server's slabs are nearly used up. */
+  get isPoolExhausted(): boolean {
+    return this.pool.isExhausted;
+  }
+
+  get isFullForOptions(): boolean {
+    return this.heldBytes >= MAX_NEGOTIATION_REPLY_BYTES;
+  }
+
+  /** What follows goes to another socket (the same connection, over TLS now). Not while busy. */
+  useSocket(socket: ReplySocket): void {
+    if (this.isBusy) throw new TypeError("replies are on their way to the old socket");
+    this.socket = socket;
   }
 
   /** Writes that the socket has not taken yet. */

@@ -6,6 +6,7 @@ import type { Socket } from "node:net";
 import { Connection } from "./connection.js";
 import type { NbdExport, NbdLogger } from "./export.js";
 import { CLOSE_TIMEOUT_MS, KEEP_ALIVE_MS } from "./limits.js";
+import type { TlsCredentials } from "./server-tls.js";
 import { SlabPool } from "./slab.js";
 
 export type { NbdExport, NbdLogger } from "./export.js";
@@ -16,17 +17,22 @@ export interface NbdServerOptions {
   /** Further clients are hung up on. */
   maxConnections: number;
   logger: NbdLogger;
+  /** Bytes of buffers from which on a connection is held to one request at a time (limits.ts). */
+  maxBufferBytes?: number | undefined;
+  /** TLS is required of every client; undefined: it is off. */
+  tls?: TlsCredentials | undefined;
 }
 
 export class NbdServer {
   private readonly options: NbdServerOptions;
   private readonly connections = new Set<Connection>();
-  private readonly pool = new SlabPool();
+  private readonly pool: SlabPool;
   private closing: Promise<void> | undefined;
   private onLastGone: (() => void) | undefined;
 
   constructor(options: NbdServerOptions) {
     this.options = options;
+    this.pool = new SlabPool(options.maxBufferBytes);
   }
 
   /** Clients, those included whose socket is closed but for whom a device still works. */
@@ -34,9 +40,14 @@ export class NbdServer {
     return this.connections.size;
   }
 
+  /** Bytes of buffers that connections hold at this moment. */
+  get heldBytes(): number {
+    return this.pool.inUseBytes;
+  }
+
   /** Serves an accepted socket, which belongs to the server from now on. */
   accept(socket: Socket): void {
-    const { exports, maxConnections, logger } = this.options;
+    const { exports, maxConnections, logger, tls } = this.options;
     if (this.closing !== undefined || this.connections.size >= maxConnections) {
       if (this.closing === undefined) logger.warn({ maxConnections }, "too many connections; client refused");
       socket.on("error", () => undefined);
@@ -50,12 +61,26 @@ export class NbdServer {
       exports,
       pool: this.pool,
       logger,
+      tls,
       onGone: () => {
         this.connections.delete(connection);
         if (this.connections.size === 0) this.onLastGone?.();
       },
     });
     this.connections.add(connection);
+  }
+
+  /**
+   * Ends the connections of an export that the caller has taken off the map, as `close` ends all; those whose client
+   * takes no answers are cut off after CLOSE_TIMEOUT_MS. Returns at once.
+   */
+  endExport(nbdExport: NbdExport): void {
+    const using = [...this.connections].filter((connection) => connection.nbdExport === nbdExport);
+    if (using.length === 0) return;
+    for (const connection of using) connection.shutDown();
+    setTimeout(() => {
+      for (const connection of using) connection.destroy();
+    }, CLOSE_TIMEOUT_MS).unref();
   }
 
   /**

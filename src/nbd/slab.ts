@@ -10,7 +10,7 @@
 //
 // Main thread only.
 
-import { MAX_POOLED_BYTES, SLAB_BYTES } from "./limits.js";
+import { MAX_POOLED_BYTES, MAX_SLAB_BYTES_IN_USE, SLAB_BYTES } from "./limits.js";
 
 export class Slab {
   readonly bytes: Buffer;
@@ -29,11 +29,21 @@ export class SlabPool {
   /** Free slabs by capacity. Capacities are SLAB_BYTES times a power of two, so there are few lists. */
   private readonly free = new Map<number, Slab[]>();
   private pooledBytes = 0;
+  /** Capacity of the slabs that are out. */
+  inUseBytes = 0;
+
+  constructor(private readonly maxInUseBytes = MAX_SLAB_BYTES_IN_USE) {}
+
+  /** So much is out that a connection is to wait for its own slabs before it takes more. */
+  get isExhausted(): boolean {
+    return this.inUseBytes >= this.maxInUseBytes;
+  }
 
   /** A slab of at least `minimumBytes`, with no references. */
   take(minimumBytes: number): Slab {
     let capacityBytes = SLAB_BYTES;
     while (capacityBytes < minimumBytes) capacityBytes *= 2;
+    this.inUseBytes += capacityBytes;
     const slab = this.free.get(capacityBytes)?.pop();
     if (slab === undefined) return new Slab(capacityBytes);
     this.pooledBytes -= capacityBytes;
@@ -41,6 +51,7 @@ export class SlabPool {
   }
 
   give(slab: Slab): void {
+    this.inUseBytes -= slab.capacityBytes;
     if (this.pooledBytes + slab.capacityBytes > MAX_POOLED_BYTES) return;
     const list = this.free.get(slab.capacityBytes);
     if (list === undefined) this.free.set(slab.capacityBytes, [slab]);

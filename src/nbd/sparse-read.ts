@@ -5,15 +5,10 @@
 
 import type { BlockDevice, Completion } from "../image/device.js";
 import { ExtentList } from "./extents.js";
-import { HOLE_SEARCH_MIN_BYTES, MAX_READ_CHUNKS } from "./limits.js";
-import {
-  NBD_REPLY_TYPE_OFFSET_DATA,
-  NBD_REPLY_TYPE_OFFSET_HOLE,
-  NBD_STATE_ZERO,
-  OFFSET_DATA_HEADER_BYTES,
-  OFFSET_HOLE_CHUNK_BYTES,
-} from "./protocol.js";
-import { writeChunkHeader } from "./reply-format.js";
+import { HOLE_SEARCH_MIN_BYTES, MAX_HOLE_QUERIES, MAX_READ_CHUNKS } from "./limits.js";
+import { NBD_STATE_ZERO } from "./protocol.js";
+import type { ReplyWriter } from "./reply-format.js";
+import type { RequestHeader } from "./request.js";
 import type { Slab } from "./slab.js";
 
 /** A hole below this costs the client more as a chunk of its own than as data. */
@@ -22,6 +17,7 @@ const MIN_HOLE_BYTES = HOLE_SEARCH_MIN_BYTES / 16;
 /** What a search may take on a device that answers from its own tables. */
 const CHEAP_SEARCH_MS = 0.05;
 const SEARCH_PAUSE_FACTOR = 20;
+const SEARCH_BOUNDS = { maxExtents: MAX_READ_CHUNKS - 1, maxQueries: MAX_HOLE_QUERIES };
 
 export interface SparseRead {
   lengthsBytes: number[];
@@ -52,7 +48,7 @@ export class HoleSearch {
   }
 
   private search(offsetBytes: number, lengthBytes: number): SparseRead | undefined {
-    const extents = new ExtentList(this.device, offsetBytes, lengthBytes, MAX_READ_CHUNKS - 1);
+    const extents = new ExtentList(this.device, offsetBytes, lengthBytes, SEARCH_BOUNDS);
     try {
       const pending = extents.gather();
       if (pending !== undefined) {
@@ -89,10 +85,9 @@ function addRun(plan: SparseRead, runBytes: number, isHole: boolean): void {
   }
 }
 
-export function sparseReplyBytes(plan: SparseRead): number {
+export function sparseReplyBytes(plan: SparseRead, { holeBytes, dataHeaderBytes }: ReplyWriter): number {
   return plan.lengthsBytes.reduce(
-    (sum, runBytes, i) =>
-      sum + (plan.isHole[i] === true ? OFFSET_HOLE_CHUNK_BYTES : OFFSET_DATA_HEADER_BYTES + runBytes),
+    (sum, runBytes, i) => sum + (plan.isHole[i] === true ? holeBytes : dataHeaderBytes + runBytes),
     0,
   );
 }
@@ -106,32 +101,24 @@ export function startSparseRead(
   device: BlockDevice,
   slab: Slab,
   at: number,
-  high: number,
-  low: number,
-  offsetBytes: number,
+  writer: ReplyWriter,
+  request: RequestHeader,
 ): Completion {
   const { view, bytes } = slab;
+  const { holeBytes, dataHeaderBytes } = writer;
   const pending: Promise<void>[] = [];
   let place = at;
-  let runOffset = offsetBytes;
+  let runOffset = request.offsetBytes;
   plan.lengthsBytes.forEach((runBytes, i) => {
     const isLast = i === plan.lengthsBytes.length - 1;
     if (plan.isHole[i] === true) {
-      writeChunkHeader(view, place, isLast, NBD_REPLY_TYPE_OFFSET_HOLE, high, low, 12, runOffset);
-      view.setUint32(place + OFFSET_DATA_HEADER_BYTES, runBytes);
-      place += OFFSET_HOLE_CHUNK_BYTES;
+      writer.writeHole(view, place, request, isLast, runOffset, runBytes);
+      place += holeBytes;
     } else {
-      writeChunkHeader(view, place, isLast, NBD_REPLY_TYPE_OFFSET_DATA, high, low, 8 + runBytes, runOffset);
-      const completion = readRun(
-        device,
-        bytes,
-        place + OFFSET_DATA_HEADER_BYTES,
-        runBytes,
-        runOffset,
-        pending,
-      );
+      writer.writeDataHeader(view, place, request, isLast, runOffset, runBytes);
+      const completion = readRun(device, bytes, place + dataHeaderBytes, runBytes, runOffset, pending);
       if (completion !== undefined) pending.push(completion);
-      place += OFFSET_DATA_HEADER_BYTES + runBytes;
+      place += dataHeaderBytes + runBytes;
     }
     runOffset += runBytes;
   });

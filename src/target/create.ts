@@ -1,6 +1,8 @@
 // Makes a target from what the user asked for. Main thread only.
 
 import { CowcatcherError } from "../errors.js";
+import { isNbdUri } from "../nbd/uri.js";
+import { createNbdTarget } from "./nbd.js";
 import { NULL_TARGET_PATH, NullTarget } from "./null.js";
 import { createQcow2Target } from "./qcow2.js";
 import { createRawTarget } from "./raw.js";
@@ -13,14 +15,7 @@ import type { Target, TargetOptions } from "./target.js";
  */
 export async function createTarget(options: TargetOptions): Promise<Target> {
   if (options.path === NULL_TARGET_PATH) return new NullTarget();
-  if (/^nbds?(\+\w+)?:\/\//.test(options.path)) {
-    throw new CowcatcherError({
-      code: "UNSUPPORTED",
-      object: options.path,
-      problem: "an NBD export cannot be a target yet",
-      hint: "write to a file and copy it",
-    });
-  }
+  if (isNbdUri(options.path)) return createNbdTarget(options);
   if (!Number.isSafeInteger(options.sizeBytes) || options.sizeBytes < 0) {
     throw new CowcatcherError({
       code: "USAGE",
@@ -28,5 +23,14 @@ export async function createTarget(options: TargetOptions): Promise<Target> {
       problem: `${options.sizeBytes} is not a size in bytes`,
     });
   }
-  return options.format === "qcow2" ? createQcow2Target(options) : createRawTarget(options);
+  if (options.format === "qcow2") return createQcow2Target(options);
+  if (options.compression !== undefined) {
+    throw new CowcatcherError({
+      code: "USAGE",
+      object: options.path,
+      problem: "a raw target cannot be compressed",
+      hint: "choose qcow2",
+    });
+  }
+  return createRawTarget(options);
 }

@@ -3,10 +3,14 @@
 
 import { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
+import type { CompressionType } from "../image/qcow2/header.js";
 import { HEADER_CLUSTER_COUNT, type Qcow2Geometry, type RefcountPlan } from "./qcow2-layout.js";
 
 const MAGIC = 0x514649fb;
 const VERSION = 3;
+/** Bit 3 of the incompatible features, in the low byte: the compression type is not 0. */
+const COMPRESSION_TYPE_BIT = 0x08;
+const ZSTD = 1;
 /** With the compression type (0: zlib), which QEMU writes even where it is the default. */
 const HEADER_BYTES = 112;
 /** Refcounts of 1 << 4 bits. */
@@ -47,6 +51,7 @@ export function encodeHeaderCluster(
   geometry: Qcow2Geometry,
   refcounts: RefcountPlan,
   backing: Backing | null,
+  compressionType: CompressionType = "zlib",
 ): Buffer {
   const { clusterBytes, clusterBits, sizeBytes, l1EntryCount } = geometry;
   const cluster = Buffer.alloc(clusterBytes);
@@ -61,6 +66,10 @@ export function encodeHeaderCluster(
   cluster.writeUInt32BE(refcounts.tableClusterCount, 56);
   cluster.writeUInt32BE(REFCOUNT_ORDER, 96);
   cluster.writeUInt32BE(HEADER_BYTES, 100);
+  if (compressionType === "zstd") {
+    cluster.writeUInt8(COMPRESSION_TYPE_BIT, 79);
+    cluster.writeUInt8(ZSTD, 104);
+  }
   const extensionsEnd = writeExtensions(cluster, backing);
   if (backing !== null) writeBackingName(name, cluster, extensionsEnd, backing.file);
   return cluster;

@@ -9,7 +9,13 @@
 //   3      CLUSTER_LIMIT  NEXT_FREE never exceeds it; constant
 //   4      RELEASED_COUNT runs of host clusters that were allocated but hold nothing; may exceed the capacity
 //   5..    released runs, RELEASED_CAPACITY pairs (first host cluster, count)
+//   then   PACK_LOCK, PACK_CLUSTER, PACK_BYTES: where the next compressed cluster goes (qcow2-hosts.ts)
 //   then   L2 places: one word an L1 entry, NONE, ALLOCATING or the L2 table's host cluster
+//
+// A compressed target has a second block of shared memory: a 16-bit refcount for each host cluster that may come to
+// be used. A host cluster is shared by the compressed clusters in it: 29,000 at most, of 2 MiB that zstd makes 73
+// bytes of, so 16 bits are enough. It is as long as an image of which nothing gets smaller would need, but memory is
+// taken only for what is used: 32 MiB for 1 TiB of clusters of 64 KiB, after compression.
 //
 // Host clusters are counted in 32 bits: 2^31 of them are 128 TiB with 64 KiB clusters. The bound that counts is
 // the lower of this and of QEMU's 8 MiB of refcount table (128 GiB with 512-byte clusters), with room left for
@@ -39,7 +45,15 @@ export const RELEASED_COUNT = GATE_WORDS + 2;
 export const RELEASED_RUNS = GATE_WORDS + 3;
 /** Further runs stay allocated: clusters that `qemu-img check` calls leaked, and harmless. */
 export const RELEASED_CAPACITY = 1024;
-export const L2_PLACES = RELEASED_RUNS + 2 * RELEASED_CAPACITY;
+export const PACK_LOCK = RELEASED_RUNS + 2 * RELEASED_CAPACITY;
+export const PACK_CLUSTER = PACK_LOCK + 1;
+export const PACK_BYTES = PACK_LOCK + 2;
+export const L2_PLACES = PACK_LOCK + 3;
+
+/** 4 GiB of refcounts at most: 128 TiB that nothing can make smaller, with clusters of 64 KiB. */
+const REFCOUNTS_MAX = 2 ** 31;
+/** For L2 tables that were given up and begun again. */
+const SPARE_CLUSTERS = 1024;
 
 /** States of an L2 place; any other value is a host cluster. Cluster 0 is the header's. */
 export const NONE = 0;
@@ -60,7 +74,12 @@ export interface Qcow2Geometry {
 }
 
 /** @throws CowcatcherError USAGE for a cluster size that qcow2 does not have, LIMIT for a disk it cannot hold. */
-export function planGeometry(name: string, diskBytes: number, clusterBytes: number): Qcow2Geometry {
+export function planGeometry(
+  name: string,
+  diskBytes: number,
+  clusterBytes: number,
+  compressed = false,
+): Qcow2Geometry {
   const clusterBits = Math.log2(clusterBytes);
   if (
     !Number.isInteger(clusterBits) ||
@@ -94,8 +113,15 @@ export function planGeometry(name: string, diskBytes: number, clusterBytes: numb
     l2EntryCount,
     l1EntryCount,
     l1ClusterCount: Math.ceil((l1EntryCount * ENTRY_BYTES) / clusterBytes),
-    clusterLimit: hostClusterLimit(clusterBytes),
+    clusterLimit: compressed
+      ? Math.min(hostClusterLimit(clusterBytes), packedClusterLimit(clusterBits))
+      : hostClusterLimit(clusterBytes),
   };
+}
+
+/** An entry of a compressed cluster has 70 - clusterBits bits for its host offset, of which 56 may be used. */
+function packedClusterLimit(clusterBits: number): number {
+  return 2 ** (Math.min(56, 70 - clusterBits) - clusterBits);
 }
 
 function hostClusterLimit(clusterBytes: number): number {
@@ -135,13 +161,48 @@ export function planRefcounts(usedClusterCount: number, clusterBytes: number): R
   }
 }
 
+/** Bytes of an image of which all of `diskBytes` (whole clusters) is allocated, every table included. */
+export function planFullImage(diskBytes: number, clusterBytes: number): number {
+  const dataCount = diskBytes / clusterBytes;
+  const entriesPerTable = clusterBytes / ENTRY_BYTES;
+  const l2Count = Math.ceil(dataCount / entriesPerTable);
+  const l1ClusterCount = Math.ceil(l2Count / entriesPerTable);
+  const usedCount = HEADER_CLUSTER_COUNT + l1ClusterCount + l2Count + dataCount;
+  return planRefcounts(usedCount, clusterBytes).totalClusterCount * clusterBytes;
+}
+
 /** Main thread, before any worker. */
 export function createShared(geometry: Qcow2Geometry): SharedArrayBuffer {
   const shared = new SharedArrayBuffer((L2_PLACES + geometry.l1EntryCount) * Int32Array.BYTES_PER_ELEMENT);
   const words = new Int32Array(shared);
   words[NEXT_FREE] = HEADER_CLUSTER_COUNT + geometry.l1ClusterCount;
   words[CLUSTER_LIMIT] = geometry.clusterLimit;
+  // No room yet: the first compressed cluster takes a host cluster.
+  words[PACK_BYTES] = geometry.clusterBytes;
   return shared;
+}
+
+/**
+ * Main thread, before any worker: the refcounts of a compressed target.
+ * @throws CowcatcherError LIMIT where they would take more memory than there can be.
+ */
+export function createRefcounts(name: string, geometry: Qcow2Geometry): SharedArrayBuffer {
+  const { clusterBytes, sizeBytes, l1EntryCount, clusterLimit } = geometry;
+  const firstFree = HEADER_CLUSTER_COUNT + geometry.l1ClusterCount;
+  // Each guest cluster takes one at most, and a write that is tried again takes what it took before.
+  const most = firstFree + l1EntryCount + Math.ceil(sizeBytes / clusterBytes) + SPARE_CLUSTERS;
+  const clusterCount = Math.min(most, clusterLimit);
+  if (clusterCount > REFCOUNTS_MAX) {
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: name,
+      problem: `a compressed target has at most ${REFCOUNTS_MAX} clusters; this one may need ${clusterCount}`,
+      hint: "choose larger clusters",
+    });
+  }
+  const refcounts = new SharedArrayBuffer(clusterCount * REFCOUNT_BYTES);
+  new Uint16Array(refcounts).fill(1, 0, firstFree);
+  return refcounts;
 }
 
 /** Any thread. @returns the first of `clusterCount` contiguous host clusters, or -1 when the limit is reached. */

@@ -6,7 +6,8 @@
 //   at the end       refcount table, then refcount blocks
 //
 // Every cluster that was handed out is used once, so all refcounts are 1 and need no memory: they are made up
-// while they are written. (Runs that a failed write gave back are 0.) complete() writes them, the L1 table and the
+// while they are written. (Runs that a failed write gave back are 0.) Only where compressed clusters share host
+// clusters are they counted, in memory, as the workers go (qcow2-hosts.ts). complete() writes them, the L1 table and the
 // header through libuv's pool, 1 MiB at a time, as this thread serves the guest meanwhile.
 //
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and
@@ -15,11 +16,14 @@
 
 import { CowcatcherError } from "../errors.js";
 import { writeFully } from "../image/fileio.js";
+import { checkCompression } from "../image/qcow2/compress.js";
+import type { CompressionType } from "../image/qcow2/header.js";
 import { KiB, MiB } from "../units.js";
 import { FileTarget } from "./file-target.js";
 import { openTargetFile, syncData, type TargetFile } from "./file.js";
 import { type Backing, encodeHeaderCluster } from "./qcow2-header.js";
 import {
+  createRefcounts,
   createShared,
   ENTRY_BYTES,
   HEADER_CLUSTER_COUNT,
@@ -47,10 +51,14 @@ const DIRECT_CLUSTER_BYTES_MIN = 64 * KiB;
  */
 export async function createQcow2Target(options: TargetOptions): Promise<Target> {
   const name = options.path;
-  const geometry = planGeometry(name, options.sizeBytes, options.clusterSizeBytes);
+  const compression = options.compression ?? null;
+  const planned = planGeometry(name, options.sizeBytes, options.clusterSizeBytes, compression !== null);
   const backing = backingOf(options);
   // Made only to see that it fits, while there is nothing to clean up.
-  encodeHeaderCluster(name, geometry, planRefcounts(0, geometry.clusterBytes), backing);
+  encodeHeaderCluster(name, planned, planRefcounts(0, planned.clusterBytes), backing);
+  if (compression !== null) checkCompression(compression, name);
+  const refcounts = compression === null ? null : createRefcounts(name, planned);
+  const geometry = refcounts === null ? planned : withLimit(planned, refcounts.byteLength / REFCOUNT_BYTES);
 
   const file = await openTargetFile(
     options,
@@ -74,8 +82,10 @@ export async function createQcow2Target(options: TargetOptions): Promise<Target>
     hasBacking: backing !== null,
     startsZeroed: file.startsZeroed,
     shared,
+    compression,
+    refcounts,
   };
-  const metadata = new MetadataWriter(file, geometry, backing, new Int32Array(shared));
+  const metadata = new MetadataWriter(file, geometry, backing, description);
   return new FileTarget({
     file,
     description,
@@ -84,6 +94,10 @@ export async function createQcow2Target(options: TargetOptions): Promise<Target>
     writeMetadata: (checkOpen) => metadata.writeAll(checkOpen),
     retract: file.startsZeroed ? undefined : () => wipeHeader(file, geometry),
   });
+}
+
+function withLimit(geometry: Qcow2Geometry, clusterLimit: number): Qcow2Geometry {
+  return { ...geometry, clusterLimit: Math.min(geometry.clusterLimit, clusterLimit) };
 }
 
 function backingOf({ path, backingFile, backingFormat }: TargetOptions): Backing | null {
@@ -111,18 +125,26 @@ function wipeHeader({ name, bufferedFd }: TargetFile, { clusterBytes }: Qcow2Geo
 }
 
 class MetadataWriter {
+  readonly words: Int32Array;
+  readonly refcounts: Uint16Array | null;
+  readonly compressionType: CompressionType | undefined;
+
   constructor(
     readonly file: TargetFile,
     readonly geometry: Qcow2Geometry,
     readonly backing: Backing | null,
-    readonly words: Int32Array,
-  ) {}
+    { shared, refcounts, compression }: Qcow2TargetDescription,
+  ) {
+    this.words = new Int32Array(shared);
+    this.refcounts = refcounts === null ? null : new Uint16Array(refcounts);
+    this.compressionType = compression?.type;
+  }
 
   /** The workers are done. @throws CowcatcherError IO or NO_SPACE, and what checkOpen throws. */
   async writeAll(checkOpen: () => void): Promise<void> {
     const { file, geometry } = this;
     const refcounts = planRefcounts(Atomics.load(this.words, NEXT_FREE), geometry.clusterBytes);
-    const header = encodeHeaderCluster(file.name, geometry, refcounts, this.backing);
+    const header = encodeHeaderCluster(file.name, geometry, refcounts, this.backing, this.compressionType);
     // The blocks end the file, so whatever cluster before them is short or a hole becomes whole.
     await this.#writeRefcountBlocks(refcounts, checkOpen);
     await this.#writeRefcountTable(refcounts);
@@ -141,6 +163,7 @@ class MetadataWriter {
       checkOpen();
       const bytes = Math.min(WRITE_BYTES, lengthBytes - done);
       this.#fillRefcounts(chunk, done / REFCOUNT_BYTES, plan.totalClusterCount);
+      this.#fillCounted(chunk, done / REFCOUNT_BYTES, plan.tableFirstCluster);
       await this.#write(chunk, bytes, start + done);
     }
   }
@@ -158,6 +181,15 @@ class MetadataWriter {
       if (end > 0 && first < refcountCount) {
         chunk.fill(0, Math.max(0, first) * REFCOUNT_BYTES, end * REFCOUNT_BYTES);
       }
+    }
+  }
+
+  /** The counted refcounts over those that were made up: of all clusters before the refcount table. */
+  #fillCounted(chunk: Buffer, firstCluster: number, endCluster: number): void {
+    if (this.refcounts === null) return;
+    const end = Math.min(firstCluster + chunk.length / REFCOUNT_BYTES, endCluster);
+    for (let cluster = firstCluster; cluster < end; cluster++) {
+      chunk.writeUInt16BE(this.refcounts[cluster] ?? 0, (cluster - firstCluster) * REFCOUNT_BYTES);
     }
   }
 

@@ -3,9 +3,11 @@
 
 import type { Completion } from "../image/device.js";
 import type { ImageFormat } from "../image/format.js";
+import type { Compression } from "../image/qcow2/compression.js";
 
 export interface TargetOptions {
-  /** Final path; the file is written beside it under a temporary name. "null:" throws all data away. */
+  /** Final path; the file is written beside it under a temporary name. "null:" throws all data away;
+   *  an NBD URI names an export, which is written in place. */
   path: string;
   format: ImageFormat;
   sizeBytes: number;
@@ -13,10 +15,16 @@ export interface TargetOptions {
   clusterSizeBytes: number;
   backingFile?: string | undefined;
   backingFormat?: ImageFormat | undefined;
+  /** Of the clusters of a qcow2 target; undefined: none. */
+  compression?: Compression | undefined;
   /** Replace an existing file. */
   force: boolean;
   /** O_DIRECT for the data. */
   direct: boolean;
+  /** Of an NBD target: how often a lost connection is made again. */
+  targetRetries?: number | undefined;
+  /** Asked while a server's answer is awaited; true ends the wait with CANCELLED. */
+  isCancelled?: (() => boolean) | undefined;
 }
 
 /** Main thread only. */
@@ -25,6 +33,8 @@ export interface Target {
   /** Smallest unit that writers take, in bytes (the qcow2 cluster size; 1 for raw). */
   readonly granularityBytes: number;
   readonly description: TargetDescription;
+  /** Most workers that may write at a time; undefined: any number. */
+  readonly workerLimit?: number | undefined;
   /** Where a complete target can be read before it has its final name; null for `null:`. */
   readonly unfinishedPath: string | null;
   /** Writes what metadata is left and syncs: all of the target is on the medium then. */
@@ -69,6 +79,9 @@ export interface Qcow2TargetDescription {
   startsZeroed: boolean;
   /** Layout: see target/qcow2-layout.ts. Next free host cluster, and the place of each L2 table. */
   shared: SharedArrayBuffer;
+  compression: Compression | null;
+  /** Of a compressed target, 16 bits a host cluster. */
+  refcounts: SharedArrayBuffer | null;
 }
 
 export interface NullTargetDescription {
@@ -76,7 +89,24 @@ export interface NullTargetDescription {
   name: string;
 }
 
-export type TargetDescription = RawTargetDescription | Qcow2TargetDescription | NullTargetDescription;
+export interface NbdTargetDescription {
+  format: "nbd";
+  name: string;
+  /** Each worker makes a connection of its own to it. */
+  uri: string;
+  /** Of the disk; the export may be larger. */
+  sizeBytes: number;
+  /** Of the export. */
+  exportBytes: number;
+  /** How often a lost connection is made again before the flush at the end fails; writes are the caller's to retry. */
+  retries: number;
+  /** What read as zeroes before the copy began, so that zeroes need no write there (nbd/extent-map.ts). */
+  zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
+  direct: false;
+}
+
+export type TargetDescription =
+  RawTargetDescription | Qcow2TargetDescription | NullTargetDescription | NbdTargetDescription;
 
 /**
  * One worker's door to the target. Ranges are aligned to the target's granularity but for the end of the disk,
@@ -87,5 +117,7 @@ export interface TargetWriter {
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   /** The range reads as zeroes afterwards. Costs nothing where it does already. */
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion;
+  /** After this worker's last write: what must be done through its own door for the data to be stored for good. */
+  finish?(): Promise<void>;
   close(): void;
 }

@@ -1,17 +1,27 @@
 // A worker's door to a target, by its description's format. Runs on the worker's thread.
 
+import { NbdTargetWriter } from "./nbd.js";
 import { NullWriter } from "./null.js";
+import { CompressingWriter } from "./qcow2-compressing.js";
 import { Qcow2Writer } from "./qcow2-writer.js";
 import { RawWriter } from "./raw.js";
 import type { TargetDescription, TargetWriter } from "./target.js";
 
-export function openTarget(description: TargetDescription): TargetWriter {
+/** @param isCancelled asked while a server's answer is awaited; true ends the wait */
+export function openTarget(
+  description: TargetDescription,
+  isCancelled: () => boolean = () => false,
+): TargetWriter {
   switch (description.format) {
     case "raw":
       return new RawWriter(description);
     case "qcow2":
-      return new Qcow2Writer(description);
+      return description.compression === null
+        ? new Qcow2Writer(description)
+        : new CompressingWriter(description, description.compression);
     case "null":
       return new NullWriter();
+    case "nbd":
+      return new NbdTargetWriter(description, isCancelled);
   }
 }

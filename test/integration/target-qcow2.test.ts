@@ -325,19 +325,26 @@ describe("a write that fails", () => {
 
 // Threads and processes of their own load the sources as JavaScript, translated here file by file.
 let compiled: string;
+
+/** Translates these modules and all that they import. */
+function translateFrom(...modules: string[]): void {
+  const compilerOptions = { module: ts.ModuleKind.ESNext, target: ts.ScriptTarget.ES2023 };
+  const root = resolve(import.meta.dirname, "../../src");
+  const wanted = new Set(modules);
+  for (const module of wanted) {
+    const source = fs.readFileSync(join(root, module.replace(/\.js$/, ".ts")), "utf8");
+    const { outputText } = ts.transpileModule(source, { compilerOptions });
+    fs.mkdirSync(dirname(join(compiled, module)), { recursive: true });
+    fs.writeFileSync(join(compiled, module), outputText);
+    for (const [, path] of outputText.matchAll(/(?:from|import\()\s*"(\.[^"]+)"/g)) {
+      wanted.add(join(dirname(module), path ?? ""));
+    }
+  }
+}
+
 beforeAll(() => {
   compiled = fs.mkdtempSync(join(tmpdir(), "cowcatcher-compiled-"));
-  const root = resolve(import.meta.dirname, "../..");
-  const files = ["errors", "units", "native/libc", "image/fileio", "image/locks"];
-  for (const file of fs.readdirSync(join(root, "src/target")))
-    files.push(`target/${file.replace(/\.ts$/, "")}`);
-  for (const file of files) {
-    const source = fs.readFileSync(join(root, "src", `${file}.ts`), "utf8");
-    const compilerOptions = { module: ts.ModuleKind.ESNext, target: ts.ScriptTarget.ES2023 };
-    const { outputText } = ts.transpileModule(source, { compilerOptions });
-    fs.mkdirSync(dirname(join(compiled, `${file}.js`)), { recursive: true });
-    fs.writeFileSync(join(compiled, `${file}.js`), outputText);
-  }
+  translateFrom("target/create.js", "target/writer.js");
   fs.writeFileSync(join(compiled, "package.json"), '{"type":"module"}');
   // The packages as this file finds them.
   const packages = dirname(dirname(createRequire(import.meta.url).resolve("typescript/package.json")));

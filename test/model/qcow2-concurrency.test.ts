@@ -25,7 +25,41 @@ const SHAPES = [
   { name: "compressed, 16K clusters", args: ["-c", "-o", "cluster_size=16K"], source: "convert" },
   { name: "snapshot, 4K clusters", args: ["-o", "cluster_size=4K"], source: "snapshot" },
   { name: "over a backing file", args: ["-o", "cluster_size=4K"], source: "backing" },
+  { name: "subclusters", args: ["-o", "cluster_size=16K,extended_l2=on"], source: "create" },
+  {
+    name: "subclusters over a backing file",
+    args: ["-o", "cluster_size=16K,extended_l2=on"],
+    source: "backing",
+  },
+  { name: "subclusters, snapshot", args: ["-o", "cluster_size=16K,extended_l2=on"], source: "snapshot" },
+  {
+    name: "subclusters, compressed",
+    args: ["-c", "-o", "cluster_size=16K,extended_l2=on"],
+    source: "convert",
+  },
+  {
+    name: "data file over a backing file",
+    args: ["-o", "cluster_size=4K,data_file=data.raw"],
+    source: "backing",
+  },
+  {
+    name: "subclusters in a data file over a backing file",
+    args: ["-o", "cluster_size=16K,extended_l2=on,data_file=data.raw"],
+    source: "backing",
+  },
+  {
+    name: "raw data file",
+    args: ["-o", "cluster_size=4K,data_file=data.raw,data_file_raw=on"],
+    source: "create",
+  },
 ] as const;
+
+/** Where QEMU runs, and so looks for it. */
+const DATA_NAME = "data.raw";
+
+function hasDataFile({ args }: (typeof SHAPES)[number]): boolean {
+  return args.some((arg) => arg.includes(DATA_NAME));
+}
 
 beforeAll(() => {
   folder = fs.mkdtempSync(path.join(os.tmpdir(), "qcow2-concurrency-"));
@@ -33,7 +67,8 @@ beforeAll(() => {
   const raw = path.join(folder, "raw");
   const image = path.join(folder, "image");
   fs.writeFileSync(raw, initialContent());
-  const run = (...args: string[]): void => void execFileSync("qemu-img", args, { stdio: "pipe" });
+  const run = (...args: string[]): void =>
+    void execFileSync("qemu-img", args, { cwd: folder, stdio: "pipe" });
   for (const { name, args, source } of SHAPES) {
     if (source === "create") run("create", "-q", "-f", "qcow2", ...args, image, `${SIZE}`);
     else if (source === "backing") {
@@ -94,9 +129,11 @@ async function episode(shape: (typeof SHAPES)[number], seed: number): Promise<vo
   const latency = (): number => (random(2) === 0 ? 0 : random(6));
   const template = templates.get(shape.name) ?? Buffer.alloc(0);
   const file = new MemoryFile(template, "memory.qcow2", latency);
+  // Empty: every shape with a data file begins so.
+  const dataFile = hasDataFile(shape) ? new MemoryFile(Buffer.alloc(0), DATA_NAME, latency) : undefined;
   const backing = shape.source === "backing" ? new MemoryImage(initialContent(), latency) : null;
   const options = { path: "", name: "memory", fd: -1, readOnly: false, direct: false, probed: false };
-  const image = await openQcow2({ ...options, backing, file });
+  const image = await openQcow2({ ...options, backing, file, dataFile });
   const model = shape.source === "create" ? Buffer.alloc(SIZE) : initialContent();
   for (let batch = 0; batch < 8; batch++) {
     const points = cut(random);
@@ -114,10 +151,12 @@ async function episode(shape: (typeof SHAPES)[number], seed: number): Promise<vo
   await image.close();
   const imagePath = path.join(folder, "after.qcow2");
   fs.writeFileSync(imagePath, file.content());
-  execFileSync("qemu-img", ["check", "-f", "qcow2", imagePath], { stdio: "pipe" });
+  if (dataFile !== undefined) fs.writeFileSync(path.join(folder, DATA_NAME), dataFile.content());
+  const inFolder = { cwd: folder, stdio: "pipe" } as const;
+  execFileSync("qemu-img", ["check", "-f", "qcow2", imagePath], inFolder);
   const modelPath = path.join(folder, "model");
   fs.writeFileSync(modelPath, model);
-  execFileSync("qemu-img", ["compare", "-f", "qcow2", "-F", "raw", imagePath, modelPath], { stdio: "pipe" });
+  execFileSync("qemu-img", ["compare", "-f", "qcow2", "-F", "raw", imagePath, modelPath], inFolder);
 }
 
 describe("qcow2 image with overlapping operations", () => {

@@ -11,7 +11,7 @@ import type { Image } from "../../src/image/device.js";
 import { openImage } from "../../src/image/open.js";
 import { KiB, MiB } from "../../src/units.js";
 
-const RUNS = Number(process.env["QCOW2_RUNS"] ?? 4);
+const RUNS = Number(process.env["QCOW2_RUNS"] ?? 3);
 
 interface Variant {
   name: string;
@@ -26,7 +26,12 @@ interface Variant {
   compressed?: "zlib" | "zstd";
   snapshot?: boolean;
   direct?: boolean;
+  /** There is a data file, and it must read as the disk by itself. */
+  rawData?: boolean;
 }
+
+const EXTENDED = { compat: "1.1", options: "extended_l2=on", sizeBytes: 256 * KiB } as const;
+const WITH_DATA = { compat: "1.1", clusterSize: "16K", sizeBytes: 256 * KiB - 1536 } as const;
 
 const VARIANTS: Variant[] = [
   { name: "v3, 64K", clusterSize: "64K", compat: "1.1", sizeBytes: 1 * MiB },
@@ -115,6 +120,50 @@ const VARIANTS: Variant[] = [
     backing: "qcow2",
     direct: true,
   },
+  { ...EXTENDED, name: "subclusters, 16K", clusterSize: "16K" },
+  { ...EXTENDED, name: "subclusters, 64K", clusterSize: "64K", sizeBytes: 1 * MiB - 1536 },
+  { ...EXTENDED, name: "subclusters on raw", clusterSize: "16K", backing: "raw" },
+  {
+    ...EXTENDED,
+    name: "subclusters on a shorter qcow2",
+    clusterSize: "16K",
+    backing: "qcow2",
+    backingSizeBytes: 100 * KiB + 512,
+  },
+  { ...EXTENDED, name: "subclusters, zlib", clusterSize: "16K", compressed: "zlib" },
+  { ...EXTENDED, name: "subclusters, snapshot", clusterSize: "16K", snapshot: true },
+  {
+    ...EXTENDED,
+    name: "subclusters, snapshot, zstd",
+    clusterSize: "64K",
+    sizeBytes: 1 * MiB,
+    snapshot: true,
+    compressed: "zstd",
+  },
+  { ...EXTENDED, name: "subclusters, O_DIRECT", clusterSize: "16K", backing: "raw", direct: true },
+  { ...WITH_DATA, name: "data file", options: "data_file=data.raw" },
+  { ...WITH_DATA, name: "data file on raw", options: "data_file=data.raw", backing: "raw" },
+  { ...WITH_DATA, name: "data file, O_DIRECT", options: "data_file=data.raw", direct: true },
+  { ...WITH_DATA, name: "raw data file", options: "data_file=data.raw,data_file_raw=on", rawData: true },
+  {
+    ...WITH_DATA,
+    name: "raw data file, subclusters",
+    options: "data_file=data.raw,data_file_raw=on,extended_l2=on",
+    rawData: true,
+  },
+  {
+    ...WITH_DATA,
+    name: "raw data file, O_DIRECT",
+    options: "data_file=data.raw,data_file_raw=on",
+    rawData: true,
+    direct: true,
+  },
+  {
+    ...WITH_DATA,
+    name: "data file on raw, subclusters",
+    options: "data_file=data.raw,extended_l2=on",
+    backing: "raw",
+  },
 ];
 
 type Operation =
@@ -200,6 +249,14 @@ function makeOverlay(variant: Variant, options: string[], backing: "raw" | "qcow
   const model = Buffer.alloc(variant.sizeBytes);
   bytes.copy(model, 0, 0, Math.min(bytes.length, model.length));
   return model;
+}
+
+/** What lies beyond its end reads as zeroes. */
+function readDataFile(sizeBytes: number): Buffer {
+  return Buffer.concat([fs.readFileSync(path.join(folder, "data.raw")), Buffer.alloc(sizeBytes)]).subarray(
+    0,
+    sizeBytes,
+  );
 }
 
 function open(variant: Variant): Promise<Image> {
@@ -303,6 +360,7 @@ async function episode(variant: Variant, operations: Operation[]): Promise<void>
   qemuImg("check", "-f", "qcow2", "image.qcow2");
   fs.writeFileSync(path.join(folder, "model.raw"), model);
   qemuImg("compare", "-f", "qcow2", "-F", "raw", "image.qcow2", "model.raw");
+  if (variant.rawData) expect(readDataFile(model.length).equals(model)).toBe(true);
   if (snapshotContent === null) return;
   fs.writeFileSync(path.join(folder, "snapshot.raw"), snapshotContent);
   qemuImg("convert", "-l", "before", "-f", "qcow2", "-O", "raw", "image.qcow2", "old.raw");

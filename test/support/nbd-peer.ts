@@ -18,7 +18,7 @@ import {
   NBD_SIMPLE_REPLY_MAGIC,
   NBD_STRUCTURED_REPLY_MAGIC,
 } from "../../src/nbd/protocol.js";
-import { NbdServer, type NbdExport, type NbdLogger } from "../../src/nbd/server.js";
+import { NbdServer, type NbdExport, type NbdLogger, type NbdServerOptions } from "../../src/nbd/server.js";
 
 export const DF = NBD_CMD_FLAG_DF;
 
@@ -286,12 +286,12 @@ export class TestServer {
   private listener: NbdListener | undefined;
   private readonly clients: RawClient[] = [];
 
-  constructor(exports: NbdExport[], maxConnections = 16) {
+  constructor(exports: NbdExport[], maxConnections = 16, options: Partial<NbdServerOptions> = {}) {
     const ignore = (): void => undefined;
     const warn = (_fields: object, message: string): void => void this.warnings.push(message);
     const logger: NbdLogger = { debug: ignore, info: ignore, warn, error: warn };
     const byName = new Map(exports.map((nbdExport) => [nbdExport.name, nbdExport]));
-    this.server = new NbdServer({ exports: byName, maxConnections, logger });
+    this.server = new NbdServer({ exports: byName, maxConnections, logger, ...options });
   }
 
   static async start(device: BlockDevice, fields: Partial<NbdExport> = {}, maxConnections?: number) {
@@ -304,9 +304,13 @@ export class TestServer {
       ...fields,
     };
     const started = new TestServer([nbdExport], maxConnections);
-    started.listener = await listenUnix(started.socketPath);
-    started.listener.serve(started.server);
+    await started.listen();
     return started;
+  }
+
+  async listen(): Promise<void> {
+    this.listener = await listenUnix(this.socketPath);
+    this.listener.serve(this.server);
   }
 
   get uri(): string {

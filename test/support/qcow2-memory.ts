@@ -5,11 +5,12 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 import type { BlockStatus, Completion, FrozenSource, Image } from "../../src/image/device.js";
 import type { QcowFile } from "../../src/image/qcow2/file.js";
 
+/** `file` is its name: two files may share one log. */
 export type FileEvent =
-  | { kind: "write"; offsetBytes: number; bytes: Uint8Array }
-  | { kind: "sync-begins" }
+  | { kind: "write"; file: string; offsetBytes: number; bytes: Uint8Array }
+  | { kind: "sync-begins"; file: string }
   /** `begins` is the index of the event with which it began. */
-  | { kind: "sync-done"; begins: number }
+  | { kind: "sync-done"; file: string; begins: number }
   | { kind: "mark"; label: string };
 
 /** Turns of the event loop that the next access waits; 0: it is done at once. */
@@ -22,7 +23,6 @@ async function wait(turns: number): Promise<void> {
 export class MemoryFile implements QcowFile {
   readonly fd = -1;
   readonly isBlockDevice = false;
-  readonly log: FileEvent[] = [];
   private bytes: Buffer;
   endOffset: number;
   /** The next write from here on fails with this, once. */
@@ -33,6 +33,7 @@ export class MemoryFile implements QcowFile {
     content: Uint8Array,
     readonly name = "memory.qcow2",
     private readonly latency: Latency = () => 0,
+    readonly log: FileEvent[] = [],
   ) {
     this.bytes = Buffer.from(content);
     this.endOffset = content.length;
@@ -75,7 +76,7 @@ export class MemoryFile implements QcowFile {
     this.failNextWrite = undefined;
     if (failure !== undefined) throw failure;
     const bytes = buffer.slice(bufferOffset, bufferOffset + lengthBytes);
-    this.log.push({ kind: "write", offsetBytes, bytes });
+    this.log.push({ kind: "write", file: this.name, offsetBytes, bytes });
     const end = offsetBytes + lengthBytes;
     if (end > this.bytes.length) {
       this.bytes = Buffer.concat([
@@ -89,12 +90,12 @@ export class MemoryFile implements QcowFile {
 
   async sync(): Promise<void> {
     const begins = this.log.length;
-    this.log.push({ kind: "sync-begins" });
+    this.log.push({ kind: "sync-begins", file: this.name });
     await wait(this.latency());
     const failure = this.failNextSync;
     this.failNextSync = undefined;
     if (failure !== undefined) throw failure;
-    this.log.push({ kind: "sync-done", begins });
+    this.log.push({ kind: "sync-done", file: this.name, begins });
   }
 
   async close(): Promise<void> {
@@ -103,22 +104,23 @@ export class MemoryFile implements QcowFile {
 }
 
 /**
- * The file after a crash at `eventCount` events: what a completed sync covers is there; of the rest `keeps` decides
- * sector by sector.
+ * The file of a name after a crash at `eventCount` events: what a completed sync of it covers is there; of the rest
+ * `keeps` decides sector by sector.
  */
 export function crashedContent(
   initial: Uint8Array,
   log: readonly FileEvent[],
   eventCount: number,
   keeps: () => boolean,
+  file = "memory.qcow2",
 ): Buffer {
   let durable = 0;
   for (const event of log.slice(0, eventCount)) {
-    if (event.kind === "sync-done") durable = Math.max(durable, event.begins);
+    if (event.kind === "sync-done" && event.file === file) durable = Math.max(durable, event.begins);
   }
   let bytes = Buffer.from(initial);
   log.slice(0, eventCount).forEach((event, index) => {
-    if (event.kind !== "write") return;
+    if (event.kind !== "write" || event.file !== file) return;
     const end = event.offsetBytes + event.bytes.length;
     const wholeIsKept = index < durable;
     for (let at = 0; at < event.bytes.length;) {

@@ -80,8 +80,8 @@ export class Process {
   }
 
   /** The first line from `fromLine` on that `matches`. */
-  async line(matches: (line: string) => boolean, fromLine = 0): Promise<string> {
-    const deadline = performance.now() + WAIT_MS;
+  async line(matches: (line: string) => boolean, fromLine = 0, withinMs = WAIT_MS): Promise<string> {
+    const deadline = performance.now() + withinMs;
     for (;;) {
       const found = this.lines.slice(fromLine).find(matches);
       if (found !== undefined) return found;

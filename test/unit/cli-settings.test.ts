@@ -12,7 +12,7 @@ import {
   type JobSettings,
   type RestoreSettings,
 } from "../../src/cli/backup-options.js";
-import { formatByExtension, isNbdUri, listWords, parseCount } from "../../src/cli/options.js";
+import { formatByExtension, absoluteImage, isNbdUri, listWords, parseCount } from "../../src/cli/options.js";
 import { addServeOptions, parseServeSettings, type ServeSettings } from "../../src/cli/serve-options.js";
 import { GiB, MiB } from "../../src/units.js";
 
@@ -56,6 +56,25 @@ describe("backup", () => {
     });
   });
 
+  it.each([
+    ["-c a b", "zstd", 3],
+    ["a -c b", "zstd", 3],
+    ["a b -c", "zstd", 3],
+    ["-c -f raw a b", "zstd", 3],
+    ["--compress a -- b", "zstd", 3],
+    ["-c zlib a b", "zlib", 6],
+    ["-czlib:9 a b", "zlib", 9],
+    ["a --compress zstd:1 b", "zstd", 1],
+    ["--compress=zlib:1 a b", "zlib", 1],
+  ])("knows what belongs to --compress in '%s'", (args, type, level) => {
+    const settings = backup("-O", "qcow2", ...args.split(" "));
+    expect(settings).toMatchObject({ source: "a", job: { target: "b", compression: { type, level } } });
+  });
+
+  it("takes arguments after -- as they are", () => {
+    expect(backup("--", "-c", "zstd")).toMatchObject({ source: "-c", job: { target: "zstd" } });
+  });
+
   it("takes every option", () => {
     const args =
       "-f raw -O qcow2 --sync full -b base.qcow2 -B qcow2 -w 8 --cluster-size 128K --cow-buffer-size 1G " +
@@ -86,6 +105,8 @@ describe("backup", () => {
         targetRetries: 0,
         direct: true,
         verify: true,
+        sync: "full",
+        snapshotExport: false,
       },
     });
   });
@@ -150,24 +171,33 @@ describe("serve", () => {
   it("takes its defaults", () => {
     expect(serve(["--socket", "s", "a.qcow2"])).toEqual({
       images: [{ path: "a.qcow2", name: "disk", format: undefined }],
-      listen: { type: "unix", path: "s" },
+      listen: { type: "unix", path: "s", mode: undefined },
       control: undefined,
       readOnly: false,
+      direct: false,
       cowBufferSizeBytes: 256 * MiB,
+      snapshotExport: false,
       maxConnections: 16,
+      bitmaps: [],
+      tls: undefined,
     });
   });
 
   it("takes every option", () => {
     const args =
-      "--port 0 --bind ::1 --control c -f raw --read-only --name root --cow-buffer-size 1G --max-connections 3 a";
+      "--port 0 --bind ::1 --control c -f raw --read-only --name root --cow-buffer-size 1G --max-connections 3 " +
+      "--snapshot-export --bitmap b0 --bitmap b1 --bitmap b0 --tls require --tls-certificates d --tls-verify-peer a";
     expect(serve(args.split(" "))).toEqual({
       images: [{ path: "a", name: "root", format: "raw" }],
       listen: { type: "tcp", address: "::1", port: 0 },
       control: "c",
       readOnly: true,
+      direct: false,
       cowBufferSizeBytes: GiB,
+      snapshotExport: true,
       maxConnections: 3,
+      bitmaps: ["b0", "b1"],
+      tls: { kind: "certificates", folder: "d", verifyPeer: true },
     });
   });
 
@@ -179,6 +209,20 @@ describe("serve", () => {
     ["=x", "=x", "disk"],
   ])("splits %s", (text, path, name) => {
     expect(serve(["--socket", "s", text]).images).toEqual([{ path, name, format: undefined }]);
+  });
+
+  it.each([
+    [[], undefined],
+    [["--tls", "off"], undefined],
+    [["--tls-certificates", "d"], { kind: "certificates", folder: "d", verifyPeer: false }],
+    [["--tls-psk", "f"], { kind: "psk", file: "f" }],
+    [["--tls", "require", "--tls-psk", "f"], { kind: "psk", file: "f" }],
+  ])("requires TLS where it has something to do it with: %j", (args, tls) => {
+    expect(serve(["--socket", "s", ...args, "a"]).tls).toEqual(tls);
+  });
+
+  it("takes a socket's mode in octal", () => {
+    expect(serve(["--socket", "s", "--socket-mode", "0660", "a"]).listen).toMatchObject({ mode: 0o660 });
   });
 
   it("takes systemd's sockets if they are meant for this process", () => {
@@ -209,9 +253,30 @@ describe("parsers", () => {
       expect(isNbdUri(path)).toBe(false);
   });
 
+  it("makes the paths in an NBD URI absolute for another process", () => {
+    const folder = encodeURIComponent(process.cwd()).replaceAll("%2F", "/");
+    expect(absoluteImage("nbds+unix:///d?socket=s&tls-certificates=pki")).toBe(
+      `nbds+unix:///d?socket=${folder}/s&tls-certificates=${folder}/pki`,
+    );
+    expect(absoluteImage("nbd://h/d")).toBe("nbd://h/d");
+    expect(absoluteImage("a")).toBe(`${process.cwd()}/a`);
+  });
+
+  it("tells an export's name from a URI's own equals signs", () => {
+    const names = (image: string): unknown => serve(["--socket", "s", image]).images;
+    expect(names("nbd+unix:///d?socket=rel.sock")).toMatchObject([
+      { path: "nbd+unix:///d?socket=rel.sock", name: "disk" },
+    ]);
+    expect(names("nbd+unix:///d?socket=/x/rel.sock=root")).toMatchObject([
+      { path: "nbd+unix:///d?socket=/x/rel.sock", name: "root" },
+    ]);
+    expect(names("nbd://h/d=root")).toMatchObject([{ path: "nbd://h/d", name: "root" }]);
+  });
+
   it("knows formats by extension alone", () => {
     expect(formatByExtension("a.qcow2.tmp")).toBeUndefined();
     expect(formatByExtension(".img")).toBe("raw");
+    expect(formatByExtension("nbd://h/disk.qcow2")).toBe("raw");
     expect(formatByExtension("constructor.constructor")).toBeUndefined();
   });
 

@@ -83,26 +83,80 @@ const USAGE: [string, string, number?][] = [
     "--spill-limit: does not go with 'cancel' (give --on-buffer-full spill)",
   ],
   ["backup --sync all a b", "--sync: 'all' is not known (give full, top, incremental or none)"],
-  ["backup --sync top a b", "--sync: 'top' is not supported in this version (give full)", 1],
-  ["backup --sync incremental a b", "--sync: 'incremental' is not supported in this version (give full)", 1],
-  ["backup --sync none a b", "--sync: 'none' is not supported in this version (give full)", 1],
-  ["backup -c zstd a b", "--compress: compressed targets are not supported in this version", 1],
-  ["backup a b -c", "--compress: compressed targets are not supported in this version", 1],
-  ["backup --bitmap b0 a b", "--bitmap: dirty bitmaps are not supported in this version", 1],
+  [
+    "backup --sync top a b",
+    "--sync: 'top' is not supported in this version (give full, none or incremental)",
+    1,
+  ],
+  ["backup --sync incremental a b", "--sync: incremental needs --bitmap (give its name)"],
+  [
+    "backup --sync none a b",
+    "--sync: none needs --control (an image that no one writes is its own snapshot)",
+  ],
+  [
+    "backup --control c --sync none /b.raw",
+    "/b.raw: --sync none writes no target (give null: and read the snapshot's export)",
+  ],
+  [
+    "backup --control c --sync none --on-buffer-full wait null:",
+    "--on-buffer-full: 'wait' would wait for ever with --sync none (give spill or cancel)",
+  ],
+  [
+    "backup --control c --sync none --cow-buffer-size 0 null:",
+    "--cow-buffer-size: --sync none keeps old data in the buffer (give a size)",
+  ],
+  [
+    "backup --control c --sync none --rate-limit 1M null:",
+    "--rate-limit: does not go with --sync none (nothing is copied)",
+  ],
+  ["backup -c zstd:20 a b.qcow2", "--compress: zstd has no level 20 (give a number from 1 to 19)"],
+  [
+    "backup --compress=gzip a b.qcow2",
+    "--compress: 'gzip' is no compression (give zlib or zstd, with or without a level, such as zstd:3)",
+  ],
+  [
+    "backup -c a b.img",
+    "--compress: a raw target cannot be compressed (choose a qcow2 target with -O qcow2)",
+  ],
+  [
+    "backup --control s --dry-run b.qcow2",
+    "--dry-run: does not go with --control (give the disk's image as SOURCE)",
+  ],
+  [
+    "backup -b base.qcow2 a b.qcow2",
+    "--backing-format: is missing (name the backing file's format: raw or qcow2)",
+  ],
+  [
+    "backup --bitmap b0 a b",
+    "--bitmap: the dirty bitmaps of image files are not supported (export the image with the bitmap: qemu-nbd -B NAME)",
+    1,
+  ],
+  [
+    "backup --bitmap b0 nbd://h/x b.qcow2",
+    "--bitmap: needs --backing-file (name the backup that this one builds on)",
+  ],
+  [
+    "backup --bitmap b0 --bitmap-mode always -b f -B raw nbd://h/x b.qcow2",
+    "--bitmap-mode: 'always' would change the bitmap, which an NBD client cannot (give never, and clear the bitmap in QEMU)",
+    1,
+  ],
+  ["backup --bitmap b0 --sync full nbd://h/x b", "--bitmap: does not go with --sync full (leave --sync out)"],
+  [
+    "backup --control c --bitmap b0 b.qcow2",
+    "--bitmap: dirty bitmaps do not go with --control (leave it out)",
+    1,
+  ],
+  ["backup --bitmap-mode never a b", "--bitmap-mode: needs --bitmap"],
   [
     "backup --bitmap-mode sometimes a b",
     "--bitmap-mode: 'sometimes' is not known (give on-success, never or always)",
   ],
   ["backup --forse a b", "--forse: is not an option (did you mean --force?)"],
+  ["backup nbd+unix:///x b", "nbd+unix:///x: names no socket (add ?socket=PATH)"],
+  ["backup a nbd+vsock://1/x", "nbd+vsock://1/x: vsock is not supported (use nbd:// or nbd+unix://)", 1],
   [
-    "backup nbd://host/x b",
-    "nbd://host/x: NBD URIs are not supported in this version (give the path of an image)",
-    1,
-  ],
-  [
-    "backup a nbd+unix:///x?socket=s",
-    "nbd+unix:///x?socket=s: NBD URIs are not supported in this version (give the path of an image)",
-    1,
+    "backup a nbd://h/?tls-hostname=x",
+    "nbd://h/?tls-hostname=x: 'tls-hostname' needs TLS (write nbds: instead of nbd:)",
   ],
   [
     "backup --log-level loud a b",
@@ -112,6 +166,33 @@ const USAGE: [string, string, number?][] = [
   ["serve a.img", "serve: does not know where to listen (give --socket PATH or --port N)"],
   ["serve --socket s --port 1 a.img", "--port: does not go with --socket"],
   ["serve --socket s --bind ::1 a.img", "--bind: needs --port"],
+  ["serve --port 1 --socket-mode 600 a.img", "--socket-mode: needs --socket"],
+  [
+    "serve --socket s --socket-mode 888 a.img",
+    "--socket-mode: '888' is not a mode (give three octal digits, such as 660)",
+  ],
+  [
+    "serve --socket s --tls on a.img",
+    "--tls: 'on' would leave it to the client whether to encrypt (give require or off)",
+  ],
+  [
+    "serve --socket s --tls require a.img",
+    "--tls: has nothing to identify the server by (give --tls-certificates DIR or --tls-psk FILE)",
+  ],
+  ["serve --socket s --tls off --tls-psk f a.img", "--tls-psk: does not go with --tls off"],
+  [
+    "serve --socket s --tls-certificates d --tls-psk f a.img",
+    "--tls-psk: does not go with --tls-certificates (clients are known by one or the other)",
+  ],
+  [
+    "serve --socket s --tls-verify-peer a.img",
+    "--tls-verify-peer: needs --tls-certificates (it checks clients by ca-cert.pem there)",
+  ],
+  [
+    "serve --socket s --bitmap b a.qcow2",
+    "--bitmap: needs --read-only (guest writes are not recorded in bitmaps)",
+  ],
+  [`serve --socket s --name ${"x".repeat(4097)} a.img`, "IMAGE: an export's name has more than 4096 bytes"],
   ["serve --port 65536 a.img", "--port: '65536' is not a number from 0 to 65535"],
   ["serve --socket s a.img b.img", "a.img: has no name (with several images, give each as IMAGE=NAME)"],
   ["serve --socket s a.img=x b.img=x", "IMAGE: the name 'x' is given twice"],
@@ -124,12 +205,8 @@ const USAGE: [string, string, number?][] = [
     "--name: is for a single image (give each image a name as IMAGE=NAME)",
   ],
   ["serve --socket s --max-connections 0 a", "--max-connections: '0' is not a number from 1 to 1024"],
-  ["serve --tls-certificates d a.img", "--tls-certificates: TLS is not supported in this version", 1],
-  [
-    "serve --socket s nbds://h/x",
-    "nbds://h/x: NBD URIs are not supported in this version (give the path of an image)",
-    1,
-  ],
+  ["serve --socket s nbds:///x", "nbds:///x: names no host (write nbd://HOST[:PORT]/EXPORT)"],
+  ["create nbd://h/x 1M", "nbd://h/x: an NBD export is not possible here (give the path of an image)", 1],
   ["jobs", "--control: is missing (see cowcatcher jobs --help)"],
   ["jobs stop x --control c", "jobs: 'stop' is not known (give cancel, pause, resume or set-speed)"],
   ["jobs cancel --control c", "ID: is missing (cowcatcher jobs lists the jobs)"],
@@ -146,10 +223,11 @@ const USAGE: [string, string, number?][] = [
   ["create", "IMAGE: is missing (see cowcatcher create --help)"],
   // compare and check have QEMU's exit codes: 2 would be a corrupt image to a script that calls check.
   ["compare a", "B: is missing (see cowcatcher compare --help)", 2],
+  ["compare nbd+unix:///a b", "nbd+unix:///a: names no socket (add ?socket=PATH)", 2],
   [
-    "compare nbd://h/a b",
-    "nbd://h/a: NBD URIs are not supported in this version (give the path of an image)",
-    2,
+    "check nbd://h/a",
+    "nbd://h/a: this image format does not support checks (check the image where it is stored)",
+    1,
   ],
   ["check", "IMAGE: is missing (see cowcatcher check --help)", 1],
   ["check -f vmdk a", "--format: 'vmdk' is not known (give raw or qcow2)", 1],

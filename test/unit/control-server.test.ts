@@ -241,6 +241,9 @@ describe("jobs over the wire", () => {
         "x-target-retries": 2,
         "x-backing-file": "base.qcow2",
         "x-backing-format": "qcow2",
+        compress: true,
+        "x-compression-type": "zlib",
+        "x-compression-level": 9,
       }),
     );
     expect(host.job("a").options).toMatchObject({
@@ -271,6 +274,9 @@ describe("jobs over the wire", () => {
       targetRetries: 2,
       backingFile: "base.qcow2",
       backingFormat: "qcow2",
+      compression: { type: "zlib", level: 9 },
+      sync: "full",
+      snapshotExport: false,
     });
     client.close();
   });
@@ -295,7 +301,10 @@ describe("jobs over the wire", () => {
     [{ device: "nope" }, /^Cannot find device='nope' nor node-name='nope'$/],
     [{ "auto-finalize": false }, /not supported/],
     [{ mode: "existing" }, /not supported/],
-    [{ compress: true }, /not supported/],
+    [{ "x-compression-type": "zlib" }, /need 'compress' true$/],
+    [{ compress: false, "x-compression-level": 1 }, /need 'compress' true$/],
+    [{ compress: true, "x-compression-type": "lzma" }, /does not accept value 'lzma'$/],
+    [{ compress: true, "x-compression-type": "zlib", "x-compression-level": 10 }, /zlib has no level 10/],
     [{ "on-target-error": "enospc" }, /'enospc' as 'on-target-error' is not supported/],
     [{ target: "" }, /file name/],
     [{ target: "a\0b" }, /NUL/],

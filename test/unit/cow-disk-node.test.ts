@@ -155,3 +155,68 @@ describe("a write", () => {
     expect(image.written).toEqual([]);
   });
 });
+
+describe("a trim or write of zeroes longer than a piece", () => {
+  const GiB = 2 ** 30;
+
+  /** An image that takes notes, and lets each piece go when the test says so. */
+  function makeHugeNode() {
+    const pieces: [number, number][] = [];
+    const releases: (() => void)[] = [];
+    const step = (offset: number, length: number): Promise<void> => {
+      pieces.push([offset, length]);
+      return new Promise((resolve) => releases.push(resolve));
+    };
+    const device = { name: "huge", sizeBytes: 16 * GiB, writeZeroes: step, discard: step };
+    return { pieces, releases, node: new DiskNode("huge", device as unknown as Image) };
+  }
+
+  it.each(["writeZeroes", "discard"] as const)(
+    "%s: covers the range, and T0 waits for all of it",
+    async (kind) => {
+      const { pieces, releases, node } = makeHugeNode();
+      const length = 2 * GiB + 4096;
+      const clearing =
+        kind === "discard" ? node.discard(512, length) : node.writeZeroes(512, length, { mayUnmap: true });
+      await turns();
+      let piecesAtT0: number | undefined;
+      const quiescing = DiskNode.quiesceAll([node], () => {
+        piecesAtT0 = pieces.length;
+      });
+      for (let piece = 0; piece < 3; piece++) {
+        await turns();
+        expect(piecesAtT0).toBeUndefined();
+        releases[piece]?.();
+      }
+      await Promise.all([clearing, quiescing]);
+      expect(piecesAtT0).toBe(3);
+      expect(pieces).toEqual([
+        [512, GiB],
+        [512 + GiB, GiB],
+        [512 + 2 * GiB, 4096],
+      ]);
+    },
+  );
+
+  it("passes the interceptors piece by piece, and begins only when the gate is open", async () => {
+    const { pieces, releases, node } = makeHugeNode();
+    const asked: number[] = [];
+    node.addInterceptor({
+      beforeWrite(offset: number): Completion {
+        asked.push(offset);
+        return undefined;
+      },
+    } as unknown as Interceptor);
+    let clearing: Completion;
+    await DiskNode.quiesceAll([node], () => {
+      clearing = node.discard(0, 2 * GiB);
+      expect(pieces).toEqual([]);
+    });
+    await turns();
+    releases[0]?.();
+    await turns();
+    releases[1]?.();
+    await clearing;
+    expect(asked).toEqual([0, GiB]);
+  });
+});

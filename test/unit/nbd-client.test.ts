@@ -61,8 +61,13 @@ describe("NBD URIs", () => {
       }
       return "none";
     };
-    expect(codeOf("nbds://example.com/")).toBe("UNSUPPORTED");
-    expect(codeOf("nbds+unix:///?socket=/s")).toBe("UNSUPPORTED");
+    expect(codeOf("nbds+vsock://1/")).toBe("UNSUPPORTED");
+    expect(codeOf("nbd://host/?tls-certificates=/pki")).toBe("USAGE");
+    expect(codeOf("nbds://host/?tls-verify-pear=0")).toBe("USAGE");
+    expect(codeOf("nbds://host/?tls-verify-peer=maybe")).toBe("USAGE");
+    expect(codeOf("nbds://host/?tls-hostname=a&tls-hostname=b")).toBe("USAGE");
+    expect(codeOf("nbds://host/?tls-certificates=/a&tls-psk-file=/b")).toBe("USAGE");
+    expect(codeOf("nbd://host/?socket=/s")).toBe("USAGE");
     expect(codeOf("nbd+vsock://1/")).toBe("UNSUPPORTED");
     expect(codeOf("nbd+unix:///disk")).toBe("USAGE");
     expect(codeOf("nbd+unix://host/disk?socket=/s")).toBe("USAGE");
@@ -72,8 +77,29 @@ describe("NBD URIs", () => {
     expect(codeOf("/a/path")).toBe("USAGE");
   });
 
+  it("say how the way is secured, and verify the server unless told not to", () => {
+    expect(parseNbdUri("nbds://host/disk").tls).toMatchObject({ verifyPeer: true });
+    expect(parseNbdUri("nbds+unix://alice@/?socket=/s&tls-psk-file=/k").tls).toMatchObject({
+      username: "alice",
+      pskFile: "/k",
+    });
+    expect(parseNbdUri("nbds://h/?tls-verify-peer=0&tls-certificates=/pki&tls-hostname=x").tls).toMatchObject(
+      {
+        verifyPeer: false,
+        certificates: "/pki",
+        hostname: "x",
+      },
+    );
+  });
+
   it("come back from their own text", () => {
-    for (const uri of ["nbd://host/disk", "nbd://[::1]:99/", "nbd+unix:///a%20b?socket=/run/x%26y.sock"]) {
+    for (const uri of [
+      "nbd://host/disk",
+      "nbd://[::1]:99/",
+      "nbd+unix:///a%20b?socket=/run/x%26y.sock",
+      "nbds://bob@host/disk?tls-psk-file=/k",
+      "nbds+unix://bob@/disk?socket=/s&tls-certificates=/pki&tls-hostname=h&tls-verify-peer=0",
+    ]) {
       expect(formatNbdUri(parseNbdUri(uri))).toBe(uri);
     }
   });
@@ -198,6 +224,14 @@ describe("NBD client with a server that breaks the rules", () => {
     return { path, exportName: "disk" };
   }
 
+  /** The scripts know one option. */
+  function connect(
+    address: { path: string; exportName: string },
+    options: NbdClientOptions = {},
+  ): Promise<NbdClient> {
+    return NbdClient.connect(address, { structured: false, ...options });
+  }
+
   function greeting(flags = 3): Buffer {
     const bytes = Buffer.alloc(18);
     bytes.writeBigUInt64BE(NBD_INIT_MAGIC, 0);
@@ -251,7 +285,7 @@ describe("NBD client with a server that breaks the rules", () => {
     ["no fixed newstyle", greeting(0), "UNSUPPORTED"],
   ])("refuses a greeting: %s", async (_name, bytes, code) => {
     const address = await fakeServer((socket) => socket.write(bytes));
-    expect((await failureOf(NbdClient.connect(address))).code).toBe(code);
+    expect((await failureOf(connect(address))).code).toBe(code);
   });
 
   it.each([
@@ -263,7 +297,7 @@ describe("NBD client with a server that breaks the rules", () => {
     ["wrong magic", Buffer.alloc(20), "PROTOCOL"],
     ["too many replies", Buffer.concat(Array.from({ length: 70 }, () => exportInfo(1n))), "PROTOCOL"],
   ])("refuses an answer to GO: %s", async (_name, answer, code) => {
-    const error = await failureOf(NbdClient.connect(await scripted(answer)));
+    const error = await failureOf(connect(await scripted(answer)));
     expect(error.code).toBe(code);
     expect(error.message).not.toMatch(/\p{Cc}/u);
   });
@@ -274,7 +308,7 @@ describe("NBD client with a server that breaks the rules", () => {
     ["a slot that does not exist", { cookie: 0xffffffff }],
   ])("ends the connection for a reply with %s", async (_name, changes) => {
     const address = await scripted(ready, (socket, request) => socket.write(simpleReply(request, changes)));
-    const client = await NbdClient.connect(address);
+    const client = await connect(address);
     const read = client.read(Buffer.alloc(512), 0, 512, 0);
     expect((await failureOf(read)).code).toBe("PROTOCOL");
     expect((await failureOf(client.flush().then(() => client.read(Buffer.alloc(1), 0, 1, 0)))).code).toBe(
@@ -287,7 +321,7 @@ describe("NBD client with a server that breaks the rules", () => {
       const reply = Buffer.concat([simpleReply(request), Buffer.alloc(8)]);
       socket.write(Buffer.concat([reply, reply]));
     });
-    const client = await NbdClient.connect(address);
+    const client = await connect(address);
     await client.read(Buffer.alloc(8), 0, 8, 0);
     expect((await failureOf(client.read(Buffer.alloc(8), 0, 8, 0))).code).toBe("PROTOCOL");
   });
@@ -303,7 +337,7 @@ describe("NBD client with a server that breaks the rules", () => {
       socket.setNoDelay(true);
       for (let i = 0; i < reply.length; i++) socket.write(reply.subarray(i, i + 1));
     });
-    const client = await NbdClient.connect(address);
+    const client = await connect(address);
     const buffer = Buffer.alloc(8);
     await client.read(buffer, 0, 8, 0);
     expect(buffer.toString()).toBe("12345678");
@@ -313,9 +347,9 @@ describe("NBD client with a server that breaks the rules", () => {
 
   it("gives up on a server that is silent, in the negotiation and after it", async () => {
     const mute = await fakeServer(() => undefined);
-    const noGreeting = await failureOf(NbdClient.connect(mute, { connectTimeoutMs: 50 }));
+    const noGreeting = await failureOf(connect(mute, { connectTimeoutMs: 50 }));
     expect(noGreeting).toMatchObject({ code: "IO", errno: "ETIMEDOUT" });
-    const client = await NbdClient.connect(await scripted(ready), { replyTimeoutMs: 50 });
+    const client = await connect(await scripted(ready), { replyTimeoutMs: 50 });
     const read = client.read(Buffer.alloc(8), 0, 8, 0);
     expect(await failureOf(read)).toMatchObject({ code: "IO", errno: "ETIMEDOUT" });
   });

@@ -20,9 +20,10 @@ function makeExport(name: string, fields: Partial<NbdExport> = {}): NbdExport {
 class Peer {
   readonly sent: Buffer[] = [];
   readonly handshake: Handshake;
-  constructor(...exports: NbdExport[]) {
+  constructor(exports: NbdExport[], requiresTls = false) {
     const byName = new Map(exports.map((nbdExport) => [nbdExport.name, nbdExport]));
-    this.handshake = new Handshake(byName, { append: (bytes) => void this.sent.push(Buffer.from(bytes)) });
+    const sink = { append: (bytes: Uint8Array) => void this.sent.push(Buffer.from(bytes)) };
+    this.handshake = new Handshake(byName, sink, requiresTls);
   }
 
   give(...parts: Buffer[]): number {
@@ -50,26 +51,26 @@ class Peer {
 }
 
 function ready(...exports: NbdExport[]): Peer {
-  const peer = new Peer(...exports);
+  const peer = new Peer([...exports]);
   peer.give(CLIENT_FLAGS);
   return peer;
 }
 
 describe("greeting and client flags", () => {
   test("greets with both magics and fixed newstyle, no zeroes", () => {
-    const peer = new Peer();
+    const peer = new Peer([]);
     peer.handshake.greet();
     expect(Buffer.concat(peer.sent).toString("latin1")).toBe("NBDMAGICIHAVEOPT\0\x03");
   });
 
   test("hangs up on unknown client flags", () => {
-    const peer = new Peer();
+    const peer = new Peer([]);
     peer.give(Buffer.from([0, 0, 0, 7]));
     expect(peer.handshake.outcome?.kind).toBe("drop");
   });
 
   test("takes client flags and options byte by byte", () => {
-    const peer = new Peer(makeExport("disk"));
+    const peer = new Peer([makeExport("disk")]);
     const all = Buffer.concat([CLIENT_FLAGS, optionBytes(nbd.NBD_OPT_GO, goData("disk"))]);
     let start = 0;
     for (let end = 1; end <= all.length; end++) {
@@ -104,7 +105,7 @@ describe("choosing an export", () => {
     peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
     expect(peer.handshake.outcome).toEqual({
       kind: "transmission",
-      negotiated: { nbdExport, structuredReplies: false, baseAllocation: false },
+      negotiated: { nbdExport, replyForm: "simple", contexts: [] },
     });
   });
 
@@ -126,7 +127,7 @@ describe("choosing an export", () => {
     [3, 10],
     [1, 134],
   ])("EXPORT_NAME with client flags %i is answered in %i bytes", (flags, answerBytes) => {
-    const peer = new Peer(makeExport("disk"));
+    const peer = new Peer([makeExport("disk")]);
     peer.give(Buffer.from([0, 0, 0, flags]), optionBytes(nbd.NBD_OPT_EXPORT_NAME, Buffer.from("disk")));
     const answer = Buffer.concat(peer.sent);
     expect(answer.length).toBe(answerBytes);
@@ -200,7 +201,7 @@ describe("metadata contexts", () => {
     const peer = structured();
     peer.give(optionBytes(nbd.NBD_OPT_SET_META_CONTEXT, metaData(name, queries)));
     peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
-    expect(peer.handshake.outcome).toMatchObject({ negotiated: { baseAllocation: isChosen } });
+    expect(chosenContexts(peer)).toEqual(isChosen ? ["base:allocation"] : []);
   });
 
   test("a SET that fails takes back an earlier choice", () => {
@@ -208,13 +209,165 @@ describe("metadata contexts", () => {
     peer.give(optionBytes(nbd.NBD_OPT_SET_META_CONTEXT, metaData("disk", ["base:allocation"])));
     peer.give(optionBytes(nbd.NBD_OPT_SET_META_CONTEXT, Buffer.from([1, 2])));
     peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
-    expect(peer.handshake.outcome).toMatchObject({ negotiated: { baseAllocation: false } });
+    expect(chosenContexts(peer)).toEqual([]);
+  });
+
+  const bitmaps = ["qemu:dirty-bitmap:a", "qemu:dirty-bitmap:b"];
+  const all = ["base:allocation", ...bitmaps, "x-cowcatcher:c"];
+  test.each([
+    ["LIST", [], all],
+    ["LIST", ["base:"], ["base:allocation"]],
+    ["LIST", ["qemu:"], bitmaps],
+    ["LIST", ["qemu:dirty-bitmap:"], bitmaps],
+    ["LIST", ["qemu:dirty-bitmap:b", "qemu:dirty-bitmap:c"], ["qemu:dirty-bitmap:b"]],
+    ["LIST", ["qemu:allocation-depth", "qem", "qemu", "x-cowcatcher:"], []],
+    ["SET", [], []],
+    ["SET", ["qemu:", "qemu:dirty-bitmap:", "base:"], []],
+    ["SET", ["qemu:dirty-bitmap:b", "base:allocation", "base:allocation"], [all[0], all[2]]],
+    ["SET", all, all],
+  ])("%s of %j among several: %j", (kind, queries, found) => {
+    const contexts = [...bitmaps, "x-cowcatcher:c"].map((name) => ({
+      name,
+      status: () => ({ lengthBytes: 1, flags: 0 }),
+    }));
+    const peer = ready(makeExport("disk", { contexts }));
+    const isSet = kind === "SET";
+    const option = isSet ? nbd.NBD_OPT_SET_META_CONTEXT : nbd.NBD_OPT_LIST_META_CONTEXT;
+    peer.give(optionBytes(nbd.NBD_OPT_STRUCTURED_REPLY));
+    peer.sent.length = 0;
+    peer.give(optionBytes(option, metaData("disk", queries)));
+    const replies = peer.replies().slice(0, -1);
+    expect(replies.map(({ data }) => data.toString("utf8", 4))).toEqual(found);
+    const ids = replies.map(({ data }) => data.readUInt32BE(0));
+    expect(new Set(ids).size).toBe(isSet ? found.length : Math.min(1, found.length));
+    peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+    expect(chosenContexts(peer)).toEqual(isSet ? found : []);
+  });
+});
+
+function chosenContexts(peer: Peer): string[] {
+  const { outcome } = peer.handshake;
+  if (outcome?.kind !== "transmission") throw new Error("no transmission");
+  return outcome.negotiated.contexts.map(({ name }) => name);
+}
+
+describe("extended headers", () => {
+  const form = (peer: Peer): unknown =>
+    peer.handshake.outcome?.kind === "transmission" ? peer.handshake.outcome.negotiated.replyForm : undefined;
+
+  test("take precedence over structured replies, which cannot be had afterwards", () => {
+    const peer = ready(makeExport("disk"));
+    for (const option of [8, 11, 8, 11]) peer.give(optionBytes(option));
+    expect(peer.types()).toEqual([
+      nbd.NBD_REP_ACK,
+      nbd.NBD_REP_ACK,
+      nbd.NBD_REP_ERR_EXT_HEADER_REQD,
+      nbd.NBD_REP_ACK,
+    ]);
+    peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+    expect(form(peer)).toBe("extended");
+  });
+
+  test("need no structured replies first, for contexts neither", () => {
+    const peer = ready(makeExport("disk"));
+    peer.give(optionBytes(nbd.NBD_OPT_EXTENDED_HEADERS));
+    peer.give(optionBytes(nbd.NBD_OPT_SET_META_CONTEXT, metaData("disk", ["base:allocation"])));
+    peer.give(optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+    expect([form(peer), chosenContexts(peer)]).toEqual(["extended", ["base:allocation"]]);
+  });
+
+  test("with data are refused; EXPORT_NAME after them ends the connection", () => {
+    const peer = ready(makeExport("disk"));
+    peer.give(optionBytes(nbd.NBD_OPT_EXTENDED_HEADERS, Buffer.from("x")));
+    peer.give(optionBytes(nbd.NBD_OPT_EXTENDED_HEADERS));
+    peer.give(optionBytes(nbd.NBD_OPT_EXPORT_NAME, Buffer.from("disk")));
+    expect(peer.types()).toEqual([nbd.NBD_REP_ERR_INVALID, nbd.NBD_REP_ACK]);
+    expect(peer.handshake.outcome?.kind).toBe("drop");
+  });
+
+  test("BLOCK_STATUS_PAYLOAD is offered only with contexts of the same export; INFO and GO agree", () => {
+    for (const [name, isOffered] of [
+      ["disk", true],
+      ["other", false],
+    ] as const) {
+      const peer = ready(makeExport("disk"), makeExport("other"));
+      peer.give(optionBytes(nbd.NBD_OPT_EXTENDED_HEADERS));
+      peer.give(optionBytes(nbd.NBD_OPT_SET_META_CONTEXT, metaData(name, ["base:allocation"])));
+      peer.sent.length = 0;
+      peer.give(optionBytes(nbd.NBD_OPT_INFO, goData("disk")), optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+      const infos = peer.replies().filter(({ type }) => type === nbd.NBD_REP_INFO);
+      const offers = infos.map(
+        ({ data }) => (data.readUInt16BE(10) & nbd.NBD_FLAG_BLOCK_STATUS_PAYLOAD) !== 0,
+      );
+      expect(offers).toEqual([isOffered, isOffered]);
+    }
+  });
+});
+
+describe("TLS required", () => {
+  const demanding = (flags = CLIENT_FLAGS): Peer => {
+    const peer = new Peer([makeExport("disk")], true);
+    peer.give(flags);
+    return peer;
+  };
+
+  test.each([
+    ["LIST", nbd.NBD_OPT_LIST],
+    ["INFO", nbd.NBD_OPT_INFO],
+    ["GO", nbd.NBD_OPT_GO],
+    ["STRUCTURED_REPLY", nbd.NBD_OPT_STRUCTURED_REPLY],
+    ["EXTENDED_HEADERS", nbd.NBD_OPT_EXTENDED_HEADERS],
+    ["SET_META_CONTEXT", nbd.NBD_OPT_SET_META_CONTEXT],
+    ["an unknown option", 4711],
+  ])("%s is answered with TLS_REQD and nothing else", (_name, option) => {
+    const peer = demanding();
+    peer.give(optionBytes(option, goData("disk")));
+    expect(peer.types()).toEqual([nbd.NBD_REP_ERR_TLS_REQD]);
+    expect(peer.handshake.outcome).toBeUndefined();
+  });
+
+  test("EXPORT_NAME ends the connection without a word about the export", () => {
+    const peer = demanding();
+    peer.give(optionBytes(nbd.NBD_OPT_EXPORT_NAME, Buffer.from("disk")));
+    expect(peer.sent).toEqual([]);
+    expect(peer.handshake.outcome?.kind).toBe("drop");
+  });
+
+  test("ABORT is acknowledged", () => {
+    const peer = demanding();
+    peer.give(optionBytes(nbd.NBD_OPT_ABORT));
+    expect(peer.types()).toEqual([nbd.NBD_REP_ACK]);
+    expect(peer.handshake.outcome).toEqual({ kind: "end" });
+  });
+
+  test("a client without fixed newstyle is hung up on", () => {
+    expect(demanding(Buffer.from([0, 0, 0, 2])).handshake.outcome?.kind).toBe("drop");
+  });
+
+  test("STARTTLS with data is refused, without it acknowledged; what follows is not looked at", () => {
+    const peer = demanding();
+    peer.give(optionBytes(nbd.NBD_OPT_STARTTLS, Buffer.from("x")));
+    const start = optionBytes(nbd.NBD_OPT_STARTTLS);
+    expect(peer.give(start, optionBytes(nbd.NBD_OPT_GO, goData("disk")))).toBe(start.length);
+    expect(peer.types()).toEqual([nbd.NBD_REP_ERR_INVALID, nbd.NBD_REP_ACK]);
+    expect(peer.handshake.outcome).toEqual({ kind: "startTls" });
+  });
+
+  test("after it everything is as at the start, and a second STARTTLS is refused", () => {
+    const peer = demanding();
+    peer.give(optionBytes(nbd.NBD_OPT_STARTTLS));
+    peer.handshake.secured();
+    peer.sent.length = 0;
+    peer.give(optionBytes(nbd.NBD_OPT_STARTTLS), optionBytes(nbd.NBD_OPT_GO, goData("disk")));
+    expect(peer.types()).toEqual([nbd.NBD_REP_ERR_INVALID, nbd.NBD_REP_INFO, nbd.NBD_REP_ACK]);
+    expect(peer.handshake.outcome).toMatchObject({ negotiated: { replyForm: "simple", contexts: [] } });
   });
 });
 
 describe("what is refused", () => {
   test.each([
-    ["STARTTLS", nbd.NBD_OPT_STARTTLS, Buffer.alloc(0), nbd.NBD_REP_ERR_UNSUP],
+    ["STARTTLS", nbd.NBD_OPT_STARTTLS, Buffer.alloc(0), nbd.NBD_REP_ERR_POLICY],
+    ["a name with NUL", nbd.NBD_OPT_GO, goData("di\0k"), nbd.NBD_REP_ERR_INVALID],
     ["an unknown option", 4711, Buffer.from("data"), nbd.NBD_REP_ERR_UNSUP],
     ["STRUCTURED_REPLY with data", nbd.NBD_OPT_STRUCTURED_REPLY, Buffer.from("x"), nbd.NBD_REP_ERR_INVALID],
     ["GO without data", nbd.NBD_OPT_GO, Buffer.alloc(0), nbd.NBD_REP_ERR_INVALID],

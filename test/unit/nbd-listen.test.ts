@@ -44,7 +44,7 @@ describe("a Unix socket", () => {
 
   test("does not replace a live one, which goes on", async () => {
     const live = await listenUnix(path);
-    await expect(listenUnix(path)).rejects.toMatchObject({ code: "EXISTS", object: path });
+    await expect(listenUnix(path)).rejects.toMatchObject({ code: "BUSY", object: path });
     expect(existsSync(path)).toBe(true);
     await live.close();
   });

@@ -206,14 +206,9 @@ describe("qcow2 header", () => {
       /^UNSUPPORTED: the image uses encryption \(LUKS\)/,
     ],
     [
-      "external data",
-      () => patched({ incompatibleFeatures: 4n }, () => undefined),
-      /^UNSUPPORTED: the image uses external data file/,
-    ],
-    [
-      "extended L2",
-      () => patched({ incompatibleFeatures: 16n, l1Size: 4 }, () => undefined),
-      /^UNSUPPORTED: the image uses extended L2 entries/,
+      "extended L2 in clusters of 8 KiB",
+      () => patched({ incompatibleFeatures: 16n, clusterBits: 13, l1Size: 4096 }, () => undefined),
+      /^FORMAT: extended L2 entries need clusters of at least 16 KiB/,
     ],
     [
       "a compression type without its bit",

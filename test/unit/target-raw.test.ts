@@ -286,7 +286,6 @@ describe("a target's place", () => {
 
   it.each([
     ["/dev/null", "UNSUPPORTED", /null:/],
-    ["nbd://localhost/disk", "UNSUPPORTED", /NBD/],
     ["", "USAGE", /empty path/],
   ])("is refused: '%s'", async (place, code, message) => {
     const error = await refusal(createTarget(options({ path: place, force: true })));

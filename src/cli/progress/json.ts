@@ -21,6 +21,8 @@ export interface StartedMessage {
   target: string;
   total_bytes: number;
   live: boolean;
+  /** The export of the disk as it was at T0; left out where there is none. */
+  snapshot_export?: string;
 }
 
 export interface StatusMessage {
@@ -91,12 +93,15 @@ export class JsonView implements PrintableView {
   }
 
   private print(job: WatchedJob, progress: JobProgress): void {
-    printJsonLine(this.output, statusMessage(job.info, progress, job.pace.remainingMs(progress)));
+    const remainingMs = job.info.snapshotOnly === true ? undefined : job.pace.remainingMs(progress);
+    printJsonLine(this.output, statusMessage(job.info, progress, remainingMs));
   }
 }
 
-export function startedMessage({ jobId, disk, target, totalBytes, live }: JobInfo): StartedMessage {
-  return { message_type: "started", job: jobId, disk, target, total_bytes: totalBytes, live };
+export function startedMessage(info: JobInfo): StartedMessage {
+  const { jobId, disk, target, totalBytes, live, snapshotExport } = info;
+  const snapshot = snapshotExport === undefined ? {} : { snapshot_export: snapshotExport };
+  return { message_type: "started", job: jobId, disk, target, total_bytes: totalBytes, live, ...snapshot };
 }
 
 export function statusMessage(

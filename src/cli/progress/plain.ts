@@ -61,5 +61,6 @@ export class PlainView implements PrintableView {
 export function progressLine({ info, pace, progress }: WatchedJob): string {
   if (progress === undefined) return `${info.disk}: started`;
   const remainingMs = pace.remainingMs(progress);
-  return `${info.disk}: ${progressParts(progress, { live: info.live, remainingMs }).join(", ")}`;
+  const { live, snapshotOnly } = info;
+  return `${info.disk}: ${progressParts(progress, { live, remainingMs, snapshotOnly }).join(", ")}`;
 }

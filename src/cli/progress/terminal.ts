@@ -99,6 +99,7 @@ export function barText({ info, pace, progress }: WatchedJob, columns: number): 
   const [first = "", ...parts] = progressParts(progress, {
     live: info.live,
     remainingMs: pace.remainingMs(progress),
+    snapshotOnly: info.snapshotOnly,
   });
   let text = `${name} [${bar(fractionDone(progress))}] ${first}`;
   for (const part of parts) {

@@ -7,6 +7,8 @@ export interface ProgressTextOptions {
   live: boolean;
   /** Undefined: unknown. */
   remainingMs: number | undefined;
+  /** Nothing is copied: there is nothing to be done with. */
+  snapshotOnly?: boolean | undefined;
 }
 
 export function formatPercent(fraction: number): string {
@@ -15,17 +17,28 @@ export function formatPercent(fraction: number): string {
 }
 
 /** The parts of a progress text, the most important first, so that a narrow terminal can leave out the last. */
-export function progressParts(progress: JobProgress, { live, remainingMs }: ProgressTextOptions): string[] {
-  const parts = [
+export function progressParts(
+  progress: JobProgress,
+  { live, remainingMs, snapshotOnly }: ProgressTextOptions,
+): string[] {
+  const parts = snapshotOnly === true ? snapshotParts(progress) : copyParts(progress, remainingMs);
+  if (live && progress.bufferBytesTotal > 0) parts.push(bufferPart(progress));
+  if (live) parts.push(guestWaitPart(progress));
+  if (progress.spilledBytes > 0) parts.push(`${formatBytes(progress.spilledBytes)} spilled`);
+  return parts;
+}
+
+function copyParts(progress: JobProgress, remainingMs: number | undefined): string[] {
+  return [
     formatPercent(fractionDone(progress)),
     `${formatBytes(progress.bytesDone)} of ${formatBytes(progress.bytesTotal)}`,
     `${formatBytes(progress.targetRate)}/s`,
     remainingMs === undefined ? "time left unknown" : `${formatDuration(remainingMs)} left`,
   ];
-  if (live && progress.bufferBytesTotal > 0) parts.push(bufferPart(progress));
-  if (live) parts.push(guestWaitPart(progress));
-  if (progress.spilledBytes > 0) parts.push(`${formatBytes(progress.spilledBytes)} spilled`);
-  return parts;
+}
+
+function snapshotParts(progress: JobProgress): string[] {
+  return [`${formatBytes(progress.capturedBytes)} captured`, `for ${formatDuration(progress.elapsedMs)}`];
 }
 
 export function bufferPart(progress: JobProgress): string {

@@ -18,6 +18,10 @@ export interface JobInfo {
   live: boolean;
   /** Without an error at the end, the target was read back and is what was written. */
   verify?: boolean;
+  /** Nothing is copied (sync none): no time left, no rate, and cancelling is the orderly end. */
+  snapshotOnly?: boolean;
+  /** Name of the export of the disk's T0 view, where there is one. */
+  snapshotExport?: string | undefined;
 }
 
 export interface JobResult {

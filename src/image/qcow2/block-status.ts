@@ -4,7 +4,7 @@
 // beyond the end of a shorter backing file reads as zeroes and counts as in no layer. Main thread only.
 
 import type { BlockDevice, BlockStatus } from "../device.js";
-import { ClusterKind, ClusterRun } from "./entry.js";
+import { ClusterKind, ClusterRun, hasHost } from "./entry.js";
 import { L1_HIGH_MASK, type Mapping } from "./mapping.js";
 
 /** Tables looked into for one answer: bounds the work where each holds but part of a long run. */
@@ -21,7 +21,8 @@ export function blockStatusAt(
     return own.then(() => blockStatusAt(mapping, backing, offsetBytes, lengthBytes));
   if (own.present || backing === null) return own;
   const stored = backing.sizeBytes - offsetBytes;
-  if (stored <= 0) return own;
+  // The layer below answers for what is beyond its end, and it has no place for that.
+  if (stored <= 0) return { ...own, hostOffsetBytes: undefined };
   const below = backing.blockStatus(offsetBytes, Math.min(own.lengthBytes, stored));
   return below instanceof Promise ? below.then(deeper) : deeper(below);
 }
@@ -37,9 +38,8 @@ function ownStatus(mapping: Mapping, offsetBytes: number, lengthBytes: number): 
   let count = scanAt(mapping, offsetBytes, lengthBytes, first);
   if (count === 0) return mapping.takeWait() ?? Promise.resolve();
   const next = new ClusterRun();
-  const { clusterSizeBytes } = mapping;
-  const inCluster = offsetBytes % clusterSizeBytes;
-  const hasHost = first.kind === ClusterKind.Normal || first.kind === ClusterKind.ZeroAllocated;
+  const inUnit = offsetBytes % mapping.unitSizeBytes;
+  const isHosted = hasHost(first.kind);
   for (let tables = 1; count < lengthBytes && tables < MAX_TABLES; tables++) {
     const more = scanAt(mapping, offsetBytes + count, lengthBytes - count, next);
     if (more === 0) {
@@ -47,7 +47,7 @@ function ownStatus(mapping: Mapping, offsetBytes: number, lengthBytes: number): 
       break;
     }
     if (next.kind !== first.kind) break;
-    if (hasHost && next.hostOffset !== first.hostOffset + inCluster + count) break;
+    if (isHosted && next.hostOffset !== first.hostOffset + inUnit + count) break;
     count += more;
   }
   const status: BlockStatus = {
@@ -55,18 +55,18 @@ function ownStatus(mapping: Mapping, offsetBytes: number, lengthBytes: number): 
     zero: first.kind !== ClusterKind.Normal && first.kind !== ClusterKind.Compressed,
     data: first.kind === ClusterKind.Normal || first.kind === ClusterKind.Compressed,
     depth: 0,
-    present: first.kind !== ClusterKind.Unallocated,
+    present: first.kind !== ClusterKind.Unallocated && first.kind !== ClusterKind.UnallocatedHosted,
     compressed: first.kind === ClusterKind.Compressed,
   };
-  if (hasHost) status.hostOffsetBytes = first.hostOffset + inCluster;
+  if (isHosted) status.hostOffsetBytes = first.hostOffset + inUnit;
   return status;
 }
 
 /** Scans one table from an offset on; bytes of the run, 0 where the table must be loaded first. */
 function scanAt(mapping: Mapping, offsetBytes: number, lengthBytes: number, run: ClusterRun): number {
-  const { clusterSizeBytes, entriesPerTable, bytesPerTable } = mapping;
-  const cluster = Math.floor(offsetBytes / clusterSizeBytes);
-  const l1Index = Math.floor(cluster / entriesPerTable);
+  const { unitSizeBytes, unitsPerTable, bytesPerTable } = mapping;
+  const unit = Math.floor(offsetBytes / unitSizeBytes);
+  const l1Index = Math.floor(unit / unitsPerTable);
   const table = mapping.tableFor(l1Index);
   if (table === null) {
     if (mapping.wait !== undefined) return 0;
@@ -76,19 +76,19 @@ function scanAt(mapping: Mapping, offsetBytes: number, lengthBytes: number, run:
     while (end < mapping.l1.length && mapping.l1.offsetAt(end, L1_HIGH_MASK) === 0) end++;
     return Math.min(lengthBytes, end * bytesPerTable - offsetBytes);
   }
-  const inCluster = offsetBytes - cluster * clusterSizeBytes;
-  const maxClusters = Math.ceil((inCluster + lengthBytes) / clusterSizeBytes);
-  const firstIndex = cluster % entriesPerTable;
-  mapping.decoder.scan(table.view, firstIndex, maxClusters, run);
-  let clusterCount = run.clusterCount;
+  const inUnit = offsetBytes - unit * unitSizeBytes;
+  const maxUnits = Math.ceil((inUnit + lengthBytes) / unitSizeBytes);
+  const firstIndex = unit - l1Index * unitsPerTable;
+  mapping.decoder.scan(table.view, firstIndex, maxUnits, run);
+  let unitCount = run.unitCount;
   if (run.kind === ClusterKind.Compressed) {
-    const limit = Math.min(maxClusters, entriesPerTable - firstIndex);
-    while (clusterCount < limit) {
-      mapping.decoder.scan(table.view, firstIndex + clusterCount, 1, run);
+    const limit = Math.min(maxUnits, unitsPerTable - firstIndex);
+    while (unitCount < limit) {
+      mapping.decoder.scan(table.view, firstIndex + unitCount, limit - unitCount, run);
       if (run.kind !== ClusterKind.Compressed) break;
-      clusterCount++;
+      unitCount += run.unitCount;
     }
     run.kind = ClusterKind.Compressed;
   }
-  return Math.min(lengthBytes, clusterCount * clusterSizeBytes - inCluster);
+  return Math.min(lengthBytes, unitCount * unitSizeBytes - inUnit);
 }

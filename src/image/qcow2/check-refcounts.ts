@@ -3,10 +3,16 @@
 // Refcount blocks are references too, so they are counted first. Then each block is read once, in order, and the
 // clusters whose refcount is exactly one are kept as a bitmap: the COPIED flags are checked against it, as reading
 // a block for each L2 entry would be far too slow.
+//
+// In a repair refcounts are corrected in place where the structure is sound (a missing or damaged block asks for a
+// new structure: repair-rebuild.ts), and COPIED flags after them. Every value that is written is right by itself, so
+// it does not matter after which of them a repair is killed: the next one finds the rest.
 
+import { RefcountBlocks } from "./check-blocks.js";
 import { isAllocated } from "./check-tables.js";
-import { type CheckState, entryHex, offsetOf } from "./check-state.js";
+import { type CheckState, type RepairMode, entryHex, offsetOf } from "./check-state.js";
 import { INCOMPATIBLE_EXTERNAL_DATA, isExtendedL2 } from "./header.js";
+import type { MetadataRanges } from "./repair-ranges.js";
 
 const COPIED_HIGH = 0x80000000;
 const COMPRESSED_HIGH = 0x40000000;
@@ -28,184 +34,211 @@ class SingleSet {
   }
 }
 
-/** @returns the end of the last cluster that is used or referred to, in bytes. */
-export async function compareRefcounts(state: CheckState): Promise<number> {
-  const { header, clusterSizeBytes } = state;
-  const table = await state.read(header.refcountTableOffset, header.refcountTableClusters * clusterSizeBytes);
-  countBlocks(state, table);
-  const source = new RefcountSource(state, table);
-  const singles = new SingleSet(state.hostClusterCount);
-  const highestCluster = await compareAll(state, source, singles);
-  await checkCopiedFlags(state, source, singles);
-  return (highestCluster + 1) * clusterSizeBytes;
-}
-
-function countBlocks(state: CheckState, table: DataView): void {
-  for (let index = 0; index * 8 < table.byteLength; index++) {
-    const high = table.getUint32(index * 8);
-    const low = table.getUint32(index * 8 + 4);
-    if (high === 0 && low === 0) continue;
-    // Bits 9..63 are the offset here; past 2^53 it is inexact, but outside the image all the same.
-    const offset = high * 2 ** 32 + ((low & 0xfffffe00) >>> 0);
-    const cluster = Math.floor(offset / state.clusterSizeBytes);
-    if (low & 0x1ff) {
-      state.corruption(`refcount table entry ${index} has reserved bits set`);
-    } else if (isBlockMisaligned(state, low)) {
+/** Counts the references to refcount blocks, and judges the refcount table. */
+export function countBlocks(state: CheckState, blocks: RefcountBlocks): void {
+  const { refcountTableOffset, refcountTableClusters } = state.header;
+  for (let index = 0; index < blocks.entryCount; index++) {
+    const place = blocks.placeOf(index);
+    if (place === "none") continue;
+    if (place !== "inside") state.mustRebuild = true;
+    if (place === "reserved bits") state.corruption(`refcount table entry ${index} has reserved bits set`);
+    else if (place === "misaligned") {
       state.corruption(`refcount block ${index} is not cluster aligned; refcount table entry corrupted`);
-    } else if (cluster >= state.hostClusterCount) {
-      state.corruption(`refcount block ${index} is outside image`);
-    } else {
-      state.refer(offset, state.clusterSizeBytes);
-      const count = state.references[cluster];
-      if (count !== 1) state.corruption(`refcount block ${index} refcount=${count}`);
-    }
+    } else if (place === "outside") state.corruption(`refcount block ${index} is outside image`);
+    else countBlock(state, index, blocks.offsetAt(index));
+  }
+  if (refcountTableClusters === 0) state.mustRebuild = true;
+  const firstOfTable = Math.floor(refcountTableOffset / state.clusterSizeBytes);
+  for (let offset = 0; offset < refcountTableClusters; offset++) {
+    if (!state.isReferredToOnce(firstOfTable + offset)) state.isStructureShared = true;
   }
 }
 
-/** By the low word alone: it holds a cluster's bits, and the whole offset may be inexact. */
-function isBlockMisaligned(state: CheckState, low: number): boolean {
-  return state.isMisaligned((low & 0xfffffe00) >>> 0);
-}
-
-/** Refcounts by host cluster; keeps the block it used last. */
-class RefcountSource {
-  private block: DataView | null = null;
-  private blockIndex = -1;
-  private readonly refcountBits: number;
-  readonly clustersPerBlock: number;
-
-  constructor(
-    private readonly state: CheckState,
-    private readonly table: DataView,
-  ) {
-    this.refcountBits = 2 ** state.header.refcountOrder;
-    this.clustersPerBlock = (state.clusterSizeBytes * 8) / this.refcountBits;
-  }
-
-  /** Makes the cluster's block the current one. What lies past the end of the file reads as zeroes. */
-  async load(cluster: number): Promise<void> {
-    const index = Math.floor(cluster / this.clustersPerBlock);
-    if (index === this.blockIndex) return;
-    this.blockIndex = index;
-    this.block = null;
-    if (index * 8 >= this.table.byteLength) return;
-    const low = this.table.getUint32(index * 8 + 4);
-    const offset = this.table.getUint32(index * 8) * 2 ** 32 + ((low & 0xfffffe00) >>> 0);
-    if (offset === 0) return;
-    if (isBlockMisaligned(this.state, low)) this.block = UNREADABLE;
-    else if (offset < this.state.fileBytes) {
-      this.block = await this.state.read(offset, this.state.clusterSizeBytes);
-    }
-  }
-
-  /** Of a cluster of the block that is loaded. NaN: the refcount cannot be read. */
-  get(cluster: number): number {
-    const { block, refcountBits } = this;
-    if (block === null) return 0;
-    if (block === UNREADABLE) return NaN;
-    const index = cluster % this.clustersPerBlock;
-    switch (refcountBits) {
-      case 8:
-        return block.getUint8(index);
-      case 16:
-        return block.getUint16(index * 2);
-      case 32:
-        return block.getUint32(index * 4);
-      case 64:
-        return block.getUint32(index * 8) * 2 ** 32 + block.getUint32(index * 8 + 4);
-      default: {
-        const firstBit = index * refcountBits;
-        return (block.getUint8(firstBit >>> 3) >> (firstBit & 7)) & ((1 << refcountBits) - 1);
-      }
-    }
+function countBlock(state: CheckState, index: number, offset: number): void {
+  const cluster = offset / state.clusterSizeBytes;
+  state.refer(offset, state.clusterSizeBytes);
+  const count = state.references[cluster];
+  if (count !== 1) {
+    state.mustRebuild = true;
+    state.corruption(`refcount block ${index} refcount=${count}`);
+  } else if (!state.isReferredToOnce(cluster)) {
+    state.isStructureShared = true;
   }
 }
 
-const UNREADABLE = new DataView(new ArrayBuffer(0));
+export interface Comparison {
+  /** End of the last cluster that is used or referred to, in bytes. */
+  imageEndOffset: number;
+  /** Refcounts that are zero and should not be, which qemu-img -r leaks does not go past. */
+  wrongZeroCount: number;
+  singles: SingleSet;
+}
 
-async function compareAll(state: CheckState, source: RefcountSource, singles: SingleSet): Promise<number> {
+/** Refcounts against references; with `repair` the wrong ones are corrected in place. */
+export async function compareRefcounts(
+  state: CheckState,
+  blocks: RefcountBlocks,
+  repair: RepairMode | undefined,
+): Promise<Comparison> {
   const { references, hostClusterCount } = state;
+  const singles = new SingleSet(hostClusterCount);
   let highestCluster = 0;
-  for (let first = 0; first < hostClusterCount; first += source.clustersPerBlock) {
-    await source.load(first);
-    const end = Math.min(first + source.clustersPerBlock, hostClusterCount);
+  let wrongZeroCount = 0;
+  for (let first = 0; first < hostClusterCount; first += blocks.clustersPerBlock) {
+    await blocks.load(first);
+    const end = Math.min(first + blocks.clustersPerBlock, hostClusterCount);
     for (let cluster = first; cluster < end; cluster++) {
-      const refcount = source.get(cluster);
+      const refcount = blocks.get(cluster);
       const reference = references[cluster] ?? 0;
       if (Number.isNaN(refcount)) {
         state.checkError(`Can't get refcount for cluster ${cluster}: Input/output error`);
         continue;
       }
-      if (refcount === 1) singles.add(cluster);
       if (refcount > 0 || reference > 0) highestCluster = cluster;
-      if (refcount === reference) continue;
-      const message = `cluster ${cluster} refcount=${refcount} reference=${reference}`;
-      if (refcount < reference) state.corruption(message);
-      else state.leak(message);
-    }
-  }
-  return highestCluster;
-}
-
-/** In the active tables COPIED says that the refcount is exactly one. */
-async function checkCopiedFlags(
-  state: CheckState,
-  source: RefcountSource,
-  singles: SingleSet,
-): Promise<void> {
-  const { header, clusterSizeBytes } = state;
-  const hasDataFile = (header.incompatibleFeatures & INCOMPATIBLE_EXTERNAL_DATA) !== 0n;
-  const entryBytes = isExtendedL2(header) ? 16 : 8;
-  const l1 = await state.read(header.l1TableOffset, header.l1Size * 8);
-  for (let index = 0; index < header.l1Size; index++) {
-    const high = l1.getUint32(index * 8);
-    const low = l1.getUint32(index * 8 + 4);
-    const l2Offset = offsetOf(high, low);
-    if (l2Offset === 0) continue;
-    if (isSuspect(state, singles, high, l2Offset)) {
-      const what = `L2 cluster: l1_index=${index} l1_entry=${entryHex(high, low)}`;
-      await judgeFlag(state, source, what, high, l2Offset);
-    }
-    const l2 = await state.read(l2Offset, clusterSizeBytes);
-    for (let at = 0; at < l2.byteLength; at += entryBytes) {
-      const entryHigh = l2.getUint32(at);
-      const entryLow = l2.getUint32(at + 4);
-      if (entryHigh & COMPRESSED_HIGH || !isAllocated(entryHigh, entryLow, hasDataFile)) continue;
-      const offset = offsetOf(entryHigh, entryLow);
-      // Clusters of an external data file count as referred to once.
-      if (hasDataFile) {
-        if (entryHigh & COPIED_HIGH) continue;
-        state.corruption(`OFLAG_COPIED ${describeData(entryHigh, entryLow)} refcount=1`);
-      } else if (isSuspect(state, singles, entryHigh, offset)) {
-        await judgeFlag(state, source, describeData(entryHigh, entryLow), entryHigh, offset);
+      const isCorrected = refcount !== reference && correct(state, blocks, cluster, refcount, repair);
+      if ((isCorrected ? reference : refcount) === 1) singles.add(cluster);
+      if (refcount === 0 && reference > 0) {
+        wrongZeroCount++;
+        if (!blocks.isWritable) state.mustRebuild = true;
       }
     }
   }
+  await blocks.flush();
+  return { imageEndOffset: (highestCluster + 1) * state.clusterSizeBytes, wrongZeroCount, singles };
 }
 
-function describeData(high: number, low: number): string {
-  return `data cluster: l2_entry=${entryHex(high, low)}`;
-}
-
-/** Quick: the flag contradicts the bitmap, or the cluster lies past the file, where the bitmap ends. */
-function isSuspect(state: CheckState, singles: SingleSet, high: number, offset: number): boolean {
-  const cluster = Math.floor(offset / state.clusterSizeBytes);
-  return cluster >= state.hostClusterCount || singles.has(cluster) !== ((high & COPIED_HIGH) !== 0);
-}
-
-async function judgeFlag(
+/** @returns whether the refcount is right now. */
+function correct(
   state: CheckState,
-  source: RefcountSource,
-  what: string,
-  high: number,
-  offset: number,
-): Promise<void> {
-  const cluster = Math.floor(offset / state.clusterSizeBytes);
-  await source.load(cluster);
-  const refcount = source.get(cluster);
-  // One that cannot be read was reported when the refcounts were compared.
-  if (Number.isNaN(refcount)) return;
-  if ((refcount === 1) !== ((high & COPIED_HIGH) !== 0)) {
+  blocks: RefcountBlocks,
+  cluster: number,
+  refcount: number,
+  repair: RepairMode | undefined,
+): boolean {
+  const { counts } = state;
+  const reference = state.references[cluster] ?? 0;
+  const message = `cluster ${cluster} refcount=${blocks.textOf(cluster)} reference=${reference}`;
+  const isLeak = refcount > reference;
+  if (repair !== undefined && (isLeak || repair === "all") && blocks.isWritable) {
+    blocks.set(cluster, reference);
+    if (isLeak) counts.leaksFixed++;
+    else counts.corruptionsFixed++;
+    state.note(`Repairing ${message}`);
+    return true;
+  }
+  if (isLeak) state.leak(message);
+  else state.corruption(message);
+  return false;
+}
+
+/** In the active tables COPIED says that the refcount is exactly one. */
+export class CopiedFlags {
+  private readonly hasDataFile: boolean;
+  private readonly isExtended: boolean;
+
+  /** @param ranges null: nothing is corrected. */
+  constructor(
+    private readonly state: CheckState,
+    private readonly blocks: RefcountBlocks,
+    private readonly singles: SingleSet,
+    private readonly ranges: MetadataRanges | null,
+  ) {
+    this.hasDataFile = (state.header.incompatibleFeatures & INCOMPATIBLE_EXTERNAL_DATA) !== 0n;
+    this.isExtended = isExtendedL2(state.header);
+  }
+
+  async check(): Promise<void> {
+    const { state } = this;
+    const { l1TableOffset, l1Size } = state.header;
+    const l1 = await state.read(l1TableOffset, l1Size * 8);
+    let tablesWalked = 0;
+    for (let index = 0; index < l1Size; index++) {
+      const high = l1.getUint32(index * 8);
+      const low = l1.getUint32(index * 8 + 4);
+      const l2Offset = offsetOf(high, low);
+      if (l2Offset === 0) continue;
+      const what = `L2 cluster: l1_index=${index} l1_entry=${entryHex(high, low)}`;
+      if (await this.isWrong(what, high, l2Offset)) {
+        if (this.mayChange("L1 entry", l1TableOffset + index * 8, 8, "active L1 table")) {
+          l1.setUint32(index * 8, (high ^ COPIED_HIGH) >>> 0);
+          await state.write(
+            new Uint8Array(l1.buffer as ArrayBuffer, index * 8, 8),
+            l1TableOffset + index * 8,
+          );
+          this.noteFixed(what, 1);
+        }
+      }
+      if (l2Offset >= state.fileBytes) continue;
+      // Where there are more, tables are named again and again; check-tables.ts has reported it.
+      if (++tablesWalked > state.hostClusterCount) return;
+      await this.checkTable(l2Offset);
+    }
+  }
+
+  private async checkTable(l2Offset: number): Promise<void> {
+    const { state, hasDataFile, isExtended } = this;
+    const l2 = await state.read(l2Offset, state.clusterSizeBytes);
+    let changedFrom = Infinity;
+    let changedEnd = 0;
+    let changedCount = 0;
+    for (let at = 0; at < l2.byteLength; at += isExtended ? 16 : 8) {
+      const high = l2.getUint32(at);
+      const low = l2.getUint32(at + 4);
+      if (high & COMPRESSED_HIGH || !isAllocated(high, low, hasDataFile, isExtended)) continue;
+      if (!this.isSuspect(high, offsetOf(high, low))) continue;
+      const what = `data cluster: l2_entry=${entryHex(high, low)}`;
+      if (!(await this.isWrong(what, high, offsetOf(high, low), hasDataFile))) continue;
+      if (this.ranges === null) continue;
+      l2.setUint32(at, (high ^ COPIED_HIGH) >>> 0);
+      changedFrom = Math.min(changedFrom, at);
+      changedEnd = at + 8;
+      changedCount++;
+    }
+    if (changedCount === 0 || !this.mayChange("L2 table", l2Offset, state.clusterSizeBytes)) return;
+    const bytes = new Uint8Array(l2.buffer as ArrayBuffer, changedFrom, changedEnd - changedFrom);
+    await state.write(bytes, l2Offset + changedFrom);
+    this.noteFixed(`${changedCount} L2 entries of the table at ${l2Offset}`, changedCount);
+  }
+
+  private noteFixed(what: string, count: number): void {
+    for (let done = 0; done < count; done++) this.state.corruptionFixed();
+    this.state.note(`Repairing OFLAG_COPIED ${what}`);
+  }
+
+  private mayChange(what: string, offsetBytes: number, lengthBytes: number, own = ""): boolean {
+    if (this.ranges === null) return false;
+    const overlapped = this.ranges.overlapOf(offsetBytes, lengthBytes, own);
+    if (overlapped === null) return true;
+    this.state.checkError(
+      `cannot correct the ${what} at offset ${offsetBytes}: it lies in the ${overlapped}`,
+    );
+    return false;
+  }
+
+  /** Quick: the flag contradicts the bitmap, or the cluster lies past the file, where the bitmap ends. */
+  private isSuspect(high: number, offset: number): boolean {
+    const isFlagged = (high & COPIED_HIGH) !== 0;
+    // Clusters of an external data file count as referred to once.
+    if (this.hasDataFile) return !isFlagged;
+    const cluster = Math.floor(offset / this.state.clusterSizeBytes);
+    return cluster >= this.state.hostClusterCount || this.singles.has(cluster) !== isFlagged;
+  }
+
+  /** Reports a wrong flag. */
+  private async isWrong(what: string, high: number, offset: number, isInDataFile = false): Promise<boolean> {
+    const { state, blocks } = this;
+    let refcount = 1;
+    if (!isInDataFile) {
+      const cluster = Math.floor(offset / state.clusterSizeBytes);
+      if (cluster < state.hostClusterCount && this.singles.has(cluster) === ((high & COPIED_HIGH) !== 0)) {
+        return false;
+      }
+      await blocks.load(cluster);
+      refcount = blocks.get(cluster);
+    }
+    // One that cannot be read was reported when the refcounts were compared.
+    if (Number.isNaN(refcount) || (refcount === 1) === ((high & COPIED_HIGH) !== 0)) return false;
     state.corruption(`OFLAG_COPIED ${what} refcount=${refcount}`);
+    return true;
   }
 }

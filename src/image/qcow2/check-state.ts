@@ -1,4 +1,4 @@
-// What the phases of a check share: the file, the references counted so far, the findings.
+// What the phases of a check share: the file, the references counted so far, the findings, what may be repaired.
 //
 // Memory: one counter for each host cluster of the file, 2 bytes (4 where refcounts are wider than 16 bits), and
 // one bit. MAX_HOST_CLUSTERS bounds that to about 1 GiB. Beside it one table is in memory at a time: an L1
@@ -6,19 +6,26 @@
 
 import { CowcatcherError } from "../../errors.js";
 import { formatBytes } from "../../units.js";
-import { readFully } from "../fileio.js";
+import type { QcowFile } from "./file.js";
 import type { Qcow2Header } from "./header.js";
 
 /** 2^29 clusters: an image file of 32 TiB with 64 KiB clusters. */
 export const MAX_HOST_CLUSTERS = 2 ** 29;
 /** Messages kept; findings beyond are counted but not described. */
 export const MAX_MESSAGES = 1000;
+/** Overflows kept one by one. */
+const MAX_OVERFLOWS = 65536;
 const SECTOR_BYTES = 512;
+
+/** As `qemu-img check -r`: only leaks, or all that can be. */
+export type RepairMode = "leaks" | "all";
 
 export interface CheckCounts {
   corruptions: number;
   leaks: number;
   checkErrors: number;
+  corruptionsFixed: number;
+  leaksFixed: number;
   allocatedClusters: number;
   fragmentedClusters: number;
   compressedClusters: number;
@@ -29,6 +36,8 @@ export class CheckState {
     corruptions: 0,
     leaks: 0,
     checkErrors: 0,
+    corruptionsFixed: 0,
+    leaksFixed: 0,
     allocatedClusters: 0,
     fragmentedClusters: 0,
     compressedClusters: 0,
@@ -37,31 +46,48 @@ export class CheckState {
   readonly clusterSizeBytes: number;
   /** As QEMU sees it: in whole sectors. */
   readonly fileBytes: number;
-  readonly hostClusterCount: number;
   /** How often each host cluster is referred to. */
   readonly references: Uint16Array | Uint32Array;
+  /** The refcount structure itself is damaged, or lacks a block: refcounts cannot be corrected in place. */
+  mustRebuild = false;
+  /** Another thing is in the refcount structure's place, so that to change it would harm that thing. */
+  isStructureShared = false;
+  /** Host clusters that are looked at: the file's, and one more where a reference begins in the last of them. */
+  hostClusterCount: number;
   private readonly referenceMax: number;
+  /** Clusters with more references than a refcount of this width can say; MAX_OVERFLOWS of them at most. */
+  private readonly overflowed = new Set<number>();
 
-  /** @throws CowcatcherError LIMIT for a file with more than MAX_HOST_CLUSTERS. */
+  /**
+   * @param repair undefined: nothing is written.
+   * @throws CowcatcherError LIMIT for a file with more than MAX_HOST_CLUSTERS.
+   */
   constructor(
-    readonly name: string,
-    private readonly fd: number,
+    readonly file: QcowFile,
     readonly header: Qcow2Header,
-    fileSizeBytes: number,
+    readonly repair?: RepairMode,
   ) {
     this.clusterSizeBytes = 2 ** header.clusterBits;
-    this.fileBytes = Math.ceil(fileSizeBytes / SECTOR_BYTES) * SECTOR_BYTES;
+    this.fileBytes = Math.ceil(file.endOffset / SECTOR_BYTES) * SECTOR_BYTES;
     this.hostClusterCount = Math.ceil(this.fileBytes / this.clusterSizeBytes);
     if (this.hostClusterCount > MAX_HOST_CLUSTERS) {
       const most = formatBytes(MAX_HOST_CLUSTERS * this.clusterSizeBytes);
       const problem = `the file of ${formatBytes(this.fileBytes)} is larger than a check can hold in memory (${most})`;
-      throw new CowcatcherError({ code: "LIMIT", object: name, problem });
+      throw new CowcatcherError({ code: "LIMIT", object: file.name, problem });
     }
     const isNarrow = header.refcountOrder <= 4;
     this.references = isNarrow
-      ? new Uint16Array(this.hostClusterCount)
-      : new Uint32Array(this.hostClusterCount);
+      ? new Uint16Array(this.hostClusterCount + 1)
+      : new Uint32Array(this.hostClusterCount + 1);
     this.referenceMax = Math.min(2 ** (2 ** header.refcountOrder) - 1, 2 ** 32 - 1);
+  }
+
+  get name(): string {
+    return this.file.name;
+  }
+
+  get repairsErrors(): boolean {
+    return this.repair === "all";
   }
 
   corruption(message: string): void {
@@ -69,18 +95,24 @@ export class CheckState {
     this.note(`ERROR ${message}`);
   }
 
+  /** What was one corruption is none any more. */
+  corruptionFixed(): void {
+    this.counts.corruptions--;
+    this.counts.corruptionsFixed++;
+  }
+
   leak(message: string): void {
     this.counts.leaks++;
     this.note(`Leaked ${message}`);
   }
 
-  /** The check itself could not look at something. */
+  /** The check itself could not look at something, or a repair could not be made. */
   checkError(message: string): void {
     this.counts.checkErrors++;
     this.note(message);
   }
 
-  private note(message: string): void {
+  note(message: string): void {
     if (this.messages.length < MAX_MESSAGES) this.messages.push(message);
   }
 
@@ -99,12 +131,23 @@ export class CheckState {
       return;
     }
     const first = Math.floor(offsetBytes / clusterSizeBytes);
-    const last = Math.min(Math.ceil(end / clusterSizeBytes), this.hostClusterCount);
+    const last = Math.ceil(end / clusterSizeBytes);
+    if (last > this.hostClusterCount) this.hostClusterCount = last;
     for (let cluster = first; cluster < last; cluster++) {
       const count = this.references[cluster] ?? 0;
-      if (count < this.referenceMax) this.references[cluster] = count + 1;
-      else this.corruption(`overflow cluster offset=${hex(cluster * clusterSizeBytes)}`);
+      if (count < this.referenceMax) {
+        this.references[cluster] = count + 1;
+      } else {
+        this.corruption(`overflow cluster offset=${hex(cluster * clusterSizeBytes)}`);
+        if (this.overflowed.size < MAX_OVERFLOWS) this.overflowed.add(cluster);
+      }
     }
+  }
+
+  /** Nothing else refers to the cluster. Where that is not known any more, the answer is no. */
+  isReferredToOnce(cluster: number): boolean {
+    if (this.references[cluster] !== 1 || this.overflowed.has(cluster)) return false;
+    return this.overflowed.size < MAX_OVERFLOWS;
   }
 
   isMisaligned(offsetBytes: number): boolean {
@@ -117,10 +160,23 @@ export class CheckState {
    */
   async read(offsetBytes: number, lengthBytes: number): Promise<DataView> {
     const bytes = new Uint8Array(Math.max(lengthBytes, 0));
-    if (offsetBytes < this.fileBytes) {
-      await readFully(this.name, this.fd, bytes, 0, bytes.length, offsetBytes);
+    if (offsetBytes < this.fileBytes && bytes.length > 0) {
+      const completion = this.file.read(bytes, 0, bytes.length, offsetBytes);
+      if (completion !== undefined) await completion;
     }
     return new DataView(bytes.buffer);
+  }
+
+  /** The same, blocking the thread: for what is small and rare. @throws CowcatcherError IO */
+  readNow(offsetBytes: number, lengthBytes: number): DataView {
+    const bytes = new Uint8Array(lengthBytes);
+    if (offsetBytes < this.fileBytes) this.file.readSync(bytes, 0, bytes.length, offsetBytes);
+    return new DataView(bytes.buffer);
+  }
+
+  /** @throws CowcatcherError IO, NO_SPACE */
+  async write(bytes: Uint8Array, offsetBytes: number): Promise<void> {
+    await this.file.write(bytes, 0, bytes.length, offsetBytes);
   }
 }
 

@@ -1,29 +1,32 @@
-// Consistency check of an image, as `qemu-img check` makes it, with its counts and its kind of messages.
+// Consistency check and repair of an image, as `qemu-img check` makes them, with its counts and its kind of messages.
 //
 // Two walks: every reference to a host cluster is counted (check-tables.ts), then the counts are held against the
 // refcounts on disk and the COPIED flags (check-refcounts.ts). More references than the refcount is a corruption:
 // a cluster could be freed and used again while it is needed. Fewer is a leak: space is lost, nothing else.
 // Two things in one place show as a corruption too, since that cluster has a reference too many.
-// Nothing is repaired. Memory is bounded; check-state.ts has the figures.
+// What can be repaired, and in which order, is in repair.ts. After a repair that changed something the image is
+// checked again, and that is the result. Memory is bounded; check-state.ts has the figures.
 
-import { fstatSync } from "node:fs";
-import { CowcatcherError } from "../../errors.js";
-import { closeFile, readFirstBytes, readFullySync } from "../fileio.js";
+import { closeSync, openSync } from "node:fs";
+import { CowcatcherError, ioError } from "../../errors.js";
+import { closeFile, readFirstBytes } from "../fileio.js";
 import type { ImageFormat } from "../format.js";
-import { sizeOf } from "../devicesize.js";
 import { openImageFile } from "../imagefile.js";
 import { acquireImageLock } from "../locks.js";
 import { PROBE_BYTES, probeFormat } from "../probe.js";
-import { compareRefcounts } from "./check-refcounts.js";
-import { CheckState } from "./check-state.js";
-import { type CheckProgress, countReferences } from "./check-tables.js";
-import { readHeader } from "./header.js";
+import type { RepairMode } from "./check-state.js";
+import type { CheckProgress } from "./check-tables.js";
+import { BufferedFile, type QcowFile } from "./file.js";
+import { INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, readHeader, type Qcow2Header } from "./header.js";
+import { type CheckFindings, checkMetadata } from "./repair.js";
 
 export interface CheckOptions {
   /** Undefined: probed. */
   format?: ImageFormat | undefined;
   /** Take QEMU's locks as a reader; true by default. */
   lock?: boolean | undefined;
+  /** Undefined: the image is opened read-only. */
+  repair?: RepairMode | undefined;
   onProgress?: CheckProgress | undefined;
 }
 
@@ -34,6 +37,9 @@ export interface CheckResult {
   checkErrors: number;
   corruptions: number;
   leaks: number;
+  /** By the repair; what it left is in `corruptions` and `leaks`. */
+  corruptionsFixed: number;
+  leaksFixed: number;
   /** End of the last host cluster in use, in bytes. */
   imageEndOffset: number;
   /** Guest clusters. */
@@ -46,14 +52,15 @@ export interface CheckResult {
 }
 
 /**
- * Checks the image at `path`, opened read-only. Main thread; reads through libuv's pool.
+ * Checks the image at `path`, and repairs it if asked. Main thread.
  * @throws CowcatcherError UNSUPPORTED (raw images have nothing to check; foreign formats), LOCKED, FORMAT (the
  * header or a table leads nowhere), LIMIT (MAX_HOST_CLUSTERS), IO. The check could not be made then.
  */
 export async function checkImage(path: string, options: CheckOptions = {}): Promise<CheckResult> {
-  const fd = await openImageFile(path, { readOnly: true, direct: false });
+  const write = options.repair !== undefined;
+  const fd = await openImageFile(path, { readOnly: !write, direct: false });
   try {
-    if (options.lock ?? true) acquireImageLock(fd, path, { write: false });
+    if (options.lock ?? true) acquireImageLock(fd, path, { write, resize: write });
     return await checkOpened(path, fd, options);
   } finally {
     await closeFile(fd);
@@ -61,6 +68,7 @@ export async function checkImage(path: string, options: CheckOptions = {}): Prom
 }
 
 async function checkOpened(path: string, fd: number, options: CheckOptions): Promise<CheckResult> {
+  const { repair, onProgress } = options;
   const format = options.format ?? probeFormat(path, readFirstBytes(path, fd, PROBE_BYTES));
   if (format === "raw") {
     throw new CowcatcherError({
@@ -70,21 +78,76 @@ async function checkOpened(path: string, fd: number, options: CheckOptions): Pro
       hint: "raw images have no metadata",
     });
   }
-  const header = readHeader(
-    (buffer, offsetBytes) => readFullySync(path, fd, buffer, 0, buffer.length, offsetBytes),
-    path,
-  );
-  const state = new CheckState(path, fd, header, sizeOf(path, fd, fstatSync(fd)));
-  await countReferences(state, options.onProgress);
-  const imageEndOffset = await compareRefcounts(state);
+  const file = new BufferedFile(fd, path);
+  const first = await checkMetadata(file, headerToCheck(file), repair, onProgress);
+  const { corruptionsFixed, leaksFixed } = first.counts;
+  const wasRepaired = corruptionsFixed + leaksFixed > 0;
+  const header = headerToCheck(file);
+  const last = wasRepaired ? await checkMetadata(file, header, undefined, onProgress) : first;
   return {
     filename: path,
     format,
-    imageEndOffset,
-    totalClusters: Math.ceil(header.sizeBytes / state.clusterSizeBytes),
-    ...state.counts,
-    messages: state.messages,
+    ...resultOf(header, last),
+    corruptionsFixed,
+    leaksFixed,
+    messages: [...first.messages, ...(wasRepaired ? last.messages : [])],
   };
+}
+
+/** An image without a refcount table cannot be opened, but it can be repaired. */
+function headerToCheck(file: QcowFile): Qcow2Header {
+  const read = (buffer: Uint8Array, offsetBytes: number): number => {
+    const count = Math.min(buffer.length, Math.max(0, file.endOffset - offsetBytes));
+    file.readSync(buffer, 0, count, offsetBytes);
+    return count;
+  };
+  return readHeader(read, file.name, { allowNoRefcountTable: true });
+}
+
+function resultOf(
+  header: Qcow2Header,
+  { counts, imageEndOffset }: CheckFindings,
+): Omit<CheckResult, "filename" | "format" | "messages"> {
+  return {
+    imageEndOffset,
+    totalClusters: Math.ceil(header.sizeBytes / 2 ** header.clusterBits),
+    ...counts,
+  };
+}
+
+/**
+ * What opening an image for writing begins with: if it is marked dirty, its refcounts may be wrong (lazy refcounts,
+ * or a repair that was killed), and they are made right. Nothing is done to an image that is marked corrupt, nor to
+ * one that is not dirty. The caller holds the locks of a writer; `fd` may be open with O_DIRECT.
+ * @throws CowcatcherError FORMAT where errors are left that no repair can correct; else as checkImage.
+ */
+export async function repairIfDirty(path: string, fd: number): Promise<void> {
+  // A descriptor of its own: O_DIRECT would want aligned memory, and this one is closed before the guest's writes.
+  const ownFd = reopen(path, fd);
+  try {
+    const file = new BufferedFile(ownFd, path);
+    const header = headerToCheck(file);
+    const isDirty = (header.incompatibleFeatures & INCOMPATIBLE_DIRTY) !== 0n;
+    if (!isDirty || (header.incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n) return;
+    const { counts } = await checkMetadata(file, header, "all");
+    if (counts.checkErrors + counts.corruptions === 0) return;
+    throw new CowcatcherError({
+      code: "FORMAT",
+      object: path,
+      problem: `the image was not closed cleanly, and ${counts.checkErrors + counts.corruptions} errors in it cannot be repaired`,
+      hint: "cowcatcher check shows them; read the image, or a copy, with qemu-img convert",
+    });
+  } finally {
+    closeSync(ownFd);
+  }
+}
+
+function reopen(path: string, fd: number): number {
+  try {
+    return openSync(`/proc/self/fd/${fd}`, "r+");
+  } catch (error) {
+    throw ioError("open", path, error);
+  }
 }
 
 /** The fields of `qemu-img check --output=json`; those that are zero are left out, as there. */
@@ -98,6 +161,8 @@ export function checkResultToJson(result: CheckResult): Record<string, string | 
     "compressed-clusters": result.compressedClusters,
     corruptions: result.corruptions,
     leaks: result.leaks,
+    "corruptions-fixed": result.corruptionsFixed,
+    "leaks-fixed": result.leaksFixed,
   };
   for (const [key, count] of Object.entries(counts)) {
     if (count !== 0) json[key] = count;

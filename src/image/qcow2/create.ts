@@ -1,27 +1,38 @@
 // A new, empty qcow2 image, version 3, laid out as qemu-img create does it:
 //
 //     cluster 0          header, extensions, backing file name
-//     from cluster 1     refcount table, refcount blocks, L1 table
+//     from cluster 1     refcount table, refcount blocks, L1 table, L2 tables of a raw data file's disk
+//
+// A data file that is to read as the disk by itself has all of its clusters mapped from the start, so that what is put
+// into it otherwise than through the image is seen there.
 //
 // The refcount blocks must also count themselves and the table that points to them, so their number is found by
 // repeating until it no longer grows (each round adds at most a small fraction of the last, so it ends). All that
-// exists is counted 1; L1 is all zero, hence a hole.
+// exists is counted 1; an L1 table that is all zero is left as a hole.
 
 import { ftruncateSync } from "node:fs";
 import { CowcatcherError, ioError } from "../../errors.js";
 import { TiB, formatBytes, roundUp } from "../../units.js";
 import { writeFullySync } from "../fileio.js";
 import type { ImageFormat } from "../format.js";
+import { ALL_UNITS, HIGH_COPIED, highWord } from "./entry.js";
+import { EXTENDED_ENTRY_BYTES, storeBitmap } from "./extended-entry.js";
 import {
+  AUTOCLEAR_RAW_EXTERNAL_DATA,
+  ENTRY_COPIED,
   INCOMPATIBLE_COMPRESSION_TYPE,
+  INCOMPATIBLE_EXTENDED_L2,
+  INCOMPATIBLE_EXTERNAL_DATA,
   MAX_CLUSTER_BITS,
   MAX_L1_BYTES,
   MAX_REFCOUNT_ORDER,
   MAX_REFCOUNT_TABLE_BYTES,
   MIN_CLUSTER_BITS,
+  MIN_CLUSTER_BITS_EXTENDED_L2,
   type CompressionType,
   type Qcow2Header,
   featureNameTable,
+  isExtendedL2,
   l1EntriesFor,
   serialiseHeader,
 } from "./header.js";
@@ -42,6 +53,12 @@ export interface CreateOptions {
   /** zlib by default. */
   compressionType?: CompressionType | undefined;
   lazyRefcounts?: boolean | undefined;
+  /** 128-bit L2 entries with subclusters; clusters of 16 KiB at least. */
+  extendedL2?: boolean | undefined;
+  /** The name of an external data file, as the header is to hold it. The file itself is the caller's business. */
+  dataFile?: string | undefined;
+  /** It reads as the disk by itself. */
+  dataFileRaw?: boolean | undefined;
 }
 
 /** Where things stand in the new image; all offsets in bytes, cluster-aligned. */
@@ -57,6 +74,8 @@ export interface Qcow2Layout {
   l1TableOffset: number;
   /** Entries. */
   l1Size: number;
+  /** L2 tables that exist from the start, behind the L1 table. */
+  l2TableCount: number;
   /** End of all metadata: the first free byte. */
   endOffset: number;
 }
@@ -68,13 +87,19 @@ export interface Qcow2Layout {
  */
 export function createQcow2(fd: number, name: string, options: CreateOptions): Qcow2Layout {
   const layout = planQcow2(name, options);
-  const { refcountTableOffset, refcountBlocksOffset, endOffset } = layout;
+  const { refcountTableOffset, refcountBlocksOffset, l1TableOffset, endOffset } = layout;
   const headerCluster = serialiseHeader(layout.header, name);
   const write = (bytes: Uint8Array, offsetBytes: number): void =>
     writeFullySync(name, fd, bytes, 0, bytes.length, offsetBytes);
   setLength(fd, name, endOffset);
   write(refcountTable(layout), refcountTableOffset);
   write(refcountBlocks(layout), refcountBlocksOffset);
+  if (layout.l2TableCount > 0) {
+    write(mappedL1Table(layout), l1TableOffset);
+    for (let index = 0; index < layout.l2TableCount; index++) {
+      write(mappedL2Table(layout, index), l2TablesOffset(layout) + index * 2 ** layout.clusterBits);
+    }
+  }
   // Last, so that what is half written does not look like an image.
   write(headerCluster, 0);
   return layout;
@@ -99,10 +124,16 @@ export function planQcow2(name: string, options: CreateOptions): Qcow2Layout {
   const clusterSizeBytes = 2 ** clusterBits;
   const refcountOrder = refcountOrderOf(name, options.refcountBits ?? 16);
   const sizeBytes = roundUp(options.sizeBytes, SECTOR_BYTES);
-  const l1Size = l1EntriesFor(sizeBytes, clusterBits);
+  assertFeatures(name, options, clusterSizeBytes);
+  const l1Size = l1EntriesFor(sizeBytes, clusterBits, options.extendedL2);
   assertLimits(name, sizeBytes, l1Size, clusterSizeBytes);
   const l1Clusters = Math.ceil((l1Size * ENTRY_BYTES) / clusterSizeBytes);
-  const { blockCount, tableClusters } = planRefcounts(clusterSizeBytes, refcountOrder, l1Clusters);
+  const l2TableCount = options.dataFileRaw ? l1Size : 0;
+  const { blockCount, tableClusters } = planRefcounts(
+    clusterSizeBytes,
+    refcountOrder,
+    l1Clusters + l2TableCount,
+  );
   if (tableClusters * clusterSizeBytes > Math.max(MAX_REFCOUNT_TABLE_BYTES, clusterSizeBytes)) {
     throw limitError(name, "the refcount table", formatBytes(MAX_REFCOUNT_TABLE_BYTES));
   }
@@ -118,22 +149,23 @@ export function planQcow2(name: string, options: CreateOptions): Qcow2Layout {
     refcountBlockCount: blockCount,
     l1TableOffset,
     l1Size,
-    endOffset: l1TableOffset + l1Clusters * clusterSizeBytes,
+    l2TableCount,
+    endOffset: l1TableOffset + (l1Clusters + l2TableCount) * clusterSizeBytes,
   };
   return { ...layout, header: headerOf(layout, options) };
 }
 
-/** How many refcount blocks and table clusters count the header, the L1 table and themselves. */
+/** How many refcount blocks and table clusters count the header, the L1 and L2 tables and themselves. */
 function planRefcounts(
   clusterSizeBytes: number,
   refcountOrder: number,
-  l1Clusters: number,
+  mappingClusters: number,
 ): { blockCount: number; tableClusters: number } {
   const clustersPerBlock = (clusterSizeBytes * 8) / 2 ** refcountOrder;
   let blockCount = 1;
   for (;;) {
     const tableClusters = Math.ceil((blockCount * ENTRY_BYTES) / clusterSizeBytes);
-    const needed = Math.ceil((1 + tableClusters + blockCount + l1Clusters) / clustersPerBlock);
+    const needed = Math.ceil((1 + tableClusters + blockCount + mappingClusters) / clustersPerBlock);
     if (needed <= blockCount) return { blockCount, tableClusters };
     blockCount = needed;
   }
@@ -153,23 +185,63 @@ function headerOf(layout: Omit<Qcow2Layout, "header">, options: CreateOptions): 
     refcountTableClusters: layout.refcountTableClusters,
     snapshotCount: 0,
     snapshotsOffset: 0,
-    incompatibleFeatures: compressionType === "zlib" ? 0n : INCOMPATIBLE_COMPRESSION_TYPE,
+    incompatibleFeatures: incompatibleFeatures(options),
     compatibleFeatures: options.lazyRefcounts ? 1n : 0n,
-    autoclearFeatures: 0n,
+    autoclearFeatures: options.dataFileRaw ? AUTOCLEAR_RAW_EXTERNAL_DATA : 0n,
     refcountOrder: layout.refcountOrder,
     headerLengthBytes: 0,
     compressionType,
     extensions: [features],
     backingFile: options.backingFile ?? null,
     backingFormat: options.backingFormat ?? null,
-    externalDataFile: null,
+    externalDataFile: options.dataFile ?? null,
     bitmaps: null,
   };
   // The table is a courtesy to other programs; in a cluster of 512 bytes a backing file's name goes first.
-  const textBytes = Buffer.byteLength(`${options.backingFile ?? ""}${options.backingFormat ?? ""}`);
-  const leastBytes = 112 + 8 + (8 + features.data.length) + 8 + roundUp(textBytes, 8) + 8;
+  const texts = [options.backingFile, options.backingFormat, options.dataFile];
+  const textBytes = texts.reduce((sum, text) => sum + roundUp(Buffer.byteLength(text ?? ""), 8), 0);
+  const leastBytes = 112 + 2 * 8 + (8 + features.data.length) + 8 + textBytes + 8;
   if (leastBytes > 2 ** layout.clusterBits) header.extensions = [];
   return header;
+}
+
+function incompatibleFeatures({ compressionType, dataFile, extendedL2 }: CreateOptions): bigint {
+  return (
+    (compressionType === "zstd" ? INCOMPATIBLE_COMPRESSION_TYPE : 0n) |
+    (dataFile === undefined ? 0n : INCOMPATIBLE_EXTERNAL_DATA) |
+    (extendedL2 ? INCOMPATIBLE_EXTENDED_L2 : 0n)
+  );
+}
+
+function l2TablesOffset({ l1TableOffset, l1Size, clusterBits }: Qcow2Layout): number {
+  return l1TableOffset + roundUp(l1Size * ENTRY_BYTES, 2 ** clusterBits);
+}
+
+function mappedL1Table(layout: Qcow2Layout): Uint8Array {
+  const bytes = new Uint8Array(layout.l1Size * ENTRY_BYTES);
+  const view = new DataView(bytes.buffer);
+  for (let index = 0; index < layout.l1Size; index++) {
+    const offset = l2TablesOffset(layout) + index * 2 ** layout.clusterBits;
+    view.setBigUint64(index * ENTRY_BYTES, ENTRY_COPIED | BigInt(offset));
+  }
+  return bytes;
+}
+
+/** Every cluster of the disk stands at its own place of the data file, with all of its subclusters. */
+function mappedL2Table({ header, sizeBytes, clusterBits }: Qcow2Layout, l1Index: number): Uint8Array {
+  const entryBytes = isExtendedL2(header) ? EXTENDED_ENTRY_BYTES : ENTRY_BYTES;
+  const clusterSizeBytes = 2 ** clusterBits;
+  const bytes = new Uint8Array(clusterSizeBytes);
+  const view = new DataView(bytes.buffer);
+  const entries = clusterSizeBytes / entryBytes;
+  for (let index = 0; index < entries; index++) {
+    const offset = (l1Index * entries + index) * clusterSizeBytes;
+    if (offset >= sizeBytes) break;
+    view.setUint32(index * entryBytes, (highWord(offset) | HIGH_COPIED) >>> 0);
+    view.setUint32(index * entryBytes + 4, offset % 2 ** 32);
+    if (isExtendedL2(header)) storeBitmap(view, index, ALL_UNITS, 0);
+  }
+  return bytes;
 }
 
 function refcountTable(layout: Qcow2Layout): Uint8Array {
@@ -211,6 +283,18 @@ function refcountOrderOf(name: string, refcountBits: number): number {
   const order = Math.log2(refcountBits);
   if (Number.isInteger(order) && order >= 0 && order <= MAX_REFCOUNT_ORDER) return order;
   throw usageError(name, `the refcount width ${refcountBits} is not a power of two from 1 to 64 bits`);
+}
+
+function assertFeatures(name: string, options: CreateOptions, clusterSizeBytes: number): void {
+  if (options.extendedL2 && clusterSizeBytes < 2 ** MIN_CLUSTER_BITS_EXTENDED_L2) {
+    throw usageError(name, "extended L2 entries need clusters of at least 16K");
+  }
+  if (options.dataFileRaw && options.dataFile === undefined) {
+    throw usageError(name, "data_file_raw needs a data_file");
+  }
+  if (options.dataFileRaw && options.backingFile !== undefined) {
+    throw usageError(name, "a raw data file and a backing file exclude each other");
+  }
 }
 
 function assertLimits(name: string, sizeBytes: number, l1Size: number, clusterSizeBytes: number): void {

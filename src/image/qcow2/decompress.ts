@@ -1,38 +1,46 @@
 // Compressed clusters: raw deflate or one zstd frame, followed by whatever shares the last sector.
 //
-// Output is bounded by the cluster size, and must be exactly that. zstd comes from Node's zlib where it has it
-// (22.15 on), else from the system's libzstd through koffi. Any thread; both ways are synchronous, as a cluster
-// takes tens of microseconds.
+// Output is bounded by the cluster size, and must be exactly that. By native code where it loads (src/native), else
+// by Node's zlib, which has zstd from 22.15 on. Any thread; all ways are synchronous, as a cluster takes tens of
+// microseconds. Native contexts are made when the first compressed cluster is met, and hold memory until close().
 
-import koffi from "koffi";
 import * as zlib from "node:zlib";
 import { CowcatcherError, messageOf } from "../../errors.js";
+import { libz } from "../../native/libz.js";
+import { libzstd } from "../../native/libzstd.js";
+import { noZstdError } from "./compression.js";
 import type { CompressionType } from "./header.js";
 
-/** Fills `output` (one cluster). @throws Error where the data is not one cluster. */
-type Decompress = (input: Uint8Array, output: Uint8Array) => void;
+/** Decompresses to `output` (one cluster). @returns bytes written. @throws Error where the data is damaged. */
+type Decompress = (input: Uint8Array, output: Uint8Array) => number;
 
-const inflate: Decompress = (input, output) => {
-  const result = zlib.inflateRawSync(input, { maxOutputLength: output.length });
-  if (result.length !== output.length) throw new RangeError(`it ends after ${result.length} bytes`);
-  output.set(result);
-};
+interface Opened {
+  decompress: Decompress;
+  close: () => void;
+}
+
+/** Writers of other programs may use all of deflate's window. */
+const WINDOW_BITS = 15;
 
 export class Decompressor {
-  private readonly decompress: Decompress;
+  private opened: Opened | undefined;
 
   /** @throws CowcatcherError UNSUPPORTED where zstd is needed and neither Node nor the system has it. */
   constructor(
-    type: CompressionType,
+    private readonly type: CompressionType,
     private readonly name: string,
   ) {
-    this.decompress = type === "zlib" ? inflate : loadZstd(name);
+    if (type === "zstd" && libzstd() === null && nodeZstd === undefined) {
+      throw noZstdError(name, "the image uses zstd compression");
+    }
   }
 
   /** @throws CowcatcherError FORMAT, naming hostOffset. */
   run(input: Uint8Array, output: Uint8Array, hostOffset: number): void {
     try {
-      this.decompress(input, output);
+      this.opened ??= this.type === "zlib" ? openInflate() : openZstd();
+      const length = this.opened.decompress(input, output);
+      if (length !== output.length) throw new RangeError(`it ends after ${length} bytes`);
     } catch (cause) {
       throw new CowcatcherError({
         code: "FORMAT",
@@ -44,48 +52,54 @@ export class Decompressor {
       });
     }
   }
+
+  /** It may be used again, and is to be closed again then. */
+  close(): void {
+    this.opened?.close();
+    this.opened = undefined;
+  }
 }
 
-let zstd: Decompress | undefined;
-
-function loadZstd(name: string): Decompress {
-  zstd ??= nodeZstd() ?? systemZstd();
-  if (zstd !== undefined) return zstd;
-  throw new CowcatcherError({
-    code: "UNSUPPORTED",
-    object: name,
-    problem: "the image uses zstd compression, and neither this Node nor the system has zstd",
-    hint: "use Node 22.15 or later, or install libzstd (libzstd.so.1)",
-  });
-}
-
-function nodeZstd(): Decompress | undefined {
-  const candidate: unknown = Reflect.get(zlib, "zstdDecompressSync");
-  if (typeof candidate !== "function") return undefined;
-  const decompress = candidate as (input: Uint8Array, options: { maxOutputLength: number }) => Uint8Array;
-  return (input, output) => {
-    const frame = input.subarray(0, zstdFrameBytes(input));
-    const result = decompress(frame, { maxOutputLength: output.length });
-    if (result.length !== output.length) throw new RangeError(`it ends after ${result.length} bytes`);
-    output.set(result);
+function openInflate(): Opened {
+  const native = libz();
+  if (native !== null) {
+    const { inflate, close } = native.inflater(WINDOW_BITS);
+    return { decompress: inflate, close };
+  }
+  return {
+    decompress(input, output) {
+      // One piece, not four of 16 KiB that are put together.
+      const options = { maxOutputLength: output.length, chunkSize: output.length };
+      return put(zlib.inflateRawSync(input, options), output);
+    },
+    close: () => {},
   };
 }
 
-function systemZstd(): Decompress | undefined {
-  if (process.env["COWCATCHER_NO_NATIVE"] === "1") return undefined;
-  try {
-    const library = koffi.load("libzstd.so.1");
-    const decompress = library.func(
-      "size_t ZSTD_decompress(_Out_ uint8_t *dst, size_t capacity, const uint8_t *src, size_t size)",
-    ) as unknown as (output: Uint8Array, capacity: number, input: Uint8Array, size: number) => number;
-    return (input, output) => {
-      const written = decompress(output, output.length, input, zstdFrameBytes(input));
-      // An error code is a huge size_t, far beyond any length.
-      if (written !== output.length) throw new RangeError("zstd reports damaged data");
-    };
-  } catch {
-    return undefined;
+type NodeDecompress = (input: Uint8Array, options: { maxOutputLength: number }) => Uint8Array;
+
+/** Not in the types of Node 20, nor in Node 20. */
+const nodeZstd = Reflect.get(zlib, "zstdDecompressSync") as NodeDecompress | undefined;
+
+function openZstd(): Opened {
+  const native = libzstd();
+  if (native !== null) {
+    const { decompress, close } = native.decompressor();
+    return { decompress: (input, output) => decompress(input, zstdFrameBytes(input), output), close };
   }
+  return {
+    decompress(input, output) {
+      if (nodeZstd === undefined) throw new RangeError("there is no zstd");
+      const frame = input.subarray(0, zstdFrameBytes(input));
+      return put(nodeZstd(frame, { maxOutputLength: output.length }), output);
+    },
+    close: () => {},
+  };
+}
+
+function put(result: Uint8Array, output: Uint8Array): number {
+  output.set(result);
+  return result.length;
 }
 
 const ZSTD_MAGIC = 0xfd2fb528;

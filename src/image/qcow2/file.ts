@@ -116,7 +116,9 @@ export class BufferedFile extends QcowFileBase implements QcowFile {
   }
 
   readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void {
-    const done = readFullySync(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+    // Within the file's size, as read(): a file of /proc says that it is empty, and yet has bytes to read.
+    const stored = Math.min(lengthBytes, Math.max(0, this.endOffset - offsetBytes));
+    const done = readFullySync(this.name, this.fd, buffer, bufferOffset, stored, offsetBytes);
     buffer.fill(0, bufferOffset + done, bufferOffset + lengthBytes);
   }
 

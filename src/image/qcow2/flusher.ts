@@ -3,7 +3,7 @@
 //   refcount blocks ─► [sync ─► refcount table ─► [sync ─► header]] ─► sync ─► L2 tables ─► [sync ─► L1] ─► sync
 //
 // (in brackets: only if changed). The first sync before the L2 tables also makes the guest data durable that they
-// point to. A flush writes the state of the instant at which it began; what changes meanwhile is the next flush's.
+// point to; an external data file is synced just before it. A flush writes the state of the instant at which it began; what changes meanwhile is the next flush's.
 //
 // One flush runs at a time. Callers that come while one runs share the next: theirs must begin after their writes.
 // If any step fails, everything that the flush took is dirty again, and the error goes to its callers.
@@ -40,6 +40,8 @@ export class Flusher {
     private readonly mapping: Mapping,
     private readonly file: QcowFile,
     private readonly onFreed: () => void,
+    /** Holds the guest's clusters; the same file, or an external data file. */
+    private readonly dataFile: QcowFile = file,
   ) {}
 
   flush(): Completion {
@@ -80,7 +82,7 @@ export class Flusher {
     if (!this.isMetadataDirty) {
       this.hasUnsyncedData = false;
       try {
-        await this.file.sync();
+        await this.dataFile.sync();
       } catch (error) {
         this.hasUnsyncedData = true;
         throw error;
@@ -92,6 +94,7 @@ export class Flusher {
     this.hasUnsyncedData = false;
     try {
       await this.writeRefcounts(stock);
+      if (this.dataFile !== this.file) await this.dataFile.sync();
       await this.file.sync();
       await this.writeMapping(stock);
     } catch (error) {

@@ -1,6 +1,6 @@
 // Guest reads: from clusters of every kind, in as few system calls as the layout allows.
 //
-// `step` serves one run of like clusters. Either it is done on return, or `wait` holds the promise after which it
+// `step` serves one run of like units (entry.ts). Either it is done on return, or `wait` holds the promise after which it
 // is; a result of 0 with `wait` set means "look again then". A step that waits reads by the mapping it has seen: host
 // clusters dropped meanwhile are not reused before the operation ends (frees.ts).
 //
@@ -24,6 +24,8 @@ export class GuestReader {
   constructor(
     private readonly mapping: Mapping,
     private readonly file: QcowFile,
+    /** Holds plain clusters; the image file itself, or its external data file. */
+    private readonly dataFile: QcowFile,
     private readonly backing: BlockDevice | null,
     private readonly decompressor: Decompressor,
   ) {
@@ -78,9 +80,9 @@ export class GuestReader {
 
   private step(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): number {
     const { mapping, run } = this;
-    const { clusterSizeBytes, entriesPerTable } = mapping;
-    const cluster = Math.floor(offsetBytes / clusterSizeBytes);
-    const l1Index = Math.floor(cluster / entriesPerTable);
+    const { unitSizeBytes, unitsPerTable } = mapping;
+    const unit = Math.floor(offsetBytes / unitSizeBytes);
+    const l1Index = Math.floor(unit / unitsPerTable);
     const table = mapping.tableFor(l1Index);
     if (table === null) {
       this.wait = mapping.takeWait();
@@ -89,23 +91,24 @@ export class GuestReader {
       this.readBacking(buffer, bufferOffset, count, offsetBytes);
       return count;
     }
-    const inCluster = offsetBytes - cluster * clusterSizeBytes;
-    const maxClusters = Math.ceil((inCluster + lengthBytes) / clusterSizeBytes);
-    mapping.decoder.scan(table.view, cluster - l1Index * entriesPerTable, maxClusters, run);
-    const count = Math.min(lengthBytes, run.clusterCount * clusterSizeBytes - inCluster);
+    const inUnit = offsetBytes - unit * unitSizeBytes;
+    const maxUnits = Math.ceil((inUnit + lengthBytes) / unitSizeBytes);
+    mapping.decoder.scan(table.view, unit - l1Index * unitsPerTable, maxUnits, run);
+    const count = Math.min(lengthBytes, run.unitCount * unitSizeBytes - inUnit);
     switch (run.kind) {
       case ClusterKind.Normal:
-        this.wait = this.file.read(buffer, bufferOffset, count, run.hostOffset + inCluster);
+        this.wait = this.dataFile.read(buffer, bufferOffset, count, run.hostOffset + inUnit);
         break;
       case ClusterKind.ZeroPlain:
       case ClusterKind.ZeroAllocated:
         buffer.fill(0, bufferOffset, bufferOffset + count);
         break;
       case ClusterKind.Unallocated:
+      case ClusterKind.UnallocatedHosted:
         this.readBacking(buffer, bufferOffset, count, offsetBytes);
         break;
       case ClusterKind.Compressed:
-        this.readCompressed(buffer, bufferOffset, count, inCluster);
+        this.readCompressed(buffer, bufferOffset, count, offsetBytes % mapping.clusterSizeBytes);
         break;
     }
     return count;

@@ -1,10 +1,18 @@
 // Guest writes: in place where the cluster is the image's own, else into a new cluster.
 //
+// In place goes by units (entry.ts): whatever is data already, and the image's own. The rest goes by clusters:
+//
 //   cluster is            | whole cluster written          | part of a cluster written
 //   normal, COPIED        | in place                       | in place
 //   zero, with own host   | there, then the entry          | padded with zeroes, there, then the entry
 //   zero, unallocated     | new cluster, then the entry    | the rest from backing or zeroes, new cluster, entry
 //   compressed, shared    | new cluster, then the entry    | the rest from the old data, new cluster, entry
+//
+// With subclusters a part is not padded to the cluster but to whole subclusters, and only they become allocated: in
+// the cluster's own host cluster if it has one, else in a new one. Two exceptions: a compressed cluster is rewritten
+// whole, and of a shared one the stretch is copied too that reaches over all its allocated subclusters, as they must
+// move along. A part that stands in the own host cluster ends before the first subcluster that is allocated already:
+// from there on writes in place may be under way, which know nothing of this one.
 //
 // The entry changes after the data is written, so no reader sees a mapping whose data is not there. As long as an
 // allocation waits for I/O its guest clusters are in `inFlight`: other changes to them wait; reads see the old
@@ -15,15 +23,29 @@
 import { toCowcatcherError } from "../../errors.js";
 import type { BlockDevice, Completion } from "../device.js";
 import type { CachedTable } from "./cached-table.js";
-import { ClusterKind, ClusterRun, HIGH_COPIED } from "./entry.js";
+import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "./entry.js";
+import { onesFrom, unitMask } from "./extended-entry.js";
 import type { QcowFile } from "./file.js";
 import type { Flusher } from "./flusher.js";
 import type { GuestReader } from "./guest-read.js";
 import type { Mapping } from "./mapping.js";
 
-const SECTOR = 512;
 /** Scratch clusters kept for partial writes that wait. */
 const SPARE_SCRATCH_COUNT = 8;
+
+/** A part of one cluster, and the stretch of it that is written: all in bytes from the cluster's start. */
+interface Part {
+  cluster: number;
+  /** Its own host cluster's offset; -1 where it gets a new one. */
+  ownHost: number;
+  inCluster: number;
+  lengthBytes: number;
+  /** [from, end) is written: whole units. */
+  from: number;
+  end: number;
+  /** Units that hold data afterwards, beside those that do already. */
+  units: number;
+}
 
 export class GuestWriter {
   wait: Completion;
@@ -32,9 +54,20 @@ export class GuestWriter {
   private readonly nextRun = new ClusterRun();
   private readonly oldRun = new ClusterRun();
   private readonly scratches: Uint8Array[] = [];
+  /** Filled by `partOf`; what waits takes a copy. */
+  private readonly part: Part = {
+    cluster: 0,
+    ownHost: -1,
+    inCluster: 0,
+    lengthBytes: 0,
+    from: 0,
+    end: 0,
+    units: ALL_UNITS,
+  };
 
   constructor(
     private readonly mapping: Mapping,
+    /** Holds the guest's clusters. */
     private readonly file: QcowFile,
     private readonly backing: BlockDevice | null,
     private readonly reader: GuestReader,
@@ -85,42 +118,54 @@ export class GuestWriter {
   /** Serves the first run of [offsetBytes, +lengthBytes): bytes done, or to be done when `wait` is over. */
   step(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): number {
     const { mapping, run } = this;
-    const { clusterSizeBytes, entriesPerTable } = mapping;
-    const cluster = Math.floor(offsetBytes / clusterSizeBytes);
-    const inCluster = offsetBytes - cluster * clusterSizeBytes;
-    const l1Index = Math.floor(cluster / entriesPerTable);
-    const index = cluster - l1Index * entriesPerTable;
-    let table = mapping.tableFor(l1Index);
+    const { unitSizeBytes, unitsPerTable } = mapping;
+    const unit = Math.floor(offsetBytes / unitSizeBytes);
+    const l1Index = Math.floor(unit / unitsPerTable);
+    const table = mapping.tableFor(l1Index);
     if (table !== null) {
-      const maxClusters = Math.ceil((inCluster + lengthBytes) / clusterSizeBytes);
-      mapping.decoder.scan(table.view, index, maxClusters, run);
+      const inUnit = offsetBytes - unit * unitSizeBytes;
+      const maxUnits = Math.ceil((inUnit + lengthBytes) / unitSizeBytes);
+      mapping.decoder.scan(table.view, unit - l1Index * unitsPerTable, maxUnits, run);
       if (run.kind === ClusterKind.Normal && run.isCopied) {
-        const count = Math.min(lengthBytes, run.clusterCount * clusterSizeBytes - inCluster);
-        this.writeInPlace(buffer, bufferOffset, count, run.hostOffset + inCluster);
+        const count = Math.min(lengthBytes, run.unitCount * unitSizeBytes - inUnit);
+        this.writeInPlace(buffer, bufferOffset, count, run.hostOffset + inUnit);
         return count;
       }
     } else if ((this.wait = mapping.takeWait()) !== undefined) {
       return 0;
     }
+    return this.writeNew(l1Index, buffer, bufferOffset, lengthBytes, offsetBytes);
+  }
+
+  /** What cannot be written in place; the result is as for `step`. */
+  private writeNew(
+    l1Index: number,
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number {
+    const { mapping, run } = this;
+    const { clusterSizeBytes } = mapping;
+    const cluster = Math.floor(offsetBytes / clusterSizeBytes);
+    const inCluster = offsetBytes - cluster * clusterSizeBytes;
     this.wait = this.inFlight.get(cluster);
     if (this.wait !== undefined) return 0;
-    table = mapping.writableTable(l1Index);
+    const table = mapping.writableTable(l1Index);
     if (table === null) {
       this.wait = mapping.takeWait();
       return 0;
     }
-    mapping.decoder.scan(table.view, index, this.entriesPerRequest(lengthBytes), run);
-    if (inCluster === 0 && lengthBytes >= clusterSizeBytes) {
-      const wholeClusters = Math.floor(lengthBytes / clusterSizeBytes);
+    const wholeClusters = Math.floor(lengthBytes / clusterSizeBytes);
+    const index = cluster % mapping.entriesPerTable;
+    mapping.decoder.scanClusters(table.view, index, Math.max(1, wholeClusters), run);
+    if (inCluster === 0 && wholeClusters > 0) {
       return this.writeWhole(table, cluster, wholeClusters, buffer, bufferOffset);
     }
-    const count = Math.min(lengthBytes, clusterSizeBytes - inCluster);
-    this.writePart(table, cluster, inCluster, buffer, bufferOffset, count);
-    return count;
-  }
-
-  private entriesPerRequest(lengthBytes: number): number {
-    return Math.max(1, Math.floor(lengthBytes / this.mapping.clusterSizeBytes));
+    const part = this.partOf(cluster, inCluster, Math.min(lengthBytes, clusterSizeBytes - inCluster));
+    const { lengthBytes: partBytes } = part;
+    this.writePart(table, part, buffer, bufferOffset);
+    return partBytes;
   }
 
   private writeInPlace(
@@ -149,22 +194,28 @@ export class GuestWriter {
     const { run, mapping } = this;
     const { clusterSizeBytes } = mapping;
     let hostOffset = run.hostOffset;
-    let count = Math.min(maxClusters, run.clusterCount);
-    const isOwnHost = run.kind === ClusterKind.ZeroAllocated && run.isCopied;
+    let count = Math.min(maxClusters, run.unitCount);
+    const isOwnHost = hasHost(run.kind) && run.isCopied;
     if (!isOwnHost) {
       count = this.countToAllocate(table, cluster, maxClusters);
-      hostOffset = mapping.refcounts.allocate(count);
-      count = mapping.refcounts.allocatedCount;
+      hostOffset = mapping.space.allocate(cluster, count);
+      count = mapping.space.allocatedCount;
     } else {
       while (count > 1 && this.isAnyInFlight(cluster + 1, count - 1)) count--;
     }
     const lengthBytes = count * clusterSizeBytes;
     try {
       const completion = this.file.write(buffer, bufferOffset, lengthBytes, hostOffset);
-      if (completion === undefined) this.commit(table, cluster, count, hostOffset);
-      else this.track(cluster, count, this.commitAfter(completion, cluster, count, hostOffset, isOwnHost));
+      if (completion === undefined) this.commit(table, cluster, count, hostOffset, ALL_UNITS);
+      else {
+        this.track(
+          cluster,
+          count,
+          this.commitAfter(completion, cluster, count, hostOffset, isOwnHost, ALL_UNITS),
+        );
+      }
     } catch (error) {
-      if (!isOwnHost) mapping.refcounts.unallocate(hostOffset, count);
+      if (!isOwnHost) mapping.space.unallocate(hostOffset, count);
       throw error;
     }
     return lengthBytes;
@@ -183,97 +234,119 @@ export class GuestWriter {
     const limit = Math.min(maxClusters, mapping.entriesPerTable - index);
     for (let count = 1; count < limit; count++) {
       if (this.inFlight.size > 0 && this.inFlight.has(cluster + count)) return count;
-      mapping.decoder.scan(table.view, index + count, 1, nextRun);
-      const hasOwnHost = nextRun.kind === ClusterKind.Normal || nextRun.kind === ClusterKind.ZeroAllocated;
-      if (hasOwnHost && nextRun.isCopied) return count;
+      mapping.decoder.scanClusters(table.view, index + count, 1, nextRun);
+      if (hasHost(nextRun.kind) && nextRun.isCopied) return count;
     }
     return limit;
   }
 
+  /** What has to be written for a part of the cluster that `run` describes. */
+  private partOf(cluster: number, inCluster: number, wantedBytes: number): Part {
+    const { run, mapping, part } = this;
+    const isOwn = hasHost(run.kind) && run.isCopied;
+    part.cluster = cluster;
+    part.ownHost = isOwn ? run.hostOffset : -1;
+    part.inCluster = inCluster;
+    part.lengthBytes = wantedBytes;
+    part.from = 0;
+    part.end = mapping.clusterSizeBytes;
+    part.units = ALL_UNITS;
+    if (mapping.hasSubclusters && run.kind !== ClusterKind.Compressed) this.narrowToUnits(part, isOwn);
+    return part;
+  }
+
+  private narrowToUnits(part: Part, isOwn: boolean): void {
+    const { run } = this;
+    const { unitSizeBytes } = this.mapping;
+    const { inCluster, lengthBytes } = part;
+    const first = Math.floor(inCluster / unitSizeBytes);
+    let end = Math.ceil((inCluster + lengthBytes) / unitSizeBytes);
+    if (isOwn) end = Math.min(end, first + onesFrom(~run.allocatedBits, first));
+    part.lengthBytes = Math.min(lengthBytes, end * unitSizeBytes - inCluster);
+    part.units = unitMask(first, end);
+    // What is allocated in a shared cluster must come along to the new one.
+    const stretch = isOwn ? part.units : part.units | run.allocatedBits;
+    part.from = (31 - Math.clz32(stretch & -stretch)) * unitSizeBytes;
+    part.end = (32 - Math.clz32(stretch)) * unitSizeBytes;
+  }
+
   /** Writes a part of one cluster that cannot be written in place. */
-  private writePart(
-    table: CachedTable,
-    cluster: number,
-    inCluster: number,
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-  ): void {
-    const { run, mapping } = this;
+  private writePart(table: CachedTable, part: Part, buffer: Uint8Array, bufferOffset: number): void {
+    const { mapping } = this;
+    const { cluster, ownHost, inCluster, lengthBytes, from, end } = part;
     const start = cluster * mapping.clusterSizeBytes;
-    const isOwnHost = run.kind === ClusterKind.ZeroAllocated && run.isCopied;
-    const ownHost = isOwnHost ? run.hostOffset : 0;
-    if (!isOwnHost && this.readsAsZero(run.kind, start)) {
-      const hostOffset = mapping.refcounts.allocate(1);
-      if (mapping.refcounts.isFresh) {
-        // The rest of the cluster is a hole of the file: it reads as zeroes already.
-        this.writeCluster(table, cluster, hostOffset, false, buffer, bufferOffset, lengthBytes, inCluster);
-        return;
-      }
-      mapping.refcounts.unallocate(hostOffset, 1);
-    }
-    const scratch = this.scratches.pop() ?? new Uint8Array(mapping.clusterSizeBytes);
-    const stored = Math.min(mapping.clusterSizeBytes, this.sizeBytes - start);
-    const completion = this.reader.read(scratch, 0, stored, start);
-    if (completion !== undefined) {
-      const source = buffer.subarray(bufferOffset, bufferOffset + lengthBytes);
-      this.track(
-        cluster,
-        1,
-        this.mergeAfter(completion, cluster, ownHost, scratch, stored, source, inCluster),
-      );
+    if (inCluster === from && inCluster + lengthBytes === end) {
+      const hostOffset = ownHost < 0 ? mapping.space.allocate(cluster, 1) : ownHost;
+      this.writeCluster(table, part, hostOffset, buffer, bufferOffset, lengthBytes, inCluster);
       return;
     }
-    scratch.fill(0, stored);
+    if (ownHost < 0 && this.readsAsZero(part)) {
+      const hostOffset = mapping.space.allocate(cluster, 1);
+      if (mapping.space.isFresh) {
+        // The rest of the cluster is a hole of the file: it reads as zeroes already.
+        this.writeCluster(table, part, hostOffset, buffer, bufferOffset, lengthBytes, inCluster);
+        return;
+      }
+      mapping.space.unallocate(hostOffset, 1);
+    }
+    const scratch = this.scratches.pop() ?? new Uint8Array(mapping.clusterSizeBytes);
+    const stored = Math.min(end, this.sizeBytes - start);
+    const completion = this.reader.read(scratch, from, stored - from, start + from);
+    if (completion !== undefined) {
+      const source = buffer.subarray(bufferOffset, bufferOffset + lengthBytes);
+      this.track(cluster, 1, this.mergeAfter(completion, { ...part }, scratch, stored, source));
+      return;
+    }
+    scratch.fill(0, stored, end);
     const source = buffer.subarray(bufferOffset, bufferOffset + lengthBytes);
     scratch.set(source, inCluster);
-    const hostOffset = isOwnHost ? ownHost : mapping.refcounts.allocate(1);
-    this.writeCluster(table, cluster, hostOffset, isOwnHost, scratch, 0, scratch.length, 0);
+    const hostOffset = ownHost < 0 ? mapping.space.allocate(cluster, 1) : ownHost;
+    this.writeCluster(table, part, hostOffset, scratch, from, end - from, from);
     this.recycleAfter(scratch);
   }
 
   /** The part that waits: old content, then the new bytes over it, then as in `writePart`. */
   private async mergeAfter(
     completion: Promise<void>,
-    cluster: number,
-    ownHost: number,
+    part: Part,
     scratch: Uint8Array,
     stored: number,
     source: Uint8Array,
-    inCluster: number,
   ): Promise<void> {
-    const { refcounts } = this.mapping;
+    const { space } = this.mapping;
+    const { cluster, ownHost, inCluster, from, end, units } = part;
     await completion;
-    scratch.fill(0, stored);
+    scratch.fill(0, stored, end);
     scratch.set(source, inCluster);
-    const hostOffset = ownHost === 0 ? refcounts.allocate(1) : ownHost;
+    const isOwnHost = ownHost >= 0;
+    const hostOffset = isOwnHost ? ownHost : space.allocate(cluster, 1);
     let written: Completion;
     try {
-      written = this.file.write(scratch, 0, scratch.length, hostOffset);
+      written = this.file.write(scratch, from, end - from, hostOffset + from);
     } catch (error) {
-      if (ownHost === 0) refcounts.unallocate(hostOffset, 1);
+      if (!isOwnHost) space.unallocate(hostOffset, 1);
       throw error;
     }
-    await this.commitAfter(written ?? Promise.resolve(), cluster, 1, hostOffset, ownHost !== 0);
+    await this.commitAfter(written ?? Promise.resolve(), cluster, 1, hostOffset, isOwnHost, units);
     this.recycle(scratch);
   }
 
   private writeCluster(
     table: CachedTable,
-    cluster: number,
+    { cluster, ownHost, units }: Part,
     hostOffset: number,
-    isOwnHost: boolean,
     buffer: Uint8Array,
     bufferOffset: number,
     lengthBytes: number,
     inCluster: number,
   ): void {
+    const isOwnHost = ownHost >= 0;
     try {
       const completion = this.file.write(buffer, bufferOffset, lengthBytes, hostOffset + inCluster);
-      if (completion === undefined) this.commit(table, cluster, 1, hostOffset);
-      else this.track(cluster, 1, this.commitAfter(completion, cluster, 1, hostOffset, isOwnHost));
+      if (completion === undefined) this.commit(table, cluster, 1, hostOffset, units);
+      else this.track(cluster, 1, this.commitAfter(completion, cluster, 1, hostOffset, isOwnHost, units));
     } catch (error) {
-      if (!isOwnHost) this.mapping.refcounts.unallocate(hostOffset, 1);
+      if (!isOwnHost) this.mapping.space.unallocate(hostOffset, 1);
       throw error;
     }
   }
@@ -287,13 +360,22 @@ export class GuestWriter {
     if (this.wait === undefined) this.recycle(scratch);
   }
 
-  private readsAsZero(kind: ClusterKind, startBytes: number): boolean {
-    if (kind === ClusterKind.ZeroPlain || kind === ClusterKind.ZeroAllocated) return true;
-    if (kind !== ClusterKind.Unallocated) return false;
-    return this.backing === null || this.backing.sizeBytes <= startBytes;
+  /** Whether [from, end) of the cluster that `run` describes reads as zeroes. */
+  private readsAsZero({ cluster, units }: Part): boolean {
+    const { run, mapping, backing } = this;
+    if (run.kind === ClusterKind.ZeroPlain || run.kind === ClusterKind.ZeroAllocated) return true;
+    if (run.kind !== ClusterKind.Unallocated) return false;
+    if (mapping.hasSubclusters && (units & ~run.zeroBits) === 0) return true;
+    return backing === null || backing.sizeBytes <= cluster * mapping.clusterSizeBytes;
   }
 
-  private track(cluster: number, count: number, work: Promise<void>): void {
+  /** The file was written to otherwise than by a change of entries: the next flush must sync it. */
+  markUnsynced(): void {
+    this.flusher.hasUnsyncedData = true;
+  }
+
+  /** Makes others wait that want to change these clusters, and the caller for `work`. */
+  track(cluster: number, count: number, work: Promise<void>): void {
     const tracked = work.finally(() => {
       for (let index = 0; index < count; index++) this.inFlight.delete(cluster + index);
     });
@@ -309,6 +391,7 @@ export class GuestWriter {
     count: number,
     hostOffset: number,
     isOwnHost: boolean,
+    units: number,
   ): Promise<void> {
     try {
       await completion;
@@ -317,21 +400,27 @@ export class GuestWriter {
         await this.mapping.takeWait();
         table = this.mapping.writableTable(Math.floor(cluster / this.mapping.entriesPerTable));
       }
-      this.commit(table, cluster, count, hostOffset);
+      this.commit(table, cluster, count, hostOffset, units);
     } catch (error) {
-      if (!isOwnHost) this.mapping.refcounts.unallocate(hostOffset, count);
+      if (!isOwnHost) this.mapping.space.unallocate(hostOffset, count);
       throw error;
     }
   }
 
   /** The data is written: points the entries to it and drops what they pointed to. */
-  private commit(table: CachedTable, cluster: number, count: number, hostOffset: number): void {
+  private commit(
+    table: CachedTable,
+    cluster: number,
+    count: number,
+    hostOffset: number,
+    units: number,
+  ): void {
     const { mapping } = this;
     const firstIndex = cluster % mapping.entriesPerTable;
     for (let index = 0; index < count; index++) {
       const newHost = hostOffset + index * mapping.clusterSizeBytes;
       this.dropEntry(table, firstIndex + index, newHost);
-      mapping.setEntry(table, firstIndex + index, newHost, HIGH_COPIED, 0);
+      mapping.setNormal(table, firstIndex + index, newHost, units);
     }
     this.flusher.hasUnsyncedData = true;
   }
@@ -339,16 +428,9 @@ export class GuestWriter {
   /** Drops the host space that an entry refers to, unless it is `keptHost`. The caller replaces the entry. */
   dropEntry(table: CachedTable, index: number, keptHost: number): void {
     const { oldRun, mapping } = this;
-    mapping.decoder.scan(table.view, index, 1, oldRun);
-    const { kind, hostOffset, compressedBytes, isCopied } = oldRun;
-    if (hostOffset === 0 || hostOffset === keptHost) return;
-    if (kind === ClusterKind.Compressed) {
-      const start = hostOffset - (hostOffset % SECTOR);
-      mapping.frees.dropReadable(start, hostOffset + compressedBytes - start);
-    } else if (isCopied) {
-      mapping.frees.dropClusters(hostOffset, mapping.clusterSizeBytes);
-    } else {
-      mapping.frees.dropReadable(hostOffset, mapping.clusterSizeBytes);
-    }
+    mapping.decoder.scanClusters(table.view, index, 1, oldRun);
+    const { kind, hostOffset } = oldRun;
+    if (kind !== ClusterKind.Compressed && (!hasHost(kind) || hostOffset === keptHost)) return;
+    mapping.space.drop(oldRun);
   }
 }

@@ -126,19 +126,26 @@ export interface Qcow2Header {
  */
 export type HeaderRead = (buffer: Uint8Array, offsetBytes: number) => number;
 
+export interface HeaderOptions {
+  /** A check can do without one, and a repair makes it. */
+  allowNoRefcountTable?: boolean;
+}
+
 /**
  * Reads and parses the header: 4 KiB first, then the rest of the first cluster, to which backing name and
  * extensions are confined.
  * @throws CowcatcherError FORMAT, UNSUPPORTED or LIMIT, naming `name`.
  */
-export function readHeader(read: HeaderRead, name: string): Qcow2Header {
+export function readHeader(read: HeaderRead, name: string, options: HeaderOptions = {}): Qcow2Header {
   const prefix = new Uint8Array(4 * KiB);
   const prefixLength = read(prefix, 0);
   const clusterBits = checkPrefix(prefix.subarray(0, prefixLength), name);
   const clusterSizeBytes = 2 ** clusterBits;
-  if (clusterSizeBytes <= prefixLength) return parseHeader(prefix.subarray(0, clusterSizeBytes), name);
+  if (clusterSizeBytes <= prefixLength) {
+    return parseHeader(prefix.subarray(0, clusterSizeBytes), name, options);
+  }
   const cluster = new Uint8Array(clusterSizeBytes);
-  return parseHeader(cluster.subarray(0, read(cluster, 0)), name);
+  return parseHeader(cluster.subarray(0, read(cluster, 0)), name, options);
 }
 
 /** True where the bytes start a qcow2 file (any version). */
@@ -150,7 +157,11 @@ export function hasQcow2Magic(bytes: Uint8Array): boolean {
  * Parses the header from the first cluster's bytes (fewer where the file ends sooner).
  * @throws CowcatcherError FORMAT, UNSUPPORTED (version, unknown incompatible feature) or LIMIT.
  */
-export function parseHeader(firstCluster: Uint8Array, name: string): Qcow2Header {
+export function parseHeader(
+  firstCluster: Uint8Array,
+  name: string,
+  options: HeaderOptions = {},
+): Qcow2Header {
   const clusterBits = checkPrefix(firstCluster, name);
   const view = viewOf(firstCluster);
   const version = view.getUint32(4) as 2 | 3;
@@ -190,8 +201,8 @@ export function parseHeader(firstCluster: Uint8Array, name: string): Qcow2Header
   parseExtensions(header, firstCluster, backingOffset, name);
   checkFeatures(header, name);
   header.compressionType = parseCompressionType(header, firstCluster, name);
-  checkGeometry(header, name);
-  if (backingOffset !== 0) header.backingFile = parseBackingName(firstCluster, backingOffset, name);
+  checkGeometry(header, name, options);
+  if (backingOffset !== 0) header.backingFile = parseBackingName(firstCluster, backingOffset, name) || null;
   return header;
 }
 
@@ -305,13 +316,12 @@ export function featureName(header: Qcow2Header, kind: number, bit: number): str
   if (table === undefined) return undefined;
   for (let offset = 0; offset + 48 <= table.length; offset += 48) {
     if (table[offset] !== kind || table[offset + 1] !== bit) continue;
-    const text = textOf(table.subarray(offset + 2, offset + 48)).replace(/\0[^]*$/, "");
-    return text.replace(/[^\x20-\x7e]/g, "?");
+    return textOf(table.subarray(offset + 2, offset + 48)).replace(/[^\x20-\x7e]/g, "?");
   }
   return undefined;
 }
 
-function checkGeometry(header: Qcow2Header, name: string): void {
+function checkGeometry(header: Qcow2Header, name: string, options: HeaderOptions): void {
   const { clusterBits, sizeBytes, l1Size, refcountTableClusters } = header;
   const clusterSizeBytes = 2 ** clusterBits;
   if (sizeBytes > MAX_SIZE_BYTES) {
@@ -329,7 +339,9 @@ function checkGeometry(header: Qcow2Header, name: string): void {
   if (l1Size < l1EntriesFor(sizeBytes, clusterBits, isExtendedL2(header))) {
     throw formatError(name, "the L1 table is too small for the disk's size", FIELD_OFFSET.l1Size);
   }
-  if (refcountTableClusters === 0) throw formatError(name, "there is no refcount table", 56);
+  if (refcountTableClusters === 0 && options.allowNoRefcountTable !== true) {
+    throw formatError(name, "there is no refcount table", 56);
+  }
   if (refcountTableClusters * clusterSizeBytes > Math.max(MAX_REFCOUNT_TABLE_BYTES, clusterSizeBytes)) {
     throw limitError(
       name,
@@ -365,8 +377,16 @@ export function assertSupported(header: Qcow2Header, name: string): void {
     const method = header.cryptMethod === CRYPT_AES ? "AES" : header.cryptMethod === CRYPT_LUKS ? "LUKS" : "";
     throw unsupported(name, `encryption (${method || `method ${header.cryptMethod}`})`);
   }
-  if (header.incompatibleFeatures & INCOMPATIBLE_EXTERNAL_DATA) throw unsupported(name, "external data file");
-  if (isExtendedL2(header)) throw unsupported(name, "extended L2 entries");
+}
+
+/** The guest's clusters stand in a file of their own. */
+export function hasExternalDataFile(header: Qcow2Header): boolean {
+  return (header.incompatibleFeatures & INCOMPATIBLE_EXTERNAL_DATA) !== 0n;
+}
+
+/** That file is promised to read as the guest's disk by itself. Without a data file the bit means nothing. */
+export function isDataFileRaw(header: Qcow2Header): boolean {
+  return hasExternalDataFile(header) && (header.autoclearFeatures & AUTOCLEAR_RAW_EXTERNAL_DATA) !== 0n;
 }
 
 export function isExtendedL2(header: Qcow2Header): boolean {
@@ -501,6 +521,8 @@ function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
+/** Text as QEMU takes it: up to the first zero byte, if there is one. */
 function textOf(bytes: Uint8Array): string {
-  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength).toString("utf8");
+  const end = bytes.indexOf(0);
+  return Buffer.from(bytes.buffer, bytes.byteOffset, end < 0 ? bytes.byteLength : end).toString("utf8");
 }

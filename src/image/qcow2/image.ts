@@ -4,6 +4,7 @@
 //   header.ts       bytes of the header                     entry.ts        bits of L2 entries
 //   file.ts         the file (direct-file.ts: O_DIRECT)     mapping.ts      L1, L2 cache, what a change needs
 //   refcounts.ts    refcounts, allocation                   frees.ts        host space on its way to being free
+//   host-space.ts   where host clusters come from           data-file.ts    an external data file
 //   guest-read.ts, guest-write.ts, guest-zero.ts            what the guest asks for
 //   flusher.ts      the order in which metadata reaches the file
 //   reader.ts       a worker's view of T0
@@ -24,7 +25,9 @@ import type {
   Qcow2SourceDescription,
   WriteZeroesOptions,
 } from "../device.js";
+import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./bitmap.js";
 import { blockStatusAt } from "./block-status.js";
+import { DataFile } from "./data-file.js";
 import { Decompressor } from "./decompress.js";
 import { DirectQcowFile } from "./direct-file.js";
 import { EntryTable } from "./entry-table.js";
@@ -34,15 +37,19 @@ import { GuestReader } from "./guest-read.js";
 import { GuestWriter } from "./guest-write.js";
 import { GuestZeroer, ZeroMode } from "./guest-zero.js";
 import {
+  AUTOCLEAR_RAW_EXTERNAL_DATA,
   FIELD_OFFSET,
   INCOMPATIBLE_CORRUPT,
   INCOMPATIBLE_DIRTY,
   assertSupported,
+  hasExternalDataFile,
+  isDataFileRaw,
   readHeader,
   type Qcow2Header,
 } from "./header.js";
 import { describeImage, type Qcow2ImageInfo } from "./info.js";
 import { Mapping, type FrozenTables } from "./mapping.js";
+import { headerOfSnapshot, type ReadRange } from "./snapshots.js";
 
 export interface OpenQcow2Options {
   path: string;
@@ -55,8 +62,15 @@ export interface OpenQcow2Options {
   direct: boolean;
   probed: boolean;
   backing: Image | null;
-  /** In place of the fd's file: for tests. */
+  /** Id or name of an internal snapshot: the disk as of it. With `readOnly` alone. */
+  snapshot?: string | undefined;
+  /** The external data file, for an image whose header says that it has one; opened and closed as `fd` is. */
+  dataFd?: number | undefined;
+  /** What errors call it. */
+  dataName?: string | undefined;
+  /** In place of the fds' files: for tests. */
   file?: QcowFile | undefined;
+  dataFile?: QcowFile | undefined;
 }
 
 /**
@@ -65,21 +79,50 @@ export interface OpenQcow2Options {
  */
 export async function openQcow2(options: OpenQcow2Options): Promise<Qcow2Image> {
   const { fd, name, direct, readOnly } = options;
-  const file = options.file ?? (direct ? new DirectQcowFile(fd, name) : new BufferedFile(fd, name));
+  const file = options.file ?? fileOn(fd, name, direct);
   const header = readHeader((buffer, offsetBytes) => {
     const count = Math.min(buffer.length, Math.max(0, file.endOffset - offsetBytes));
     file.readSync(buffer, 0, count, offsetBytes);
     return count;
   }, name);
   assertSupported(header, name);
+  const dataFile = hasExternalDataFile(header) ? openDataFile(options, isDataFileRaw(header)) : null;
   if (!readOnly) {
     assertWritable(header, name);
     await clearAutoclear(header, file);
   }
-  return new Qcow2Image(options, header, file);
+  const { snapshot } = options;
+  if (snapshot === undefined) return new Qcow2Image(options, header, file, dataFile);
+  const asOfThen = headerOfSnapshot(header, rangeReader(file), snapshot, name);
+  return new Qcow2Image(options, asOfThen, file, dataFile);
+}
+
+function fileOn(fd: number, name: string, direct: boolean): QcowFile {
+  return direct ? new DirectQcowFile(fd, name) : new BufferedFile(fd, name);
+}
+
+function openDataFile(options: OpenQcow2Options, isRaw: boolean): DataFile {
+  const { dataFile, dataFd, dataName, name, direct } = options;
+  if (dataFile !== undefined) return new DataFile(dataFile, isRaw);
+  if (dataFd !== undefined) return new DataFile(fileOn(dataFd, dataName ?? name, direct), isRaw);
+  throw new CowcatcherError({
+    code: "FORMAT",
+    object: name,
+    problem: "the image keeps its data in an external data file, and does not name it",
+    hint: "name it with qemu-img amend -o data_file=NAME",
+  });
+}
+
+function rangeReader(file: QcowFile): ReadRange {
+  return (offsetBytes, lengthBytes) => {
+    const bytes = new Uint8Array(lengthBytes);
+    file.readSync(bytes, 0, lengthBytes, offsetBytes);
+    return new DataView(bytes.buffer);
+  };
 }
 
 function assertWritable(header: Qcow2Header, name: string): void {
+  assertDataFileWritable(header, name);
   const isCorrupt = (header.incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n;
   const isDirty = (header.incompatibleFeatures & INCOMPATIBLE_DIRTY) !== 0n;
   if (!isCorrupt && !isDirty) return;
@@ -89,18 +132,37 @@ function assertWritable(header: Qcow2Header, name: string): void {
     problem: isCorrupt
       ? "the image is marked corrupt, so it can only be opened read-only"
       : "the image was not closed cleanly and its refcounts may be wrong, so it can only be opened read-only",
-    hint: "repair it with qemu-img check -r all",
+    hint: "repair it with cowcatcher check --repair, or qemu-img check -r all",
+  });
+}
+
+/** What reads well enough, but cannot be written and stay what it is. */
+function assertDataFileWritable(header: Qcow2Header, name: string): void {
+  if (!hasExternalDataFile(header)) return;
+  const hasSnapshots = header.snapshotCount > 0;
+  if (!hasSnapshots && (header.backingFile === null || !isDataFileRaw(header))) return;
+  throw new CowcatcherError({
+    code: "UNSUPPORTED",
+    object: name,
+    problem: hasSnapshots
+      ? "it has internal snapshots and an external data file, which the format does not allow"
+      : "it has a backing file and a raw external data file, which the format does not allow",
+    hint: "open it read-only, and copy it with qemu-img convert",
   });
 }
 
 /**
- * Features that a writer which does not maintain them must clear first: bitmaps, and all that are unknown.
- * It is durable before any write.
+ * Features that a writer which does not maintain them must clear first: bitmaps, and all that are unknown. The bit of
+ * a raw data file is maintained. It is durable before any write.
  */
 async function clearAutoclear(header: Qcow2Header, file: QcowFile): Promise<void> {
-  if (header.autoclearFeatures === 0n) return;
-  header.autoclearFeatures = 0n;
-  await file.write(new Uint8Array(8), 0, 8, FIELD_OFFSET.autoclearFeatures);
+  const kept = isDataFileRaw(header) ? AUTOCLEAR_RAW_EXTERNAL_DATA : 0n;
+  const features = header.autoclearFeatures & kept;
+  if (header.autoclearFeatures === features) return;
+  header.autoclearFeatures = features;
+  const field = new Uint8Array(8);
+  new DataView(field.buffer).setBigUint64(0, features);
+  await file.write(field, 0, field.length, FIELD_OFFSET.autoclearFeatures);
   await file.sync();
 }
 
@@ -116,6 +178,7 @@ export class Qcow2Image implements Image {
 
   private readonly direct: boolean;
   private readonly mapping: Mapping;
+  private readonly decompressor: Decompressor;
   private readonly reader: GuestReader;
   private readonly writer: GuestWriter;
   private readonly zeroer: GuestZeroer;
@@ -126,6 +189,7 @@ export class Qcow2Image implements Image {
     options: OpenQcow2Options,
     readonly header: Qcow2Header,
     private readonly file: QcowFile,
+    private readonly externalData: DataFile | null,
   ) {
     this.path = options.path;
     this.name = options.name;
@@ -136,13 +200,28 @@ export class Qcow2Image implements Image {
     this.sizeBytes = header.sizeBytes;
     this.clusterSizeBytes = 2 ** header.clusterBits;
     const { backing, name, sizeBytes } = this;
-    this.mapping = new Mapping(header, file);
-    const decompressor = new Decompressor(header.compressionType, name);
-    this.reader = new GuestReader(this.mapping, file, backing, decompressor);
-    this.flusher = new Flusher(this.mapping, file, () => this.reader.forget());
+    const dataFile = externalData?.file ?? file;
+    this.mapping = new Mapping(header, file, dataFile);
+    if (!this.readOnly) this.mapping.guardMetadata();
+    this.decompressor = new Decompressor(header.compressionType, name);
+    this.reader = new GuestReader(this.mapping, file, dataFile, backing, this.decompressor);
+    this.flusher = new Flusher(this.mapping, file, () => this.reader.forget(), dataFile);
     this.mapping.relieve = (mustWait) => this.flusher.relieve(mustWait);
-    this.writer = new GuestWriter(this.mapping, file, backing, this.reader, this.flusher, sizeBytes);
-    this.zeroer = new GuestZeroer(this.mapping, backing, this.writer, header.version, sizeBytes, name);
+    this.writer = new GuestWriter(this.mapping, dataFile, backing, this.reader, this.flusher, sizeBytes);
+    this.zeroer = new GuestZeroer(
+      this.mapping,
+      backing,
+      this.writer,
+      header.version,
+      sizeBytes,
+      name,
+      externalData,
+    );
+  }
+
+  /** The file that holds the guest's clusters, as errors and `map` call it. */
+  get dataName(): string {
+    return this.externalData?.file.name ?? this.path;
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
@@ -157,6 +236,16 @@ export class Qcow2Image implements Image {
   writeZeroes(offsetBytes: number, lengthBytes: number, { mayUnmap }: WriteZeroesOptions): Completion {
     if (this.readOnly) return Promise.reject(this.readOnlyError());
     return this.zeroer.zero(offsetBytes, lengthBytes, mayUnmap ? ZeroMode.Unmap : ZeroMode.Keep);
+  }
+
+  /** Whole clusters are zeroed by metadata; version 2 cannot where a backing file would show through. */
+  canZeroFast(offsetBytes: number, lengthBytes: number): boolean {
+    const end = offsetBytes + lengthBytes;
+    const isWhole =
+      offsetBytes % this.clusterSizeBytes === 0 &&
+      (end % this.clusterSizeBytes === 0 || end === this.sizeBytes);
+    const isByMetadata = this.header.version >= 3 || this.backing === null;
+    return isWhole && isByMetadata && this.externalData?.isRaw !== true && !this.readOnly;
   }
 
   discard(offsetBytes: number, lengthBytes: number): Completion {
@@ -181,6 +270,15 @@ export class Qcow2Image implements Image {
     return describeImage(this.header, this.file);
   }
 
+  bitmapNames(): string[] {
+    return readBitmapDirectory(this.header, this.file).map(({ name }) => name);
+  }
+
+  /** @throws CowcatcherError where there is none of this name, or its bits cannot be relied on (bitmap.ts). */
+  readBitmap(name: string): DirtyBitmap {
+    return readDirtyBitmap(this.header, this.file, name);
+  }
+
   freeze(): FrozenSource {
     const backing = this.backing?.freeze() ?? null;
     const { mapping, clusterSizeBytes } = this;
@@ -202,10 +300,13 @@ export class Qcow2Image implements Image {
       format: "qcow2",
       name: this.name,
       fd: this.file.fd,
-      dataFd: this.file.fd,
+      dataFd: this.externalData?.file.fd ?? this.file.fd,
+      dataName: this.dataName,
       sizeBytes: this.sizeBytes,
       direct: this.direct,
+      version: this.header.version,
       clusterBits: this.header.clusterBits,
+      isExtendedL2: this.mapping.hasSubclusters,
       compressionType: this.header.compressionType,
       l1Table,
       dirtyL2Tables,
@@ -227,6 +328,8 @@ export class Qcow2Image implements Image {
     } catch (error) {
       failure = error;
     }
+    this.decompressor.close();
+    await this.externalData?.file.close();
     await this.file.close();
     await this.backing?.close();
     if (failure !== undefined) throw toCowcatcherError(failure, this.name);

@@ -1,13 +1,12 @@
 // What an image says about itself beyond its header: internal snapshots, persistent bitmaps, and all of it in the
 // shape of `qemu-img info --output=json`. Read synchronously, as it is asked for rarely and small. Any thread.
 
+import { readBitmapDirectory, type BitmapDirectoryEntry } from "./bitmap.js";
 import type { QcowFile } from "./file.js";
 import {
   COMPATIBLE_LAZY_REFCOUNTS,
   INCOMPATIBLE_CORRUPT,
   INCOMPATIBLE_DIRTY,
-  MAX_BITMAPS,
-  MAX_BITMAP_DIRECTORY_BYTES,
   MAX_SNAPSHOT_EXTRA_BYTES,
   MAX_SNAPSHOT_TABLE_BYTES,
   formatError,
@@ -63,7 +62,7 @@ export function describeImage(header: Qcow2Header, file: QcowFile): Qcow2ImageIn
     data["lazy-refcounts"] = (header.compatibleFeatures & COMPATIBLE_LAZY_REFCOUNTS) !== 0n;
     data.corrupt = (header.incompatibleFeatures & INCOMPATIBLE_CORRUPT) !== 0n;
     data["extended-l2"] = isExtendedL2(header);
-    const bitmaps = readBitmaps(header, file);
+    const bitmaps = readBitmapDirectory(header, file).map(bitmapInfo);
     if (bitmaps.length > 0) data.bitmaps = bitmaps;
   }
   const info: Qcow2ImageInfo = {
@@ -115,34 +114,11 @@ export function readSnapshots(header: Qcow2Header, file: QcowFile): SnapshotInfo
   return snapshots;
 }
 
-/** Specification: qcow2, "Bitmap directory". */
-function readBitmaps(header: Qcow2Header, file: QcowFile): BitmapInfo[] {
-  const bitmaps: BitmapInfo[] = [];
-  if (header.bitmaps === null) return bitmaps;
-  const { bitmapCount, directoryBytes, directoryOffset } = header.bitmaps;
-  if (bitmapCount > MAX_BITMAPS || directoryBytes > MAX_BITMAP_DIRECTORY_BYTES) {
-    throw formatError(file.name, "the bitmap directory is larger than its limit", directoryOffset);
-  }
-  const view = readView(file, directoryOffset, directoryBytes);
-  let offset = 0;
-  for (let index = 0; index < bitmapCount; index++) {
-    const nameStart = offset + 24 + (offset + 24 <= directoryBytes ? view.getUint32(offset + 20) : 0);
-    const nameBytes = offset + 24 <= directoryBytes ? view.getUint16(offset + 18) : directoryBytes;
-    if (nameStart + nameBytes > directoryBytes) {
-      throw formatError(file.name, `bitmap ${index} leaves the bitmap directory`, directoryOffset + offset);
-    }
-    const flagBits = view.getUint32(offset + 12);
-    const flags: BitmapInfo["flags"] = [];
-    if (flagBits & 1) flags.push("in-use");
-    if (flagBits & 2) flags.push("auto");
-    bitmaps.push({
-      name: Buffer.from(view.buffer, nameStart, nameBytes).toString("utf8"),
-      granularity: 2 ** view.getUint8(offset + 17),
-      flags,
-    });
-    offset = Math.ceil((nameStart + nameBytes) / 8) * 8;
-  }
-  return bitmaps;
+function bitmapInfo({ name, granularityBits, isInUse, isAuto }: BitmapDirectoryEntry): BitmapInfo {
+  const flags: BitmapInfo["flags"] = [];
+  if (isInUse) flags.push("in-use");
+  if (isAuto) flags.push("auto");
+  return { name, granularity: 2 ** granularityBits, flags };
 }
 
 function readView(file: QcowFile, offset: number, lengthBytes: number): DataView<ArrayBuffer> {

@@ -13,11 +13,14 @@
 import type { Completion } from "../device.js";
 import { MiB } from "../../units.js";
 import { CachedTable, TableCache } from "./cached-table.js";
-import { EntryDecoder, HIGH_COPIED, highWord } from "./entry.js";
+import { ALL_UNITS, type EntryDecoder, HIGH_COPIED, LOW_ZERO, highWord } from "./entry.js";
 import { EntryTable } from "./entry-table.js";
+import { decoderFor, storeBitmap } from "./extended-entry.js";
 import type { QcowFile } from "./file.js";
 import { FreeQueue } from "./frees.js";
-import type { Qcow2Header } from "./header.js";
+import { type Qcow2Header, hasExternalDataFile, isExtendedL2 } from "./header.js";
+import { DataFileSpace, type HostSpace, ImageSpace } from "./host-space.js";
+import { type GuardedMetadata, MetadataGuard } from "./metadata-guard.js";
 import { Refcounts, type ReservedRange } from "./refcounts.js";
 
 /** Bound of the L2 cache in bytes: 256 GiB of guest disk with clusters of 64 KiB. */
@@ -41,8 +44,14 @@ export class Mapping {
   readonly l2: TableCache;
   readonly refcounts: Refcounts;
   readonly frees = new FreeQueue();
+  /** Of the guest's clusters; tables are always allocated in the image file, by `refcounts`. */
+  readonly space: HostSpace;
   readonly clusterSizeBytes: number;
   readonly entriesPerTable: number;
+  /** What shares its state, in bytes: a cluster, or a subcluster (entry.ts). */
+  readonly unitSizeBytes: number;
+  readonly unitsPerTable: number;
+  readonly hasSubclusters: boolean;
   /** Guest bytes that one L2 table maps. */
   readonly bytesPerTable: number;
   /** Set where a look-up returned null because it has to wait. */
@@ -52,12 +61,21 @@ export class Mapping {
   relieve: (mustWait: boolean) => Completion = () => undefined;
 
   private readonly loading = new Map<number, Promise<void>>();
+  private readonly fixedMetadata: readonly ReservedRange[];
+  private guard: MetadataGuard | undefined;
 
   constructor(
     header: Qcow2Header,
     private readonly file: QcowFile,
+    dataFile: QcowFile = file,
   ) {
-    this.decoder = new EntryDecoder(header.clusterBits, header.version, file.name);
+    const { clusterBits, version } = header;
+    const isInDataFile = hasExternalDataFile(header);
+    const geometry = { clusterBits, version, isInDataFile, isExtendedL2: isExtendedL2(header) };
+    this.decoder = decoderFor(geometry, file.name);
+    this.unitSizeBytes = this.decoder.unitSizeBytes;
+    this.unitsPerTable = this.decoder.unitsPerTable;
+    this.hasSubclusters = geometry.isExtendedL2;
     this.clusterSizeBytes = this.decoder.clusterSizeBytes;
     this.entriesPerTable = this.decoder.entriesPerTable;
     this.bytesPerTable = this.clusterSizeBytes * this.entriesPerTable;
@@ -78,7 +96,19 @@ export class Mapping {
         lengthBytes: this.clusterSizeBytes,
       });
     }
+    this.fixedMetadata = reserved;
     this.refcounts = new Refcounts(header, file, () => reserved);
+    this.space = isInDataFile
+      ? new DataFileSpace(dataFile, this.clusterSizeBytes)
+      : new ImageSpace(this.refcounts, this.frees, this.clusterSizeBytes);
+  }
+
+  /** From now on no L2 table is used that lets the guest write over metadata: for an image that may be written. */
+  guardMetadata(): void {
+    if (this.decoder.isInDataFile) return;
+    const { file, clusterSizeBytes, l1, refcounts, fixedMetadata: fixed } = this;
+    const metadata = (): GuardedMetadata => ({ l1, refcountTable: refcounts.table, fixed });
+    this.guard = new MetadataGuard(file.name, clusterSizeBytes, file.endOffset, metadata);
   }
 
   takeWait(): Promise<void> | undefined {
@@ -111,10 +141,44 @@ export class Mapping {
     return this.l2.dirtyCount >= this.l2.capacity / 2 || this.refcounts.isCrowded;
   }
 
-  setEntry(table: CachedTable, index: number, hostOffset: number, highFlags: number, lowFlags: number): void {
-    this.l2.willChange(table, index * 8, index * 8 + 8);
-    table.view.setUint32(index * 8, (highWord(hostOffset) | highFlags) >>> 0);
-    table.view.setUint32(index * 8 + 4, ((hostOffset % 2 ** 32) | lowFlags) >>> 0);
+  /** The cluster stands at hostOffset. The units in `writtenUnits` hold data there, the others are as they were. */
+  setNormal(table: CachedTable, index: number, hostOffset: number, writtenUnits = ALL_UNITS): void {
+    const at = this.willSet(table, index);
+    if (this.hasSubclusters) {
+      const wasCompressed = this.decoder.isCompressedAt(table.view, index);
+      const zeroBits = wasCompressed ? 0 : table.view.getUint32(at + 8);
+      const allocatedBits = wasCompressed ? 0 : table.view.getUint32(at + 12);
+      storeBitmap(table.view, index, allocatedBits | writtenUnits, zeroBits & ~writtenUnits);
+    }
+    table.view.setUint32(at, (highWord(hostOffset) | HIGH_COPIED) >>> 0);
+    table.view.setUint32(at + 4, (hostOffset % 2 ** 32) >>> 0);
+  }
+
+  /** The whole cluster reads as zeroes and has no host cluster; without `isFlagged` it is merely unallocated. */
+  setZeroPlain(table: CachedTable, index: number, isFlagged: boolean): void {
+    const at = this.willSet(table, index);
+    table.view.setUint32(at, 0);
+    table.view.setUint32(at + 4, isFlagged && !this.hasSubclusters ? LOW_ZERO : 0);
+    if (this.hasSubclusters) storeBitmap(table.view, index, 0, ALL_UNITS);
+  }
+
+  /** Units of a cluster that is not compressed read as zeroes; where it stands is not changed. */
+  setZeroUnits(table: CachedTable, index: number, units: number): void {
+    const at = this.willSet(table, index);
+    if (this.hasSubclusters) {
+      const zeroBits = table.view.getUint32(at + 8) | units;
+      storeBitmap(table.view, index, table.view.getUint32(at + 12) & ~units, zeroBits);
+    } else {
+      table.view.setUint32(at + 4, (table.view.getUint32(at + 4) | LOW_ZERO) >>> 0);
+    }
+  }
+
+  /** @returns where in the table the entry begins */
+  private willSet(table: CachedTable, index: number): number {
+    const { entryBytes } = this.decoder;
+    const at = index * entryBytes;
+    this.l2.willChange(table, at, at + entryBytes);
+    return at;
   }
 
   private createTable(l1Index: number): CachedTable {
@@ -143,14 +207,18 @@ export class Mapping {
     }
     const bytes = new Uint8Array(this.clusterSizeBytes);
     const completion = this.file.read(bytes, 0, bytes.length, offset);
-    if (completion === undefined) {
-      const table = new CachedTable(l1Index, offset, bytes);
-      this.l2.put(table);
-      return table;
-    }
+    if (completion === undefined) return this.keepLoaded(l1Index, offset, bytes);
     this.wait = this.finishLoading(completion, l1Index, offset, bytes);
     this.loading.set(l1Index, this.wait);
     return null;
+  }
+
+  private keepLoaded(l1Index: number, offset: number, bytes: Uint8Array): CachedTable {
+    const table = new CachedTable(l1Index, offset, bytes);
+    if (this.decoder.isInDataFile) this.decoder.checkPlaces(table.view, l1Index * this.entriesPerTable);
+    else this.guard?.checkTable(table.view, this.decoder.entryBytes, offset);
+    this.l2.put(table);
+    return table;
   }
 
   private async finishLoading(
@@ -161,7 +229,7 @@ export class Mapping {
   ): Promise<void> {
     try {
       await completion;
-      this.l2.put(new CachedTable(l1Index, offset, bytes));
+      this.keepLoaded(l1Index, offset, bytes);
     } finally {
       this.loading.delete(l1Index);
     }

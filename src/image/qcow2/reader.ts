@@ -12,8 +12,9 @@ import { MiB } from "../../units.js";
 import type { Completion, Qcow2SourceDescription, SourceReader } from "../device.js";
 import { CachedTable, TableCache } from "./cached-table.js";
 import { Decompressor } from "./decompress.js";
-import { ClusterKind, ClusterRun, EntryDecoder } from "./entry.js";
+import { ClusterKind, ClusterRun, type EntryDecoder } from "./entry.js";
 import { EntryTable } from "./entry-table.js";
+import { decoderFor } from "./extended-entry.js";
 import { formatError } from "./header.js";
 import { DirectQcowFile } from "./direct-file.js";
 import { BufferedFile, type QcowFile } from "./file.js";
@@ -42,16 +43,16 @@ export class Qcow2SourceReader implements SourceReader {
     private readonly description: Qcow2SourceDescription,
     private readonly backing: SourceReader | null,
   ) {
-    const { name, fd, dataFd, direct, clusterBits, sizeBytes } = description;
+    const { name, fd, dataFd, direct, version, clusterBits, isExtendedL2, sizeBytes } = description;
     this.sizeBytes = sizeBytes;
-    // Version 3's decoder reads version 2's entries: the image has checked them as it read them.
-    this.decoder = new EntryDecoder(clusterBits, 3, name);
+    const isInDataFile = dataFd !== fd;
+    this.decoder = decoderFor({ clusterBits, version, isExtendedL2, isInDataFile }, name);
     this.l1 = new EntryTable(new Uint32Array(description.l1Table), 0);
     const tables = Math.floor(L2_CACHE_BYTES / this.decoder.clusterSizeBytes);
     this.tables = new TableCache(Math.min(L2_CACHE_MAX_TABLES, Math.max(L2_CACHE_MIN_TABLES, tables)));
     description.dirtyL2Index.forEach((l1Index, position) => this.handedOver.set(l1Index, position));
     this.file = openFile(fd, name, direct);
-    this.dataFile = dataFd === fd ? this.file : openFile(dataFd, name, direct);
+    this.dataFile = isInDataFile ? openFile(dataFd, description.dataName, direct) : this.file;
     this.decompressor = new Decompressor(description.compressionType, name);
   }
 
@@ -97,6 +98,7 @@ export class Qcow2SourceReader implements SourceReader {
   }
 
   close(): void {
+    this.decompressor.close();
     this.backing?.close();
   }
 
@@ -107,7 +109,8 @@ export class Qcow2SourceReader implements SourceReader {
       case ClusterKind.ZeroPlain:
       case ClusterKind.ZeroAllocated:
         return { lengthBytes: count, zero: true };
-      case ClusterKind.Unallocated: {
+      case ClusterKind.Unallocated:
+      case ClusterKind.UnallocatedHosted: {
         const stored = this.backing === null ? 0 : this.backing.sizeBytes - offsetBytes;
         if (this.backing === null || stored <= 0) return { lengthBytes: count, zero: true };
         return this.backing.extent(offsetBytes, Math.min(count, stored));
@@ -121,22 +124,22 @@ export class Qcow2SourceReader implements SourceReader {
   /** Sets `run` for offsetBytes; returns the bytes of [offsetBytes, +lengthBytes) that belong to it. */
   private mapRun(offsetBytes: number, lengthBytes: number): number {
     const { run, decoder } = this;
-    const { clusterSizeBytes, entriesPerTable } = decoder;
-    const cluster = Math.floor(offsetBytes / clusterSizeBytes);
-    const l1Index = Math.floor(cluster / entriesPerTable);
+    const { unitSizeBytes, unitsPerTable } = decoder;
+    const unit = Math.floor(offsetBytes / unitSizeBytes);
+    const l1Index = Math.floor(unit / unitsPerTable);
     const table = this.tableFor(l1Index);
     if (table === null) {
       run.kind = ClusterKind.Unallocated;
-      const bytesPerTable = clusterSizeBytes * entriesPerTable;
+      const bytesPerTable = unitSizeBytes * unitsPerTable;
       const wantedEnd = Math.ceil((offsetBytes + lengthBytes) / bytesPerTable);
       let end = l1Index + 1;
       while (end < wantedEnd && this.l1.offsetAt(end, L1_HIGH_MASK) === 0) end++;
       return Math.min(lengthBytes, end * bytesPerTable - offsetBytes);
     }
-    const inCluster = offsetBytes - cluster * clusterSizeBytes;
-    const maxClusters = Math.ceil((inCluster + lengthBytes) / clusterSizeBytes);
-    decoder.scan(table.view, cluster - l1Index * entriesPerTable, maxClusters, run);
-    return Math.min(lengthBytes, run.clusterCount * clusterSizeBytes - inCluster);
+    const inUnit = offsetBytes - unit * unitSizeBytes;
+    const maxUnits = Math.ceil((inUnit + lengthBytes) / unitSizeBytes);
+    decoder.scan(table.view, unit - l1Index * unitsPerTable, maxUnits, run);
+    return Math.min(lengthBytes, run.unitCount * unitSizeBytes - inUnit);
   }
 
   private readRun(
@@ -146,19 +149,22 @@ export class Qcow2SourceReader implements SourceReader {
     offsetBytes: number,
   ): Completion {
     const { run } = this;
-    const inCluster = offsetBytes % this.decoder.clusterSizeBytes;
+    const { unitSizeBytes, clusterSizeBytes } = this.decoder;
     switch (run.kind) {
-      case ClusterKind.Normal:
-        this.dataFile.readSync(buffer, bufferOffset, lengthBytes, run.hostOffset + inCluster);
+      case ClusterKind.Normal: {
+        const hostOffset = run.hostOffset + (offsetBytes % unitSizeBytes);
+        this.dataFile.readSync(buffer, bufferOffset, lengthBytes, hostOffset);
         return undefined;
+      }
       case ClusterKind.ZeroPlain:
       case ClusterKind.ZeroAllocated:
         buffer.fill(0, bufferOffset, bufferOffset + lengthBytes);
         return undefined;
       case ClusterKind.Compressed:
-        this.readCompressed(buffer, bufferOffset, lengthBytes, inCluster);
+        this.readCompressed(buffer, bufferOffset, lengthBytes, offsetBytes % clusterSizeBytes);
         return undefined;
-      case ClusterKind.Unallocated: {
+      case ClusterKind.Unallocated:
+      case ClusterKind.UnallocatedHosted: {
         const { backing } = this;
         const stored =
           backing === null ? 0 : Math.min(lengthBytes, Math.max(0, backing.sizeBytes - offsetBytes));
@@ -211,6 +217,8 @@ export class Qcow2SourceReader implements SourceReader {
   }
 
   private keep(table: CachedTable): CachedTable {
+    const { decoder } = this;
+    if (decoder.isInDataFile) decoder.checkPlaces(table.view, table.index * decoder.entriesPerTable);
     this.tables.put(table);
     return table;
   }

@@ -1,0 +1,54 @@
+// How large a target would become: `qemu-img measure`, with its names and its results. Main thread.
+//
+// It goes by what metadata and the file system say of the source. So a copy may turn out smaller, as it leaves out
+// zeroes that it meets in data, and a compressed one will be. For a target with a backing file QEMU assumes that
+// nothing is left out.
+
+import type { Image } from "../image/device.js";
+import type { ImageFormat } from "../image/format.js";
+import { planFullImage, planGeometry, SECTOR_BYTES } from "../target/qcow2-layout.js";
+import { roundUp } from "../units.js";
+
+export interface MeasuredTarget {
+  /** For errors. */
+  path: string;
+  format: ImageFormat;
+  /** Of a qcow2 target, in bytes. */
+  clusterSizeBytes: number;
+  hasBacking: boolean;
+}
+
+export interface Measure {
+  /** What the file takes for what the source holds now, in bytes, tables for the whole disk included. */
+  requiredBytes: number;
+  /** What it takes when a guest has written all of the disk. */
+  fullyAllocatedBytes: number;
+}
+
+/** @throws CowcatcherError as the image's blockStatus, and as planGeometry. */
+export async function measureTarget(image: Image, target: MeasuredTarget): Promise<Measure> {
+  const sizeBytes = roundUp(image.sizeBytes, SECTOR_BYTES);
+  // Holes count towards a raw file's size.
+  if (target.format === "raw") return { requiredBytes: sizeBytes, fullyAllocatedBytes: sizeBytes };
+  const { clusterBytes } = planGeometry(target.path, sizeBytes, target.clusterSizeBytes);
+  const diskBytes = roundUp(sizeBytes, clusterBytes);
+  const fullyAllocatedBytes = planFullImage(diskBytes, clusterBytes);
+  const dataBytes = target.hasBacking ? diskBytes : await dataClusterBytes(image, clusterBytes);
+  return { requiredBytes: fullyAllocatedBytes - diskBytes + dataBytes, fullyAllocatedBytes };
+}
+
+/** Bytes of the target's clusters in which the source has data. */
+async function dataClusterBytes(image: Image, clusterBytes: number): Promise<number> {
+  let bytes = 0;
+  for (let offset = 0; offset < image.sizeBytes;) {
+    const pending = image.blockStatus(offset, image.sizeBytes - offset);
+    const status = pending instanceof Promise ? await pending : pending;
+    let end = offset + status.lengthBytes;
+    if (status.data && status.present && !status.zero) {
+      end = roundUp(end, clusterBytes);
+      bytes += end - offset + (offset % clusterBytes);
+    }
+    offset = end;
+  }
+  return bytes;
+}

@@ -1,0 +1,45 @@
+// `backup --dry-run`: opens the source, looks whether the target could be made, and says how large it would be.
+import { checkBacking } from "../backup/backing-check.js";
+import { measureTarget } from "../backup/measure.js";
+import { openImage } from "../image/open.js";
+import { checkCompression } from "../image/qcow2/compress.js";
+import { resolveDestination } from "../target/destination.js";
+import type { OfflineBackupSettings } from "./backup-options.js";
+import { printJsonDocument, printLine, type CommandContext } from "./context.js";
+import { EXIT } from "./exit-codes.js";
+import { isNbdUri, NULL_TARGET, usageError } from "./options.js";
+
+export async function runDryRun(
+  settings: OfflineBackupSettings,
+  { output }: CommandContext,
+): Promise<number> {
+  const { source, sourceFormat, snapshot, job } = settings;
+  if (job.target === NULL_TARGET) throw usageError("--dry-run", "null: stores nothing", "name a target");
+  const image = await openImage(source, { format: sourceFormat, readOnly: true, snapshot });
+  try {
+    const format = job.targetFormat ?? image.format;
+    if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);
+    await checkBacking({ ...job, path: job.target });
+    if (job.compression !== undefined) {
+      if (format === "raw") {
+        throw usageError("--compress", "a raw target cannot be compressed", "give -O qcow2");
+      }
+      checkCompression(job.compression, job.target);
+    }
+    const { requiredBytes, fullyAllocatedBytes } = await measureTarget(image, {
+      path: job.target,
+      format,
+      clusterSizeBytes: job.clusterSizeBytes,
+      hasBacking: job.backingFile !== undefined,
+    });
+    if (output.json) {
+      printJsonDocument(output, { required: requiredBytes, "fully-allocated": fullyAllocatedBytes });
+    } else {
+      printLine(output, `required size: ${requiredBytes}`);
+      printLine(output, `fully allocated size: ${fullyAllocatedBytes}`);
+    }
+    return EXIT.done;
+  } finally {
+    await image.close();
+  }
+}

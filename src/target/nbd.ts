@@ -1,0 +1,187 @@
+// An NBD export as a target: byte n of the disk is byte n of the export, as `qemu-img convert -n` writes one.
+//
+//   main thread   createNbdTarget: asks for size, block sizes and what is zero already, hangs up
+//   each worker   NbdTargetWriter: a connection of its own; writes; FLUSH after its last write
+//
+// The export exists already and is written in place: there is no temporary name and nothing to rename or remove. A
+// backup that fails or is cancelled leaves the export with whatever was written by then, neither old nor new. It must
+// be as large as the disk at least; what a larger one has behind the disk's end stays as it is.
+//
+// Only a server that says CAN_MULTI_CONN may have several writers, since only there one connection sees what another
+// has written. Each worker flushes through its own connection, which covers its own writes on any server.
+//
+// Zeroes: nothing is sent for what was zero before the copy; else WRITE_ZEROES, which may unmap, first in its fast form
+// where that is offered. A lost connection is made again and the write sent again by whoever called, up to
+// --target-retries (cow/drain.ts); the session only connects. The flush at the end retries by itself.
+
+import { CowcatcherError } from "../errors.js";
+import type { Completion } from "../image/device.js";
+import { NbdClient } from "../nbd/client.js";
+import { writeRange, type ZeroPolicy, zeroRange } from "../nbd/client-io.js";
+import { NbdSession } from "../nbd/client-session.js";
+import { ExtentReader, gatherZeroes } from "../nbd/extent-map.js";
+import { NBD_META_BASE_ALLOCATION } from "../nbd/protocol.js";
+import type { NbdTargetDescription, Target, TargetOptions, TargetWriter } from "./target.js";
+
+/** The drainer tries a write again as it does for files, with the job's policies; the session need not. */
+const CALLER_RETRIES = 0;
+/** Zeroing what is zero is better than a question and answer for each of many holes in between. */
+const MAX_ZERO_RANGES = 8;
+
+/**
+ * @throws CowcatcherError as NbdClient.connect; UNSUPPORTED for a format but raw; IO (EROFS) for a read-only export;
+ *   NO_SPACE for one that is smaller than the disk.
+ */
+export async function createNbdTarget(options: TargetOptions): Promise<Target> {
+  const { path: uri, format, sizeBytes, targetRetries = 0 } = options;
+  if (format !== "raw" || options.backingFile !== undefined) {
+    throw new CowcatcherError({
+      code: "UNSUPPORTED",
+      object: uri,
+      problem: "an NBD target is written as raw",
+      hint: "give -O raw, or write a qcow2 file",
+    });
+  }
+  const client = await NbdClient.connect(uri, {
+    contexts: [NBD_META_BASE_ALLOCATION],
+    ...(options.isCancelled !== undefined && { isCancelled: options.isCancelled }),
+  });
+  try {
+    checkExport(client, sizeBytes);
+    const description: NbdTargetDescription = {
+      format: "nbd",
+      name: uri,
+      uri,
+      sizeBytes,
+      exportBytes: client.sizeBytes,
+      retries: targetRetries,
+      zeroes: await gatherZeroes(client),
+      direct: false,
+    };
+    return new NbdTarget(description, client.info.minimumBlockBytes, client.canMultiConn ? undefined : 1);
+  } finally {
+    await client.disconnect();
+  }
+}
+
+function checkExport(client: NbdClient, sizeBytes: number): void {
+  const { name: object } = client;
+  if (client.readOnly) {
+    const problem = "the export is read-only";
+    throw new CowcatcherError({ code: "IO", object, problem, hint: "export it writable", errno: "EROFS" });
+  }
+  if (client.sizeBytes >= sizeBytes) return;
+  throw new CowcatcherError({
+    code: "NO_SPACE",
+    object,
+    problem: `the export has ${client.sizeBytes} bytes, the disk ${sizeBytes}`,
+    hint: "choose a larger export",
+  });
+}
+
+class NbdTarget implements Target {
+  readonly name: string;
+  readonly unfinishedPath: string;
+
+  constructor(
+    readonly description: NbdTargetDescription,
+    readonly granularityBytes: number,
+    readonly workerLimit: number | undefined,
+  ) {
+    this.name = this.unfinishedPath = description.uri;
+  }
+
+  /** Each worker has flushed what it wrote; nothing else was written. */
+  complete(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  commit(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  finish(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  abort(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  abortSync(): void {
+    // An export cannot be removed by its client.
+  }
+}
+
+export class NbdTargetWriter implements TargetWriter {
+  readonly #description: NbdTargetDescription;
+  readonly #session: NbdSession;
+  readonly #zeroes: ExtentReader | null;
+  readonly #zeroPolicy: ZeroPolicy = { mayUnmap: true, fast: true };
+  #hasWritten = false;
+
+  constructor(description: NbdTargetDescription, isCancelled: () => boolean) {
+    const { uri, exportBytes: sizeBytes, retries, zeroes } = description;
+    this.#description = description;
+    this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled });
+    this.#zeroes = zeroes === null ? null : new ExtentReader(zeroes, false);
+  }
+
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    this.#checkRange(offsetBytes, lengthBytes);
+    this.#hasWritten = true;
+    return this.#session.run(
+      (client) => writeRange(client, buffer, bufferOffset, lengthBytes, offsetBytes),
+      CALLER_RETRIES,
+    );
+  }
+
+  writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
+    this.#checkRange(offsetBytes, lengthBytes);
+    const ranges = this.#rangesToZero(offsetBytes, lengthBytes);
+    if (ranges.length === 0) return undefined;
+    this.#hasWritten = true;
+    return this.#session.run(async (client) => {
+      for (const [from, to] of ranges) await zeroRange(client, from, to - from, this.#zeroPolicy);
+    }, CALLER_RETRIES);
+  }
+
+  /** What of the range was not zero before the copy; a few stretches, or one that takes in all of them. */
+  #rangesToZero(offsetBytes: number, lengthBytes: number): [number, number][] {
+    const end = offsetBytes + lengthBytes;
+    if (this.#zeroes === null) return [[offsetBytes, end]];
+    const ranges: [number, number][] = [];
+    let lastEnd = offsetBytes;
+    for (let at = offsetBytes; at < end;) {
+      const extent = this.#zeroes.extentAt(at, end - at);
+      if (!extent.flag) {
+        lastEnd = at + extent.lengthBytes;
+        ranges.push([at, lastEnd]);
+      }
+      at += extent.lengthBytes;
+    }
+    const first = ranges[0];
+    return first !== undefined && ranges.length > MAX_ZERO_RANGES ? [[first[0], lastEnd]] : ranges;
+  }
+
+  /** Waits until the server has stored what this worker wrote. @throws CowcatcherError: the backup fails. */
+  async finish(): Promise<void> {
+    if (this.#hasWritten) await this.#session.run((client) => client.flush());
+    await this.#session.rest();
+  }
+
+  close(): void {
+    void this.#session.close();
+  }
+
+  #checkRange(offsetBytes: number, lengthBytes: number): void {
+    const { name, sizeBytes } = this.#description;
+    if (offsetBytes >= 0 && lengthBytes >= 0 && offsetBytes + lengthBytes <= sizeBytes) return;
+    throw new CowcatcherError({
+      code: "INTERNAL",
+      object: name,
+      problem: `a write of ${lengthBytes} bytes leaves the disk of ${sizeBytes}`,
+      offsetBytes,
+    });
+  }
+}

@@ -1,0 +1,115 @@
+// Listening on a Unix socket's path, for the control socket and for NBD.
+//
+// The file is bound under a umask that gives it the mode asked for, so that no moment exists in which others could
+// connect. A file that is left over from a server that is gone (a connection is refused) is replaced; one that
+// answers, or that is no socket, is left alone. Main thread only: the umask is the process's.
+
+import { lstatSync, unlinkSync } from "node:fs";
+import { connect, type Server } from "node:net";
+import { CowcatcherError, errnoOf, ioError } from "./errors.js";
+
+/** sun_path holds 108 bytes with the final NUL; longer ones would be cut silently. */
+const MAX_PATH_BYTES = 107;
+/** A stale socket refuses at once; a live but busy server may take a moment. */
+const LIVENESS_TIMEOUT_MS = 2_000;
+
+export interface UnixSocketOptions {
+  /** Permission bits of the socket's file; undefined: what the process's umask leaves. */
+  mode?: number | undefined;
+  backlog?: number | undefined;
+}
+
+/**
+ * Makes `server` listen at `path`.
+ * @throws CowcatcherError BUSY if another program listens there, EXISTS if another kind of file is there, LIMIT
+ *   for a path that is too long, IO.
+ */
+export async function listenAtPath(
+  server: Server,
+  path: string,
+  options: UnixSocketOptions = {},
+): Promise<void> {
+  checkPath(path);
+  try {
+    await bind(server, path, options);
+  } catch (cause) {
+    if (errnoOf(cause) !== "EADDRINUSE") throw ioError("listen on", path, cause);
+    await removeStaleSocket(path);
+    await bind(server, path, options).catch((again: unknown) => {
+      throw ioError("listen on", path, again);
+    });
+  }
+}
+
+function bind(server: Server, path: string, { mode, backlog }: UnixSocketOptions): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once("error", reject);
+    const umask = mode === undefined ? undefined : process.umask(~mode & 0o777);
+    try {
+      // The socket file is made before listen() returns; only the callback comes later.
+      server.listen({ path, ...(backlog !== undefined && { backlog }) }, () => {
+        server.off("error", reject);
+        resolve();
+      });
+    } finally {
+      if (umask !== undefined) process.umask(umask);
+    }
+  });
+}
+
+function checkPath(path: string): void {
+  if (path !== "" && !path.includes("\0") && Buffer.byteLength(path) <= MAX_PATH_BYTES) return;
+  throw new CowcatcherError({
+    code: "LIMIT",
+    object: path,
+    problem: `a Unix socket's path has 1 to ${MAX_PATH_BYTES} bytes`,
+    hint: "choose a shorter path",
+  });
+}
+
+/** @throws CowcatcherError unless a socket file was there that nobody listens on, and is gone now. */
+async function removeStaleSocket(path: string): Promise<void> {
+  try {
+    if (!lstatSync(path).isSocket()) {
+      throw new CowcatcherError({
+        code: "EXISTS",
+        object: path,
+        problem: "exists and is not a socket",
+        hint: "choose another path",
+      });
+    }
+    if (await answers(path)) {
+      throw new CowcatcherError({
+        code: "BUSY",
+        object: path,
+        problem: "another process listens there",
+        hint: "end it, or choose another path",
+      });
+    }
+    unlinkSync(path);
+  } catch (cause) {
+    // Gone meanwhile: as good as removed.
+    if (errnoOf(cause) !== "ENOENT") throw ioError("replace the socket", path, cause);
+  }
+}
+
+/** Only a refused connection shows that nobody listens; any other trouble is taken for a living server. */
+function answers(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = connect(path);
+    const answer = (isLive: boolean): void => {
+      probe.destroy();
+      resolve(isLive);
+    };
+    probe.setTimeout(LIVENESS_TIMEOUT_MS, () => {
+      answer(true);
+    });
+    probe.once("connect", () => {
+      answer(true);
+    });
+    probe.once("error", (error) => {
+      const errno = errnoOf(error);
+      answer(errno !== "ECONNREFUSED" && errno !== "ENOENT");
+    });
+  });
+}
