@@ -12,7 +12,16 @@ import { runMain, runProgram, scratchFolder } from "./lib/children.js";
 import type { DiskFormat } from "./lib/contestant.js";
 import { startCowcatcher } from "./lib/cowcatcher.js";
 import { convertDisk, makeRawDisk } from "./lib/disks.js";
-import { allCells, filterCells, quickCells, timelineCell, usualCells, type Cell } from "./lib/guest-cells.js";
+import {
+  aimCells,
+  allCells,
+  filterCells,
+  quickCells,
+  timelineCell,
+  usualCells,
+  type Cell,
+} from "./lib/guest-cells.js";
+import { aimsTable } from "./lib/guest-aims.js";
 import { guestTable, timelineChart, type CellResult } from "./lib/guest-report.js";
 import { measure, measureTimeline, type Measurement, type MeasureOptions } from "./lib/measure-guest.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
@@ -23,9 +32,10 @@ const HELP = `npm run bench:guest -- [options]
   --size SIZE            of the disk (1G)
   --dir DIR              where disk and target stand (the temporary folder)
   --cell "WORD WORD"     only cells whose name holds these words; may be repeated
+  --aims                 the cells of the project's aims, and whether they are met (5 rounds: 40 minutes)
   --all                  every combination, not only the usual ones (hours)
   --quick                one round, randwrite 32k on raw
-  --timeline SECONDS     length of the picture's run (45; with --quick 0: none)
+  --timeline SECONDS     length of the picture's run (45; with --quick or --aims 0: none)
   --backup-timeout N     seconds that a backup gets after the guest is done (120)
   --list                 names of the cells, and nothing else
   --out DIR              results: guest.md, guest.json, guest.svg (bench/results)`;
@@ -39,6 +49,7 @@ const { values } = parseArgs({
     size: { type: "string", default: "1G" },
     dir: { type: "string", default: tmpdir() },
     cell: { type: "string", multiple: true, default: [] },
+    aims: { type: "boolean", default: false },
     all: { type: "boolean", default: false },
     quick: { type: "boolean", default: false },
     timeline: { type: "string" },
@@ -54,8 +65,7 @@ function say(text: string): void {
 }
 
 async function bench(): Promise<number> {
-  const candidates = values.quick ? quickCells() : values.all ? allCells() : usualCells();
-  let cells = filterCells(candidates, values.cell);
+  let cells = filterCells(candidates(), values.cell);
   if (values.list || values.help || cells.length === 0) {
     say(values.help ? HELP : cells.length === 0 ? "no cell has such a name" : "");
     for (const { name } of cells) if (values.list) say(name);
@@ -90,13 +100,20 @@ async function bench(): Promise<number> {
     }
     results.write("guest.json", { machine, options: values, cells: cellResults });
   }
-  const timelineSeconds = Number(values.timeline ?? (values.quick ? 0 : 45));
+  const timelineSeconds = Number(values.timeline ?? (values.quick || values.aims ? 0 : 45));
   if (timelineSeconds > 0) await drawTimeline(results, { ...options("raw"), guestSeconds: timelineSeconds });
   const header = `${machineLine(machine)}. ${rounds} interleaved rounds of ${values.seconds} s, disk ${values.size}, medians. A backup that took less than the guest's time weighed on a part of it only.`;
   const table = guestTable(cellResults);
-  const path = results.write("guest.md", `${header}\n\n${table}\n`);
-  say(`\n${table}\n\n${path}`);
+  const parts = [table, ...(values.aims ? [aimsTable(cellResults)] : [])];
+  const path = results.write("guest.md", `${[header, ...parts].join("\n\n")}\n`);
+  say(`\n${parts.join("\n\n")}\n\n${path}`);
   return 0;
+}
+
+function candidates(): Cell[] {
+  if (values.quick) return quickCells();
+  if (values.aims) return aimCells();
+  return values.all ? allCells() : usualCells();
 }
 
 async function measureCell(

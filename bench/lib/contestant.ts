@@ -19,6 +19,8 @@ export interface Setup {
   /** For sockets, the target and temporary images; the caller removes it. */
   folder: string;
   throttle: Throttle;
+  /** O_DIRECT on disk, target and temporary images. */
+  direct: boolean;
 }
 
 export interface RunningBackup {
@@ -39,6 +41,8 @@ export interface RunningServer {
   /** Resolves after T0. */
   startBackup(): Promise<RunningBackup>;
   stop(): Promise<void>;
+  /** The longest time that its event loop was held up between two moments (Date.now()), where it says. */
+  loopDelayMs?(fromMs: number, toMs: number): number | undefined;
 }
 
 export interface Contestant {

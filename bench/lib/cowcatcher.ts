@@ -19,11 +19,20 @@ export interface ServeOptions {
   control: string;
   /** Added to the environment. */
   env?: Record<string, string> | undefined;
+  /** Further arguments. */
+  args?: readonly string[] | undefined;
 }
 
 /** Starts `serve`; resolves when it listens. @throws CowcatcherError IO if it does not. */
-export async function startServe({ image, format, socket, control, env }: ServeOptions): Promise<Child> {
-  const args = ["serve", image, "-f", format, "--socket", socket, "--control", control];
+export async function startServe({
+  image,
+  format,
+  socket,
+  control,
+  env,
+  args: more = [],
+}: ServeOptions): Promise<Child> {
+  const args = ["serve", image, "-f", format, "--socket", socket, "--control", control, ...more];
   const child = startCowcatcher(args, { env: { ...process.env, ...env } });
   await waitForChild(child, "line with 'listening'", () => /listening/.test(child.stdout) || undefined);
   return child;

@@ -34,3 +34,9 @@ export function makeRawDisk(path: string, sizeBytes: number, dataShare: 0 | 0.5 
 export async function convertDisk(raw: string, path: string, format: DiskFormat): Promise<void> {
   await runProgram("qemu-img", ["convert", "-f", "raw", "-O", format, raw, path]);
 }
+
+/** Takes the file out of the page cache, for which it must be on the disk first. Needs no privilege. */
+export async function dropCache(path: string): Promise<void> {
+  await runProgram("sync", ["-d", path]);
+  await runProgram("dd", [`if=${path}`, "iflag=nocache", "count=0", "status=none"]);
+}

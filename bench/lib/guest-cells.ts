@@ -13,6 +13,8 @@ export interface Cell {
   pattern: FioPattern;
   format: DiskFormat;
   throttle: Throttle;
+  /** O_DIRECT on both sides, the disk not in the page cache. */
+  direct: boolean;
   /** QEMU's, where there is one to compare with, comes first. */
   contestants: Contestant[];
 }
@@ -20,12 +22,26 @@ export interface Cell {
 /** The job that this project began with (2019): its cells are measured in every scenario. */
 const MAIN_PATTERN: FioPattern = { name: "randwrite 32k qd8", rw: "randwrite", blockSize: "32k", ioDepth: 8 };
 
+const SMALL_PATTERN: FioPattern = {
+  name: "randwrite 4k qd32",
+  rw: "randwrite",
+  blockSize: "4k",
+  ioDepth: 32,
+};
+const FIXED_PATTERN: FioPattern = {
+  name: "fixed 4000/s 32k",
+  rw: "randwrite",
+  blockSize: "32k",
+  ioDepth: 32,
+  ratePerSecond: 4000,
+};
+
 export const PATTERNS: readonly FioPattern[] = [
   MAIN_PATTERN,
-  { name: "randwrite 4k qd32", rw: "randwrite", blockSize: "4k", ioDepth: 32 },
+  SMALL_PATTERN,
   { name: "seqwrite 1M qd4", rw: "write", blockSize: "1M", ioDepth: 4 },
   { name: "randrw 70/30 16k qd8", rw: "randrw", blockSize: "16k", ioDepth: 8, readShare: 70 },
-  { name: "fixed 4000/s 32k", rw: "randwrite", blockSize: "32k", ioDepth: 32, ratePerSecond: 4000 },
+  FIXED_PATTERN,
 ];
 
 const NO_TARGET: Throttle = { name: "no backup" };
@@ -70,14 +86,42 @@ export function allCells(): Cell[] {
       ...[SLOW, FASTER, DELAYED].flatMap((throttle) =>
         BACKUPS.map((scenario) => makeCell(pattern, format, throttle, scenario)),
       ),
+      ...directCells(pattern, format),
     ]),
   );
 }
 
+function directCells(pattern: FioPattern, format: DiskFormat): Cell[] {
+  const of = (throttle: Throttle, scenario: Scenario): Cell =>
+    makeCell(pattern, format, throttle, scenario, { direct: true });
+  return [of(NO_TARGET, NO_BACKUP), of(SLOW, UNBUFFERED), of(SLOW, BUFFERED)];
+}
+
+/** Those on which the project's aims are (guest-aims.ts). */
+export function aimCells(): Cell[] {
+  const cell = (pattern: FioPattern, format: DiskFormat, scenario: Scenario, direct = false): Cell =>
+    makeCell(pattern, format, scenario === NO_BACKUP ? NO_TARGET : SLOW, scenario, { direct });
+  return [
+    ...[MAIN_PATTERN, SMALL_PATTERN].flatMap((pattern) =>
+      (["raw", "qcow2"] as const).map((format) => cell(pattern, format, NO_BACKUP)),
+    ),
+    cell(MAIN_PATTERN, "raw", BUFFERED),
+    cell(MAIN_PATTERN, "qcow2", BUFFERED),
+    cell(SMALL_PATTERN, "raw", BUFFERED),
+    cell(FIXED_PATTERN, "raw", NO_BACKUP),
+    cell(FIXED_PATTERN, "raw", BUFFERED),
+    cell(MAIN_PATTERN, "raw", UNBUFFERED),
+    cell(MAIN_PATTERN, "raw", SMALL_BUFFER),
+    cell(MAIN_PATTERN, "raw", NO_BACKUP, true),
+    cell(MAIN_PATTERN, "raw", BUFFERED, true),
+  ];
+}
+
 /** What a run without options measures: every pattern on the slow target, and the main one on the others too. */
 export function usualCells(): Cell[] {
-  return allCells().filter(({ name, pattern, format, throttle }) => {
+  return allCells().filter(({ name, pattern, format, throttle, direct }) => {
     if (pattern === MAIN_PATTERN && format === "raw") return true;
+    if (direct) return false;
     const isPlain = throttle === NO_TARGET || throttle === SLOW;
     return isPlain && !name.endsWith(SMALL_BUFFER.name);
   });
@@ -105,8 +149,15 @@ export function timelineCell(): Cell {
   return { ...makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED), contestants };
 }
 
-function makeCell(pattern: FioPattern, format: DiskFormat, throttle: Throttle, scenario: Scenario): Cell {
+function makeCell(
+  pattern: FioPattern,
+  format: DiskFormat,
+  throttle: Throttle,
+  scenario: Scenario,
+  { direct = false } = {},
+): Cell {
   const place = throttle === NO_TARGET ? "" : `${throttle.name}, `;
-  const name = `${pattern.name}, ${format}, ${place}${scenario.name}`;
-  return { name, pattern, format, throttle, contestants: scenario.contestants };
+  const access = direct ? "direct, " : "";
+  const name = `${pattern.name}, ${format}, ${access}${place}${scenario.name}`;
+  return { name, pattern, format, throttle, direct, contestants: scenario.contestants };
 }

@@ -11,7 +11,18 @@ export interface CellResult {
   contestants: { name: string; measurements: Measurement[] }[];
 }
 
-const HEADER = ["cell", "IOPS", "× QEMU", "mean ms", "p99 ms", "longest ms", "CPU s", "backup s", "× QEMU"];
+const HEADER = [
+  "cell",
+  "IOPS",
+  "× QEMU",
+  "mean ms",
+  "p99 ms",
+  "longest ms",
+  "CPU s",
+  "backup s",
+  "× QEMU",
+  "loop ms",
+];
 
 export function guestTable(cells: readonly CellResult[]): string {
   const rows = cells.flatMap(({ name, contestants }) => {
@@ -37,6 +48,7 @@ export function guestTable(cells: readonly CellResult[]): string {
           formatFigure(figure(({ cpuSeconds }) => cpuSeconds)),
           formatFigure(seconds),
           isBase && Number.isFinite(seconds) ? "1" : formatFigure(seconds / baseSeconds),
+          formatFigure(figure(({ loopDelayMs }) => loopDelayMs)),
         ];
       }),
     ];

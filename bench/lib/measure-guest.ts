@@ -3,6 +3,7 @@
 import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { sleep, runProgram } from "./children.js";
+import { dropCache } from "./disks.js";
 import type { Contestant, RunningBackup } from "./contestant.js";
 import { runFio, type FioResult } from "./fio.js";
 import type { Cell } from "./guest-cells.js";
@@ -12,6 +13,8 @@ export interface Measurement extends FioResult {
   cpuSeconds: number;
   /** From T0 until the target was complete and synced; undefined: no backup, or cancelled. */
   backupSeconds: number | undefined;
+  /** The longest that the server's event loop was held up while the guest was at work; undefined: not measured. */
+  loopDelayMs?: number | undefined;
   /** Seconds after the guest's start. Only in a timeline. */
   marks: number[];
 }
@@ -33,10 +36,13 @@ export async function measure(
   return withServer(cell, contestant, options, async (server) => {
     const backup = contestant.hasBackup ? await server.startBackup() : undefined;
     const cpuBefore = server.child.cpuSeconds();
+    const startMs = Date.now();
     const result = await runFio(cell.pattern, server.socket, options.guestSeconds);
+    const endMs = Date.now();
     const cpuSeconds = server.child.cpuSeconds() - cpuBefore;
     const backupSeconds = await backupEnd(backup, options.backupTimeoutSeconds);
-    return { ...result, cpuSeconds, backupSeconds, marks: [] };
+    const loopDelayMs = server.loopDelayMs?.(startMs, endMs);
+    return { ...result, cpuSeconds, backupSeconds, loopDelayMs, marks: [] };
   });
 }
 
@@ -69,7 +75,7 @@ export async function measureTimeline(
 }
 
 async function withServer<T>(
-  { format, throttle }: Cell,
+  { format, throttle, direct }: Cell,
   contestant: Contestant,
   { disk, folder }: MeasureOptions,
   body: (server: Awaited<ReturnType<Contestant["start"]>>) => Promise<T>,
@@ -77,7 +83,8 @@ async function withServer<T>(
   const scratch = join(folder, "measurement");
   mkdirSync(scratch);
   try {
-    const server = await contestant.start({ disk, format, folder: scratch, throttle });
+    if (direct) await dropCache(disk);
+    const server = await contestant.start({ disk, format, folder: scratch, throttle, direct });
     try {
       return await body(server);
     } finally {

@@ -18,6 +18,9 @@ import type { Contestant, RunningBackup, RunningServer, Setup } from "./contesta
 type Kind = "none" | "plain" | "fleecing";
 
 const JOB_ID = "backup";
+/** io_uring is QEMU's way to many requests at a time that has no thread for each. */
+const DIRECT_OPTIONS = ",cache.direct=on,aio=io_uring";
+const DIRECT_MEMBERS = { cache: { direct: true }, aio: "io_uring" };
 
 export function qemu(kind: Kind): Contestant {
   return {
@@ -28,11 +31,14 @@ export function qemu(kind: Kind): Contestant {
 }
 
 async function startDaemon(setup: Setup, kind: Kind): Promise<RunningServer> {
-  const { disk, format, folder } = setup;
+  const { disk, format, folder, direct } = setup;
   const [socket, qmp] = [join(folder, "nbd.sock"), join(folder, "qmp.sock")];
   const top = kind === "fleecing" ? "top" : "disk";
   const args = [
-    ...["--blockdev", `file,node-name=disk-file,filename=${disk},discard=unmap`],
+    ...[
+      "--blockdev",
+      `file,node-name=disk-file,filename=${disk},discard=unmap${direct ? DIRECT_OPTIONS : ""}`,
+    ],
     ...["--blockdev", `${format},node-name=disk,file=disk-file,discard=unmap`],
     ...(kind === "fleecing" ? ["--blockdev", "raw,node-name=top,file=disk,discard=unmap"] : []),
     ...["--nbd-server", `addr.type=unix,addr.path=${socket},max-connections=16`],
@@ -69,7 +75,7 @@ async function startBackup(
   ftruncateSync(fd, size);
   closeSync(fd);
   await addTarget(client, setup, target, helpers);
-  if (kind === "fleecing") await startFleecing(client, setup.folder, size);
+  if (kind === "fleecing") await startFleecing(client, setup, size);
   const end = jobEnd(client);
   const device = kind === "fleecing" ? "snapshot" : "disk";
   const startMs = performance.now();
@@ -96,8 +102,8 @@ async function virtualSize({ disk, format }: Setup): Promise<number> {
 }
 
 async function addTarget(client: ControlClient, setup: Setup, path: string, helpers: Child[]): Promise<void> {
-  const { throttle, folder } = setup;
-  let file: Record<string, unknown> = { driver: "file", filename: path };
+  const { throttle, folder, direct } = setup;
+  let file: Record<string, unknown> = { driver: "file", filename: path, ...(direct && DIRECT_MEMBERS) };
   if (throttle.writeDelayMs !== undefined) {
     const socket = join(folder, "target.sock");
     const args = [
@@ -120,10 +126,10 @@ async function addTarget(client: ControlClient, setup: Setup, path: string, help
   await client.execute("blockdev-add", node);
 }
 
-async function startFleecing(client: ControlClient, folder: string, size: number): Promise<void> {
+async function startFleecing(client: ControlClient, { folder, direct }: Setup, size: number): Promise<void> {
   const temporary = join(folder, "fleecing.qcow2");
   await runProgram("qemu-img", ["create", "-q", "-f", "qcow2", temporary, String(size)]);
-  const file = { driver: "file", filename: temporary };
+  const file = { driver: "file", filename: temporary, ...(direct && DIRECT_MEMBERS) };
   await client.execute("blockdev-add", { driver: "qcow2", "node-name": "fleecing", file });
   await client.execute("blockdev-add", {
     driver: "copy-before-write",
