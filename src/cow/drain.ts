@@ -32,6 +32,7 @@
 
 import { CowcatcherError } from "../errors.js";
 import type { Completion, SourceReader } from "../image/device.js";
+import { copyBytes } from "../native/libc.js";
 import type { TargetWriter } from "../target/target.js";
 import type { OnIoError } from "../backup/options.js";
 import { BLOCK_BYTES } from "./geometry.js";
@@ -407,7 +408,7 @@ export class Drainer {
       const start = captureStart(info);
       const count = captureLength(info);
       const from = capture * BLOCK_BYTES;
-      chunkBuffer.set(shared.slots.subarray(from, from + count * BLOCK_BYTES), start * BLOCK_BYTES);
+      copyBytes(chunkBuffer, start * BLOCK_BYTES, shared.slots, from, count * BLOCK_BYTES);
       this.#zero.fill(0, start, start + count);
       blockCount += count;
       last = capture;

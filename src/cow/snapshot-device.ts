@@ -21,6 +21,7 @@
 // A reader takes time from the guest, as both live on one thread: a request is served a chunk (1 MiB) a turn of the
 // event loop. What stands in the spill and is no longer in the page cache is read by libuv's pool.
 
+import { copyBytes } from "../native/libc.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { BlockDevice, BlockStatus, Completion } from "../image/device.js";
 import { BLOCK_BYTES } from "./geometry.js";
@@ -169,7 +170,7 @@ export class SnapshotDevice implements BlockDevice {
       let end = Math.min(to, (block + 1) * BLOCK_BYTES);
       if (place >= 0) {
         const start = place * BLOCK_BYTES + (at - block * BLOCK_BYTES);
-        buffer.set(slots.subarray(start, start + (end - at)), bufferOffset + (at - from));
+        copyBytes(buffer, bufferOffset + (at - from), slots, start, end - at);
       } else if (place === IN_SPILL) {
         end = this.#spilledEnd(end, to);
         const read = this.#readSpilled(buffer, bufferOffset + (at - from), at, end);

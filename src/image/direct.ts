@@ -26,8 +26,8 @@ import {
 } from "./fileio.js";
 
 const BOUNCE_BYTES = 256 * KiB;
-/** As many as libuv has threads by default: more could not be in use at once. */
-const BOUNCE_COUNT = 4;
+/** Some more than libuv has threads by default, so that each thread finds its next request filled already. */
+const BOUNCE_COUNT = 16;
 
 export class DirectFile {
   private readonly ranges = new RangeLock();
@@ -205,7 +205,7 @@ function isAligned(value: number): boolean {
 }
 
 /**
- * Shared memory of this project starts on a page (pageAlignedMemory). Other buffers may, but nothing tells;
+ * Shared memory of this project starts on a page (page-memory.ts). Other buffers may, but nothing tells;
  * a guess that is wrong costs one refused call.
  */
 function isAlignedMemory(buffer: Uint8Array, bufferOffset: number): boolean {

@@ -34,11 +34,12 @@ export function errnoError(
 
 /**
  * Memory whose address is a multiple of the page size, which O_DIRECT needs. Each call reserves a large stretch
- * of address space (WebAssembly's guard regions): make few, and keep them.
+ * of address space (WebAssembly's guard regions): make few, and keep them. Not shared between threads: copying to
+ * and from shared memory is slow.
  */
 export function pageAlignedMemory(lengthBytes: number): Uint8Array {
   const pageCount = Math.ceil(lengthBytes / WASM_PAGE_BYTES);
-  const memory = new WebAssembly.Memory({ initial: pageCount, maximum: pageCount, shared: true });
+  const memory = new WebAssembly.Memory({ initial: pageCount, maximum: pageCount, shared: false });
   return new Uint8Array(memory.buffer, 0, lengthBytes);
 }
 

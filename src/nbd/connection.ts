@@ -217,11 +217,14 @@ export class Connection {
     else if (!mustWait && this.socket.isPaused()) this.socket.resume();
   }
 
-  /** Requests often settle several at a time; one pass of the microtask queue gathers their answers. */
+  /**
+   * Requests often settle several at a time, each in a callback of its own; the end of the turn gathers their answers.
+   * A write for each would cost the client a wake-up, and the server more than the rest of the request.
+   */
   private scheduleProgress(): void {
     if (this.isFlushScheduled) return;
     this.isFlushScheduled = true;
-    queueMicrotask(() => {
+    setImmediate(() => {
       this.isFlushScheduled = false;
       this.replies.flush();
       this.makeProgress();
