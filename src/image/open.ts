@@ -17,7 +17,7 @@ import { type ImageFormat, isImageFormat } from "./format.js";
 import { acquireImageLock } from "./locks.js";
 import { PROBE_BYTES, probeFormat } from "./probe.js";
 import { repairIfDirty } from "./qcow2/check.js";
-import { type Qcow2Header, readHeader } from "./qcow2/header.js";
+import { assertSupported, type Qcow2Header, readHeader } from "./qcow2/header.js";
 import { openQcow2 } from "./qcow2/image.js";
 import { openImageFile } from "./imagefile.js";
 import { openRaw } from "./raw.js";
@@ -103,10 +103,12 @@ async function openLayer(
       return await openRaw(base);
     }
     if (chain.lock && !readOnly) acquireImageLock(fd, imagePath, { write: true, resize: true });
-    if (!readOnly) await repairIfDirty(imagePath, fd);
     const header = readHeaderOf(imagePath, fd, chain.direct);
+    assertSupported(header, imagePath);
     if (chain.backing) backing = await openBackingOf(imagePath, header, chain);
     data = await openExternalData(imagePath, header, { ...chain, readOnly });
+    // Last: an image that cannot be opened is left as it is.
+    if (!readOnly) await repairIfDirty(imagePath, fd);
     return await openQcow2({ ...base, ...data, backing, snapshot });
   } catch (error) {
     await backing?.close();

@@ -245,3 +245,83 @@ describe("a check", () => {
     expect(messages.join("\n")).toMatch(/names more L2 tables than the file has clusters/);
   });
 });
+
+describe("an image whose metadata contradicts itself", () => {
+  const CLUSTER = 64 * KiB;
+
+  async function open(): Promise<Image> {
+    return openImage(imagePath, { format: "qcow2", readOnly: false });
+  }
+
+  /** Writes one byte value over [offset, +length) as a guest does. */
+  async function write(image: Image, offset: number, length: number): Promise<void> {
+    await image.write(new Uint8Array(length).fill(0x5a), 0, length, offset);
+  }
+
+  it("gives a guest no cluster in which an L2 table stands, though its refcount is 0", async () => {
+    create("cluster_size=64k", "write -P 1 0 64k");
+    const l1Offset = numberAt(40);
+    const l2Offset = numberAt(l1Offset);
+    const blockOffset = numberAt(numberAt(48));
+    patch(blockOffset + (l2Offset / CLUSTER) * 2, 0, 0);
+    const before = fs.readFileSync(imagePath).subarray(l2Offset, l2Offset + CLUSTER);
+    const image = await open();
+    await expect(write(image, 8 * CLUSTER, CLUSTER)).rejects.toThrow(/L2 table/);
+    await image.close().catch(() => undefined);
+    expect(
+      fs
+        .readFileSync(imagePath)
+        .subarray(l2Offset, l2Offset + CLUSTER)
+        .equals(before),
+    ).toBe(true);
+  });
+
+  it("cannot map a second guest cluster onto the data file's first", async () => {
+    const dataPath = path.join(folder, "disk.data");
+    create(`cluster_size=64k,data_file=${dataPath}`, "write -P 1 0 64k");
+    const l2Offset = numberAt(numberAt(40));
+    patch(l2Offset + 8 * 5, 0x80, 0, 0, 0, 0, 0, 0, 0);
+    const image = await open();
+    await expect(write(image, 5 * CLUSTER, 512)).rejects.toThrow(/L2 entry 5/);
+    await image.close();
+    expect(
+      fs
+        .readFileSync(dataPath)
+        .subarray(0, 512)
+        .every((byte) => byte === 1),
+    ).toBe(true);
+  });
+
+  it("keeps the refcounts of what a repair could not walk to", async () => {
+    create("cluster_size=64k", "write -P 1 0 512k");
+    execFileSync("qemu-img", ["snapshot", "-c", "one", imagePath]);
+    execFileSync("qemu-io", ["-f", "qcow2", "-c", "write -P 2 0 512k", imagePath], { stdio: "ignore" });
+    // The snapshot's L1 table is said to be the active L2 table, one entry of which is at no cluster boundary.
+    const l2Offset = numberAt(numberAt(40));
+    const snapshots = numberAt(64);
+    patch(snapshots, ...bigEndian(l2Offset, 8));
+    const entry = numberAt(l2Offset);
+    patch(l2Offset, 0x80, ...bigEndian(entry + 512, 8).slice(1, 7), ((entry + 512) & 0xfe) | 1);
+    const refcounts = (): Buffer => {
+      const block = numberAt(numberAt(48));
+      return Buffer.from(fs.readFileSync(imagePath).subarray(block, block + 64));
+    };
+    const used = [...Array(32).keys()].filter((cluster) => refcounts().readUInt16BE(cluster * 2) > 0);
+    await checkImage(imagePath, { format: "qcow2", repair: "all" }).catch((error: unknown) => {
+      expect(error).toBeInstanceOf(CowcatcherError);
+    });
+    const active = [...Array(8).keys()].map((index) => numberAt(l2Offset + 8 * index) / CLUSTER);
+    for (const cluster of active.filter((each) => Number.isInteger(each) && used.includes(each))) {
+      expect(refcounts().readUInt16BE(cluster * 2)).toBeGreaterThan(0);
+    }
+  });
+
+  it("that is dirty and cannot be opened stays as it is", async () => {
+    create("cluster_size=64k,lazy_refcounts=on", "write -P 1 0 64k");
+    patch(79, 1);
+    setBackingName("missing.raw");
+    const before = fs.readFileSync(imagePath);
+    await expect(open()).rejects.toThrow(/missing\.raw/);
+    expect(fs.readFileSync(imagePath).equals(before)).toBe(true);
+  });
+});

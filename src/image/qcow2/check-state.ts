@@ -50,6 +50,8 @@ export class CheckState {
   readonly references: Uint16Array | Uint32Array;
   /** The refcount structure itself is damaged, or lacks a block: refcounts cannot be corrected in place. */
   mustRebuild = false;
+  /** Something was not walked: what it refers to was not counted, and must not be taken for leaked. */
+  isIncomplete = false;
   /** Another thing is in the refcount structure's place, so that to change it would harm that thing. */
   isStructureShared = false;
   /** Host clusters that are looked at: the file's, and one more where a reference begins in the last of them. */

@@ -107,7 +107,10 @@ class TableWalk {
       onProgress?.(index + 1, entryCount);
       // Past the end of the file there are zeroes, which refer to nothing.
       if (l2Offset >= state.fileBytes) continue;
-      if (++tablesWalked > state.hostClusterCount) return state.corruption(tooManyTables(tableOffset));
+      if (++tablesWalked > state.hostClusterCount) {
+        state.isIncomplete = true;
+        return state.corruption(tooManyTables(tableOffset));
+      }
       await this.walkL2(l2Offset, isActive);
     }
   }
@@ -142,7 +145,10 @@ class TableWalk {
       if (isExtended) this.checkSubclusters(l2, at, offset);
       if (state.isMisaligned(offset)) {
         const outcome = await this.judgeMisaligned(l2, at, l2Offset, offset);
-        if (outcome === "abort") return;
+        if (outcome === "abort") {
+          state.isIncomplete = true;
+          return;
+        }
         if (outcome === "dropped") continue;
       }
       if (isActive) {
@@ -227,6 +233,7 @@ class TableWalk {
       const label = `snapshot ${id} (${name})`;
       l1Bytes += Math.min(l1Size * 8, MAX_L1_BYTES);
       if (l1Bytes > state.fileBytes + SPARE_L1_BYTES) {
+        state.isIncomplete = true;
         return state.corruption(`${label}: the snapshots' L1 tables are larger than the file; they overlap`);
       }
       const what = "snapshot table entry corrupted";

@@ -187,9 +187,13 @@ export class EntryDecoder {
       if (high & HIGH_COMPRESSED) {
         throw formatError(this.name, `L2 entry ${index} is compressed, which a data file cannot hold`);
       }
-      const hostOffset = entryHostOffset(high, view.getUint32(index * this.entryBytes + 4));
+      const low = view.getUint32(index * this.entryBytes + 4);
+      const hostOffset = entryHostOffset(high, low);
       const guestOffset = (firstCluster + index) * this.clusterSizeBytes;
-      if (hostOffset !== 0 && hostOffset !== guestOffset) {
+      // With COPIED, 0 is a place; not under a zero flag, which extended entries have not (see decode).
+      const hasZeroFlag = this.unitsPerCluster === 1 && (low & LOW_ZERO) !== 0;
+      const isPlaced = hostOffset !== 0 || ((high & HIGH_COPIED) !== 0 && !hasZeroFlag);
+      if (isPlaced && hostOffset !== guestOffset) {
         throw formatError(
           this.name,
           `L2 entry ${index} places the guest's offset ${guestOffset} elsewhere in the data file`,

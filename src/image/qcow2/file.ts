@@ -49,11 +49,16 @@ export abstract class QcowFileBase {
     }
   }
 
+  private syncError: Error | null = null;
+
+  /** After a failed fdatasync the kernel has dropped the pages: no later one can make them safe again. */
   async sync(): Promise<void> {
+    if (this.syncError !== null) throw this.syncError;
     try {
       await syncFileData(this.fd);
     } catch (error) {
-      throw ioError("flush", this.name, error);
+      this.syncError = ioError("flush", this.name, error);
+      throw this.syncError;
     }
   }
 

@@ -89,6 +89,8 @@ export class Flusher {
       }
       return;
     }
+    const { failure } = this.mapping.refcounts;
+    if (failure !== undefined) throw failure;
     this.mapping.moveFrozenTables();
     const stock = this.takeStock();
     this.hasUnsyncedData = false;

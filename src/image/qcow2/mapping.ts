@@ -97,7 +97,12 @@ export class Mapping {
       });
     }
     this.fixedMetadata = reserved;
-    this.refcounts = new Refcounts(header, file, () => reserved);
+    this.refcounts = new Refcounts(
+      header,
+      file,
+      () => reserved,
+      (offsetBytes) => this.guard?.overlapAt(offsetBytes),
+    );
     this.space = isInDataFile
       ? new DataFileSpace(dataFile, this.clusterSizeBytes)
       : new ImageSpace(this.refcounts, this.frees, this.clusterSizeBytes);
@@ -105,7 +110,6 @@ export class Mapping {
 
   /** From now on no L2 table is used that lets the guest write over metadata: for an image that may be written. */
   guardMetadata(): void {
-    if (this.decoder.isInDataFile) return;
     const { file, clusterSizeBytes, l1, refcounts, fixedMetadata: fixed } = this;
     const metadata = (): GuardedMetadata => ({ l1, refcountTable: refcounts.table, fixed });
     this.guard = new MetadataGuard(file.name, clusterSizeBytes, file.endOffset, metadata);

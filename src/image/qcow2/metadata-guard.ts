@@ -74,11 +74,20 @@ export class MetadataGuard {
       const cluster = hostOffset / this.clusterSizeBytes;
       // One at no cluster boundary is refused when it is used.
       if (cluster >= this.clusterCount || hostOffset === 0 || !Number.isInteger(cluster)) continue;
-      if (((this.bits[cluster >>> 3] ?? 0) & (1 << (cluster & 7))) === 0) continue;
-      const what = this.metadataAt(hostOffset);
+      const what = this.overlapAt(hostOffset);
       if (what !== undefined) throw this.overlapError(what, l2Offset + at);
-      this.bits[cluster >>> 3] = (this.bits[cluster >>> 3] ?? 0) & ~(1 << (cluster & 7));
     }
+  }
+
+  /** What of the image's metadata stands in this host cluster. A bit that nothing bears out is dropped. */
+  overlapAt(hostOffset: number): string | undefined {
+    const cluster = hostOffset / this.clusterSizeBytes;
+    if (cluster >= this.clusterCount) return undefined;
+    const bit = 1 << (cluster & 7);
+    if (((this.bits[cluster >>> 3] ?? 0) & bit) === 0) return undefined;
+    const what = this.metadataAt(hostOffset);
+    if (what === undefined) this.bits[cluster >>> 3] = (this.bits[cluster >>> 3] ?? 0) & ~bit;
+    return what;
   }
 
   /** What stands in the cluster now. */

@@ -15,7 +15,7 @@
 // Blocks are read synchronously: one covers 2 GiB of an image with default parameters, so this is rare.
 // Main thread only. Specification: qcow2, "Host cluster management".
 
-import { CowcatcherError } from "../../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../../errors.js";
 import { MiB } from "../../units.js";
 import { CachedTable, TableCache } from "./cached-table.js";
 import { EntryTable } from "./entry-table.js";
@@ -40,6 +40,8 @@ export class Refcounts {
   table: EntryTable;
   /** A table that was outgrown: the flush must write the new one whole and switch the header to it. */
   outgrown: { offsetBytes: number; lengthBytes: number }[] = [];
+  /** The table could not grow, and half of it must not reach the file: no flush may write it any more. */
+  failure: Error | undefined;
   /** Out-fields of `allocate`. */
   allocatedCount = 0;
   isFresh = false;
@@ -58,6 +60,8 @@ export class Refcounts {
     header: Qcow2Header,
     private readonly file: QcowFile,
     private readonly reserved: () => readonly ReservedRange[],
+    /** What table stands at a cluster, as far as it stood there when the image was opened. */
+    private readonly tableAt: (offsetBytes: number) => string | undefined = () => undefined,
   ) {
     this.clusterSizeBytes = 2 ** header.clusterBits;
     this.order = header.refcountOrder;
@@ -91,6 +95,7 @@ export class Refcounts {
    * and `isFresh`. @throws CowcatcherError FORMAT where refcounts call metadata free, LIMIT at the table's bound.
    */
   allocate(maxClusters: number): number {
+    if (this.failure !== undefined) throw this.failure;
     let first = this.findHole();
     if (first < 0) first = this.findEnd();
     const block = this.existingBlock(first);
@@ -138,7 +143,8 @@ export class Refcounts {
     if (block === undefined) return;
     const index = cluster % this.entriesPerBlock;
     const count = this.getIn(block, index);
-    if (count === 0) return;
+    // Beyond 2^53 a count is inexact: left alone, it is a leak at worst.
+    if (count === 0 || count > Number.MAX_SAFE_INTEGER) return;
     this.setIn(block, index, count - 1);
     if (count > 1) return;
     this.fullBlocks[block.index] = 0;
@@ -230,10 +236,15 @@ export class Refcounts {
     this.table = new EntryTable(words, old.offsetBytes);
     // The old place stays reserved until the header no longer names it.
     this.outgrown.push(old);
-    const first = this.findEndRun(clusters);
-    this.claim(first, clusters);
-    this.table.offsetBytes = first * this.clusterSizeBytes;
-    this.table.markAllDirty();
+    try {
+      const first = this.findEndRun(clusters);
+      this.claim(first, clusters);
+      this.table.offsetBytes = first * this.clusterSizeBytes;
+      this.table.markAllDirty();
+    } catch (error) {
+      this.failure = toCowcatcherError(error, this.file.name);
+      throw this.failure;
+    }
   }
 
   /** `count` contiguous free clusters at the end, all counted by blocks that exist. */
@@ -293,6 +304,8 @@ export class Refcounts {
     }
     for (let offset = start; offset < end; offset += this.clusterSizeBytes) {
       if (this.blockOffsets.has(offset)) this.refuse("a refcount block", offset);
+      const table = this.tableAt(offset);
+      if (table !== undefined) this.refuse(table, offset);
     }
   }
 

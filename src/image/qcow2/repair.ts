@@ -68,13 +68,15 @@ export async function checkMetadata(
 async function checkAndRepair(
   file: QcowFile,
   header: Qcow2Header,
-  repair: RepairMode | undefined,
+  wanted: RepairMode | undefined,
   onProgress: CheckProgress | undefined,
 ): Promise<CheckFindings> {
-  const state = new CheckState(file, header, repair);
+  const state = new CheckState(file, header, wanted);
   const snapshots = readSnapshots(state);
   const brokenSnapshots = judgeSnapshots(state, snapshots);
   await countReferences(state, snapshots, { countRefcountTable: true, onProgress });
+  // What was not walked has no references, and would be freed for a leak.
+  const repair = state.isIncomplete ? undefined : wanted;
   const blocks = await RefcountBlocks.open(state);
   countBlocks(state, blocks);
   const before = { counts: { ...state.counts }, messageCount: state.messages.length };
