@@ -148,6 +148,9 @@ async function driveTogether(drainers: readonly Drainer[], control: Int32Array):
         await driveLane(drainer.run(), control, isOver);
       } catch (error) {
         failure ??= { error };
+        // Ends the others' waits for a server's answers, here and in other workers, before the main thread knows.
+        Atomics.store(control, CTL_RUN, RUN_ABORTING);
+        Atomics.notify(control, CTL_RUN);
       }
     }),
   );

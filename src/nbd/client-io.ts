@@ -13,6 +13,8 @@ import { MAX_RANGE_BYTES, type NbdClient } from "./client.js";
 export const PIECE_BYTES = 256 * KiB;
 /** Of zeroes: a server that has to write them answers in time all the same. */
 const ZERO_PIECE_BYTES = 64 * MiB;
+/** Of one range: a client takes a bounded number of requests from all who use it. */
+const PIECES_IN_FLIGHT = 16;
 const ZEROES = new Uint8Array(PIECE_BYTES);
 
 /** The server's offer at the time of asking; `fast` is dropped for good once it said that it cannot. */
@@ -21,7 +23,10 @@ export interface ZeroPolicy {
   fast: boolean;
 }
 
-/** Calls `each` for [offset, +length) in pieces, at once; rejects with the first failure when all have settled. */
+/**
+ * Calls `each` for [offset, +length) in pieces, some of them at a time; rejects with the first failure when none is in
+ * flight, since a buffer must not go back to its owner before.
+ */
 async function inPieces(
   offsetBytes: number,
   lengthBytes: number,
@@ -30,17 +35,24 @@ async function inPieces(
 ): Promise<void> {
   if (lengthBytes <= 0) return;
   if (lengthBytes <= pieceBytes) return each(offsetBytes, lengthBytes);
-  const pieces: Promise<void>[] = [];
   const end = offsetBytes + lengthBytes;
-  // Cut at multiples of the piece, so that pieces stay aligned whatever the start is.
-  for (let at = offsetBytes; at < end;) {
-    const next = Math.min(end, roundDown(at, pieceBytes) + pieceBytes);
-    pieces.push(each(at, next - at));
-    at = next;
-  }
-  // A buffer must not go back to its owner while a piece of it is still in flight.
-  const failed = (await Promise.allSettled(pieces)).find(({ status }) => status === "rejected");
-  if (failed?.status === "rejected") throw failed.reason;
+  let at = offsetBytes;
+  let failure: { reason: unknown } | undefined;
+  const oneAfterAnother = async (): Promise<void> => {
+    while (at < end && failure === undefined) {
+      const from = at;
+      // Cut at multiples of the piece, so that pieces stay aligned whatever the start is.
+      at = Math.min(end, roundDown(from, pieceBytes) + pieceBytes);
+      try {
+        await each(from, at - from);
+      } catch (reason) {
+        failure ??= { reason };
+      }
+    }
+  };
+  const laneCount = Math.min(PIECES_IN_FLIGHT, Math.ceil(lengthBytes / pieceBytes) + 1);
+  await Promise.all(Array.from({ length: laneCount }, oneAfterAnother));
+  if (failure !== undefined) throw failure.reason;
 }
 
 function pieceBytesOf(client: NbdClient): number {
@@ -173,11 +185,24 @@ async function zeroPiece(client: NbdClient, offsetBytes: number, lengthBytes: nu
       await client.writeZeroes(offsetBytes, lengthBytes, { mayUnmap, fast: true });
       return;
     } catch (error) {
-      if (!(error instanceof CowcatcherError) || error.errno !== "ENOTSUP") throw error;
-      policy.fast = false;
+      if (isRefused(error, "ENOTSUP")) policy.fast = false;
+      else if (!isRefused(error, "EOVERFLOW", "EINVAL")) throw error;
     }
   }
-  await client.writeZeroes(offsetBytes, lengthBytes, { mayUnmap });
+  try {
+    await client.writeZeroes(offsetBytes, lengthBytes, { mayUnmap });
+  } catch (error) {
+    // The protocol lets a server refuse what is longer than the most data in one request.
+    const { maximumPayloadBytes } = client.info;
+    if (lengthBytes <= maximumPayloadBytes || !isRefused(error, "EOVERFLOW", "EINVAL")) throw error;
+    await inPieces(offsetBytes, lengthBytes, maximumPayloadBytes, (at, length) =>
+      client.writeZeroes(at, length, { mayUnmap }),
+    );
+  }
+}
+
+function isRefused(error: unknown, ...errnos: string[]): boolean {
+  return error instanceof CowcatcherError && error.errno !== undefined && errnos.includes(error.errno);
 }
 
 /** Advice on the whole blocks within the range. */

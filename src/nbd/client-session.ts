@@ -76,6 +76,16 @@ export class NbdSession {
   #checkSameExport(client: NbdClient): void {
     const isSameSize = this.#sizeBytes === undefined || client.sizeBytes === this.#sizeBytes;
     const wasWritable = this.#client !== undefined && !this.#client.readOnly;
+    const blockBytes = this.#client?.info.minimumBlockBytes ?? Infinity;
+    // Who writes has decided by the block size whether writes to one block must follow each other.
+    if (client.info.minimumBlockBytes > blockBytes) {
+      throw new CowcatcherError({
+        code: "PROTOCOL",
+        object: this.uri,
+        problem: `connected again, the export has blocks of ${client.info.minimumBlockBytes} bytes instead of ${blockBytes}`,
+        hint: "start the server as it was",
+      });
+    }
     if (isSameSize && !(wasWritable && client.readOnly)) return;
     throw new CowcatcherError({
       code: "PROTOCOL",
@@ -90,9 +100,15 @@ export class NbdSession {
   /**
    * Does `work` on the connection, and again on the next one if the connection is lost meanwhile.
    * @param retries tries after the first
+   * @param isChange `work` changes the disk, and later changes of the same place may follow. It is not done again
+   *   after a server fell silent: alive perhaps, it may carry the first one out over those that follow the second.
    * @throws CowcatcherError what `work` throws otherwise; CANCELLED; the loss, when the tries are used up.
    */
-  async run<T>(work: (client: NbdClient) => Promise<T>, retries = this.#options.retries): Promise<T> {
+  async run<T>(
+    work: (client: NbdClient) => Promise<T>,
+    retries = this.#options.retries,
+    isChange = false,
+  ): Promise<T> {
     const startMs = performance.now();
     for (let attempt = 0; ; attempt++) {
       let client: NbdClient | undefined;
@@ -103,6 +119,7 @@ export class NbdSession {
         const lost = this.#lossOf(client, error);
         const isLate = performance.now() - startMs > RECONNECT_LIMIT_MS;
         if (lost === undefined) throw error;
+        if (isChange && client !== undefined && lost.errno === "ETIMEDOUT") throw lost;
         if (attempt >= retries || isLate) throw lost;
         await this.#pause(Math.min(RETRY_FIRST_MS * 2 ** attempt, RETRY_LONGEST_MS));
       }

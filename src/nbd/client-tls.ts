@@ -98,8 +98,13 @@ function pskOptions(path: string, username: string | undefined): ConnectionOptio
   return {
     ciphers: PSK_CIPHERS,
     pskCallback: () => ({ psk, identity }),
-    // There is no certificate; that the server knows the key is what identifies it.
-    checkServerIdentity: () => undefined,
+    // That the server knows the key is what identifies it. TLS 1.3 would let it show any certificate instead.
+    checkServerIdentity: (_host, certificate) =>
+      Object.keys(certificate).length === 0
+        ? undefined
+        : Object.assign(new Error("the server shows a certificate instead of knowing the key"), {
+            code: "ERR_TLS_CERT_INSTEAD_OF_KEY",
+          }),
   };
 }
 

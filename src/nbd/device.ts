@@ -125,7 +125,7 @@ export class NbdImage implements Image {
   }
 
   discard(offsetBytes: number, lengthBytes: number): Completion {
-    return this.#session.run((client) => trimRange(client, offsetBytes, lengthBytes));
+    return this.#session.run((client) => trimRange(client, offsetBytes, lengthBytes), undefined, true);
   }
 
   flush(): Completion {
@@ -200,9 +200,9 @@ export class NbdImage implements Image {
     work: (client: NbdClient) => Promise<void>,
   ): Promise<void> {
     const unit = this.#blockBytes;
-    if (unit === 1) return this.#session.run(work);
+    if (unit === 1) return this.#session.run(work, undefined, true);
     const alone = offsetBytes % unit !== 0 || lengthBytes % unit !== 0;
-    return this.#gate.run(alone, () => this.#session.run(work));
+    return this.#gate.run(alone, () => this.#session.run(work, undefined, true));
   }
 }
 

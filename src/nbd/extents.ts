@@ -33,6 +33,11 @@ export interface ExtentBounds {
   maxQueries: number;
 }
 
+/** At a stretch: other guests wait meanwhile. The answer covers less then, and the client asks again. */
+const MAX_GATHER_MS = 1;
+/** Between two looks at the clock. */
+const QUERIES_PER_LOOK = 32;
+
 /** A device's base:allocation. */
 export class ExtentList extends ExtentRuns {
   private queryCount = 0;
@@ -52,10 +57,12 @@ export class ExtentList extends ExtentRuns {
    */
   gather(): Promise<BlockStatus> | undefined {
     const { maxExtents, maxQueries } = this.bounds;
+    const endMs = performance.now() + MAX_GATHER_MS;
     while (
       this.coveredBytes < this.lengthBytes &&
       this.lengthsBytes.length < maxExtents &&
-      this.queryCount < maxQueries
+      this.queryCount < maxQueries &&
+      (this.queryCount === 0 || this.queryCount % QUERIES_PER_LOOK > 0 || performance.now() < endMs)
     ) {
       this.queryCount++;
       const status = this.device.blockStatus(
