@@ -122,7 +122,13 @@ export function addBackupOptions(command: Command): Command {
     .addOption(compressOption())
     .addOption(syncOption())
     .addOption(bitmapOption())
-    .addOption(choiceOption("--bitmap-mode <MODE>", `${listWords(BITMAP_MODES)} (on-success)`, BITMAP_MODES))
+    .addOption(
+      choiceOption(
+        "--bitmap-mode <MODE>",
+        "the bitmap afterwards: never changed here, as it is the export's (never)",
+        BITMAP_MODES,
+      ),
+    )
     .option(
       "--snapshot <NAME>",
       "internal snapshot of SOURCE, by id or name: the disk as of it (offline only)",
@@ -144,7 +150,7 @@ function addFormatOptions(command: Command): Command {
     .addOption(
       formatOption(
         "-O, --target-format <FMT>",
-        "raw or qcow2 (by TARGET's extension, else the source's format)",
+        "raw or qcow2 (by TARGET's extension, raw for an NBD URI, else the source's format)",
       ),
     );
 }
@@ -252,13 +258,13 @@ function syncOption(): Option {
 function bitmapOption(): Option {
   return new Option(
     "--bitmap <NAME>",
-    "incremental: copy what this dirty bitmap of SOURCE, an NBD export, calls dirty; needs -b",
+    "incremental: copy what this dirty bitmap of SOURCE, an NBD export, calls dirty; needs -b and -B",
   );
 }
 
 /**
  * The settings of `backup ARGUMENTS…`, each of whose option values is parsed already.
- * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for a vsock URI.
  */
 export function parseBackupSettings(args: readonly string[], flags: BackupFlags): BackupSettings {
   return flags.control === undefined ? parseOffline(args, flags) : parseLive(args, flags, flags.control);

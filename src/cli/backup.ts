@@ -9,7 +9,7 @@ import { CowcatcherError } from "../errors.js";
 import type { LiveBackupSettings, LiveDiskSettings, OfflineBackupSettings } from "./backup-options.js";
 import { type CommandContext, printLine, type RunBackup } from "./context.js";
 import { EXIT } from "./exit-codes.js";
-import { isNbdUri, usageError } from "./options.js";
+import { usageError } from "./options.js";
 import { createProgressView, type JobInfo, type JobResult, type ProgressView } from "./progress/view.js";
 import { onInterrupt } from "./signals.js";
 import { printSummary } from "./summary.js";
@@ -26,7 +26,7 @@ export async function runOfflineCopy(
 ): Promise<number> {
   const view = await createProgressView(context.output);
   const info: JobInfo = {
-    jobId: "backup",
+    jobId: context.command,
     disk: settings.source,
     target: settings.job.target,
     totalBytes: 0,
@@ -36,7 +36,7 @@ export async function runOfflineCopy(
   let cancel: ((error: CowcatcherError) => void) | undefined;
   let abortSync: (() => void) | undefined;
   const removeHandlers = onInterrupt(context, {
-    onFirst: (signal) => cancel?.(interrupted(signal, settings.job.target)),
+    onFirst: (signal) => cancel?.(interrupted(signal, context)),
     onSecond: () => abortSync?.(),
   });
   let timer: NodeJS.Timeout | undefined;
@@ -52,7 +52,7 @@ export async function runOfflineCopy(
     });
     cancel = (error) => copy.cancel(error);
     abortSync = () => copy.abortSync();
-    if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy, info.target));
+    if (context.interruptedBy !== undefined) copy.cancel(interrupted(context.interruptedBy, context));
     timer = setInterval(() => view.update(info.jobId, copy.progress()), UPDATE_MS);
     try {
       await copy.ended;
@@ -74,12 +74,12 @@ export async function runOfflineCopy(
   }
 }
 
-function interrupted(signal: string, target = ""): CowcatcherError {
+function interrupted(signal: string, { command }: CommandContext): CowcatcherError {
   return new CowcatcherError({
     code: "CANCELLED",
-    object: "backup",
+    object: command,
     problem: `interrupted by ${signal}`,
-    hint: isNbdUri(target) ? "the target holds a part of the copy" : "the unfinished target was removed",
+    hint: "an unfinished file was removed; a device or an export holds a part of the copy",
   });
 }
 
@@ -103,7 +103,7 @@ async function runLive(settings: LiveBackupSettings, context: CommandContext): P
     view.stop();
     const failed = firstCause(ends.filter((end) => !isOrderlyEnd(end)).map(({ result }) => result.error));
     if (failed !== undefined)
-      throw context.interruptedBy === undefined ? failed : interrupted(context.interruptedBy);
+      throw context.interruptedBy === undefined ? failed : interrupted(context.interruptedBy, context);
     for (const { info, result } of ends) printSummary(context.output, info, result.progress);
     return ends.some(({ result }) => result.progress.ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
   } finally {

@@ -58,9 +58,12 @@ export function addBenchOptions(command: Command): Command {
     .option("--dir <DIR>", "folder of the test disk and of the spill (the temporary folder)")
     .addOption(sizeOption("--size <SIZE>", "of the test disk (1G)"))
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of the test disk (raw)"))
-    .option("--target <TARGET>", "where the backups go: a new file, null: (a file beside the disk)")
+    .option(
+      "--target <TARGET>",
+      "where the backups go: a new file, null:, or with --force a device or an NBD export (a file beside the disk)",
+    )
     .addOption(formatOption("-O, --target-format <FMT>", "raw or qcow2 (by TARGET's extension, else raw)"))
-    .option("--force", "overwrite a TARGET that is a device; its content is lost")
+    .option("--force", "overwrite a TARGET that is a device or an export; its content is lost")
     .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target, 0 for no limit (50M)"))
     .addOption(sizeOption("--cow-buffer-size <SIZE>", `of the buffered backup (${buffer})`))
     .addOption(choiceOption("--on-buffer-full <WHAT>", "spill or wait (spill)", ["spill", "wait"]))

@@ -48,7 +48,7 @@ function interrupted(signal: string): CowcatcherError {
 /** What is there is overwritten only if it is a device or an export, and only by --force. */
 function checkTarget({ target, force }: BenchSettings): void {
   if (target === undefined || target === NULL_TARGET) {
-    if (force) throw usageError("--force", "needs a --target that is a device");
+    if (force) throw usageError("--force", "needs a --target that is a device or an export");
     return;
   }
   if (isNbdUri(target)) {
@@ -66,7 +66,7 @@ function checkTarget({ target, force }: BenchSettings): void {
       hint: "choose a name that is free",
     });
   } else if (force) {
-    throw usageError("--force", "needs a --target that is a device");
+    throw usageError("--force", "needs a --target that is a device or an export");
   }
 }
 

@@ -89,13 +89,15 @@ function addCommonOptions(command: Command): Command {
 }
 
 const NBD_NOTES =
-  "SOURCE and TARGET may be NBD URIs: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; with nbds: for TLS,\n" +
+  "NBD URIs: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; with nbds: for TLS,\n" +
   "and libnbd's tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME, tls-verify-peer=0. An export is raw. As a\n" +
   "TARGET it exists already, at least as large as the disk, and is written in place, as qemu-img convert -n does:\n" +
   "no --force is asked for, what a larger export has behind the disk's end stays, and a backup that fails or is\n" +
-  "interrupted leaves a mixture of old and new there. A lost connection is made again up to --target-retries times.\n" +
+  "interrupted leaves a mixture of old and new there. A lost connection is made again: a source's up to 5 times, a\n" +
+  "target's up to --target-retries times.\n" +
   "With --bitmap NAME a QEMU export's dirty bitmap says what is copied, into an overlay of --backing-file; clearing\n" +
-  "the bitmap is QEMU's business. Not supported in this version: --sync top, bitmaps of image files.";
+  "the bitmap is QEMU's business. Not supported in this version: --sync top, bitmaps of image files\n" +
+  "and of served disks.";
 
 function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
@@ -103,7 +105,7 @@ function addBackup(program: Command, run: RunCommand): void {
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
     notes:
-      "SOURCE and TARGET are paths; TARGET may be null:, which throws the data away. Without --control no one\n" +
+      "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away. Without --control no one\n" +
       "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
@@ -186,13 +188,15 @@ function addRestore(program: Command, run: RunCommand): void {
   const command = define(program, "restore", {
     summary: "write a backup, and what it builds on, to an image or a device",
     usage: "[options] BACKUP TARGET",
+    notes:
+      "A TARGET without an extension, such as a device, gets BACKUP's format: give -O raw to restore a disk to a device.",
     examples: [
       "cowcatcher restore /backup/vm1.qcow2 disk.qcow2",
       "cowcatcher restore --force --verify /backup/vm1.qcow2 disk.img",
       "cowcatcher restore /backup/vm1.qcow2 nbds://host/disk",
     ],
   })
-    .argument("<BACKUP>", "path of the backup")
+    .argument("<BACKUP>", "path of the backup, or an NBD URI")
     .argument("<TARGET>", "path of the image or device to write, or an NBD URI (see backup --help)");
   addCommonOptions(addRestoreOptions(command)).action(
     (backup: string, target: string, flags: CopyFlags & CommonFlags) =>
@@ -278,8 +282,8 @@ function addCompare(program: Command, run: RunCommand): void {
       "cowcatcher compare -f raw -F qcow2 a.img b.qcow2",
     ],
   })
-    .argument("<A>", "path of the first image")
-    .argument("<B>", "path of the second image")
+    .argument("<A>", "path of the first image, or an NBD URI")
+    .argument("<B>", "path of the second image, or an NBD URI")
     .addOption(formatOption("-f, --format <FMT>", "of A: raw or qcow2 (probed)"))
     .addOption(formatOption("-F, --format2 <FMT>", "of B: raw or qcow2 (probed)"))
     .addOption(forceShareOption())
@@ -300,7 +304,7 @@ function addCreate(program: Command, run: RunCommand): void {
     notes: "SIZE may be left out with a backing file: it is the backing file's then.",
     examples: [
       "cowcatcher create -f qcow2 disk.qcow2 20G",
-      "cowcatcher create -f qcow2 -o cluster_size=128K,compat=0.10 disk.qcow2 20G",
+      "cowcatcher create -f qcow2 -o cluster_size=128K,extended_l2=on disk.qcow2 20G",
       "cowcatcher create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2",
     ],
   })

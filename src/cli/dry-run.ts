@@ -15,7 +15,12 @@ export async function runDryRun(
 ): Promise<number> {
   const { source, sourceFormat, snapshot, job } = settings;
   if (job.target === NULL_TARGET) throw usageError("--dry-run", "null: stores nothing", "name a target");
-  const image = await openImage(source, { format: sourceFormat, readOnly: true, snapshot });
+  const image = await openImage(source, {
+    format: sourceFormat,
+    readOnly: true,
+    snapshot,
+    bitmap: job.bitmap,
+  });
   try {
     const format = job.targetFormat ?? image.format;
     if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);

@@ -49,14 +49,19 @@ const COPY: readonly ExitMeaning[] = [
   ...COMMON,
   [EXIT.ignoredErrors, "done, but errors were ignored as asked"],
   [EXIT.verifyDifference, "the check after writing (--verify) found a difference"],
-  [EXIT.interruptedBySigint, "interrupted by SIGINT; the unfinished target is removed"],
-  [EXIT.interruptedBySigterm, "interrupted by SIGTERM; the unfinished target is removed"],
+  [EXIT.interruptedBySigint, "interrupted by SIGINT; an unfinished file is removed"],
+  [EXIT.interruptedBySigterm, "interrupted by SIGTERM; an unfinished file is removed"],
 ];
 
 const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   backup: COPY,
   restore: COPY,
-  serve: [[EXIT.done, "ended by SIGINT or SIGTERM, in good order"], ...COMMON.slice(1)],
+  serve: [
+    [EXIT.done, "ended by SIGINT or SIGTERM, in good order"],
+    ...COMMON.slice(1),
+    [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
+    [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
+  ],
   jobs: COMMON,
   info: COMMON,
   map: COMMON,

@@ -42,6 +42,8 @@ function buildProgram(io: ProgramIo, session: Session): Command {
     .description("Point-in-time backups of virtual-machine disks that the running guest hardly notices")
     .version(packageVersion(), "-V, --version", "print the version")
     .helpOption("-h, --help", "print this help")
+    // Descriptions name the defaults; commander would add its own form of them.
+    .configureHelp({ optionDescription: ({ description }) => description })
     .exitOverride()
     .configureOutput({
       writeOut: (text) => io.stdout.write(text),

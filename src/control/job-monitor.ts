@@ -191,7 +191,8 @@ function failedOperation(job: BackupJob, error: CowcatcherError): "read" | "writ
 /** The unfinished target has a temporary name that contains the final one's last part. */
 function isAboutTarget(job: BackupJob, objectName: string): boolean {
   const { target } = job.options;
-  return objectName.includes(target.slice(target.lastIndexOf("/") + 1));
+  const last = target.slice(target.lastIndexOf("/") + 1);
+  return objectName === target || (last !== "" && objectName.includes(last));
 }
 
 /** QEMU's BlockDeviceIoStatus of a job. */

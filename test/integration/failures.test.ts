@@ -314,7 +314,7 @@ describe("a process that ends", () => {
     backup.process.kill(signal);
     await expectFailure(
       backup,
-      new RegExp(`^cowcatcher: \\S+: interrupted by ${signal} \\(the unfinished target was removed\\)\\n$`),
+      new RegExp(`^cowcatcher: \\S+: interrupted by ${signal} \\(an unfinished file was removed; .*\\)\\n$`),
       expectedCode,
     );
     expectNoTarget();

@@ -51,7 +51,7 @@ describe("bench", () => {
     ],
     ["--on-buffer-full cancel", "--on-buffer-full: 'cancel' is not known (give spill or wait)"],
     ["-f vmdk", "--format: 'vmdk' is not known (give raw or qcow2)"],
-    ["--force", "--force: needs a --target that is a device"],
+    ["--force", "--force: needs a --target that is a device or an export"],
     ["now", "bench: too many arguments (see cowcatcher bench --help)"],
   ])("refuses %s", async (args, line) => {
     let [stdout, stderr] = ["", ""];
