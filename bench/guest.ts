@@ -37,6 +37,7 @@ const HELP = `npm run bench:guest -- [options]
   --quick                one round, randwrite 32k on raw
   --timeline SECONDS     length of the picture's run (45; with --quick or --aims 0: none)
   --backup-timeout N     seconds that a backup gets after the guest is done (120)
+  --ends N               rounds in which backups run to their end; in later ones they are cancelled (all)
   --list                 names of the cells, and nothing else
   --out DIR              results: guest.md, guest.json, guest.svg (bench/results)`;
 
@@ -54,6 +55,7 @@ const { values } = parseArgs({
     quick: { type: "boolean", default: false },
     timeline: { type: "string" },
     "backup-timeout": { type: "string", default: "120" },
+    ends: { type: "string" },
     list: { type: "boolean", default: false },
     out: { type: "string", default: "bench/results" },
     help: { type: "boolean", default: false },
@@ -82,11 +84,12 @@ async function bench(): Promise<number> {
   say(`${machineLine(machine)}\n${cells.length} cells`);
   const disks = await makeDisks(folder);
   const rounds = Number(values.rounds ?? (values.quick ? 1 : 5));
-  const options = (format: DiskFormat): MeasureOptions => ({
+  const ends = Number(values.ends ?? rounds);
+  const options = (format: DiskFormat, round = 0): MeasureOptions => ({
     disk: disks[format],
     folder,
     guestSeconds: Number(values.seconds),
-    backupTimeoutSeconds: Number(values["backup-timeout"]),
+    backupTimeoutSeconds: round < ends ? Number(values["backup-timeout"]) : 0,
   });
   const cellResults: CellResult[] = cells.map((cell) => ({
     name: cell.name,
@@ -96,7 +99,7 @@ async function bench(): Promise<number> {
     say(`round ${round + 1} of ${rounds}`);
     for (const [index, cell] of cells.entries()) {
       const result = cellResults[index];
-      if (result !== undefined) await measureCell(cell, result, round, options(cell.format));
+      if (result !== undefined) await measureCell(cell, result, round, options(cell.format, round));
     }
     results.write("guest.json", { machine, options: values, cells: cellResults });
   }

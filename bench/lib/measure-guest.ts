@@ -1,4 +1,8 @@
-// One measurement: a fresh server, a backup that has just started, and fio for some seconds; then the backup's end.
+// One measurement: a fresh server, a guest that has been at work for a while, a backup that has just started, and fio
+// for some seconds; then the backup's end.
+//
+// The while before is for both contestants alike: a guest does not begin its work with a backup, and neither the page
+// cache nor compiled code is to be made in the seconds that count.
 
 import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
@@ -19,6 +23,8 @@ export interface Measurement extends FioResult {
   marks: number[];
 }
 
+const WARM_UP_SECONDS = 2;
+
 export interface MeasureOptions {
   disk: string;
   /** A folder of its own is made in here for each measurement. */
@@ -34,6 +40,9 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<Measurement> {
   return withServer(cell, contestant, options, async (server) => {
+    await runFio(cell.pattern, server.socket, WARM_UP_SECONDS);
+    // What is to be cold is so again.
+    if (cell.direct) await dropCache(options.disk);
     const backup = contestant.hasBackup ? await server.startBackup() : undefined;
     const cpuBefore = server.child.cpuSeconds();
     const startMs = Date.now();
