@@ -26,7 +26,7 @@ export async function checkBacking({
       hint: "name it: raw or qcow2",
     });
   }
-  const backing = await openImage(resolveBackingPath(path, backingFile), {
+  const backing = await openImage(resolveBackingPath(path, backingFile, backingFormat), {
     format: backingFormat,
     readOnly: true,
   });

@@ -2,6 +2,7 @@
 
 import type { Piscina } from "piscina";
 import { CowcatcherError } from "../errors.js";
+import type { Image } from "../image/device.js";
 import { openImage } from "../image/open.js";
 import type { ImageFormat } from "../image/format.js";
 import { NbdImage } from "../nbd/device.js";
@@ -62,7 +63,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     const job: JobOptions = { ...request.job, targetFormat: request.job.targetFormat ?? image.format };
     if (job.target !== "null:" && (await sameFile(source, job.target))) throw sourceIsTarget(job.target);
     // Before the workers connect: a server may take one connection at a time.
-    const remote = image instanceof NbdImage ? image : null;
+    const remote = nbdLayerOf(image);
     await remote?.handOver();
     await checkBacking({ ...job, path: job.target });
     const target = await createTarget({
@@ -118,6 +119,13 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     await image.close();
     throw error;
   }
+}
+
+/** An export has no backing file: it is the source itself, or the last of its chain. */
+function nbdLayerOf(image: Image): NbdImage | null {
+  let layer = image;
+  while (layer.backing !== null) layer = layer.backing;
+  return layer instanceof NbdImage ? layer : null;
 }
 
 function sourceIsTarget(path: string): CowcatcherError {

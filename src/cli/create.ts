@@ -89,7 +89,7 @@ async function backingSize(
   backingFile: string,
   format: ImageFormat | undefined,
 ): Promise<number> {
-  const backing = await openImage(resolveBackingPath(path, backingFile), { format, readOnly: true });
+  const backing = await openImage(resolveBackingPath(path, backingFile, format), { format, readOnly: true });
   const { sizeBytes } = backing;
   await backing.close();
   return sizeBytes;

@@ -5,9 +5,10 @@
 import { fstatSync, statSync } from "node:fs";
 import { dirname, isAbsolute } from "node:path";
 import { CowcatcherError, ioError } from "../errors.js";
+import { type BackingLayer, hasProtocol, resolveBacking } from "../image/backing-name.js";
 import { sizeOf } from "../image/devicesize.js";
 import { closeFile, readFirstBytes, readFullySync } from "../image/fileio.js";
-import { isImageFormat, type ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../image/format.js";
 import { openImageFile } from "../image/imagefile.js";
 import { acquireImageLock } from "../image/locks.js";
 import { MAX_BACKING_DEPTH, openImage } from "../image/open.js";
@@ -57,7 +58,7 @@ async function describeChain(
   const layers: ImageInfoDocument[] = [];
   const seen = new Set<string>();
   for (let next: string | undefined = path, nextFormat = format; next !== undefined;) {
-    const identity = fileIdentity(next);
+    const identity = isNbdUri(next) ? next : fileIdentity(next);
     if (seen.has(identity)) throw chainError("FORMAT", next, "the backing chain comes back to this file");
     if (layers.length > MAX_BACKING_DEPTH) {
       throw chainError("LIMIT", path, `the backing chain is deeper than ${MAX_BACKING_DEPTH}`);
@@ -65,11 +66,20 @@ async function describeChain(
     seen.add(identity);
     const layer = await describeLayer(next, nextFormat, lock);
     layers.push(layer);
-    next = layer["full-backing-filename"];
-    const named = layer["backing-filename-format"];
-    nextFormat = named !== undefined && isImageFormat(named) ? named : undefined;
+    const below: BackingLayer | undefined = backingLayer(next, layer);
+    next = below?.kind === "nbd" ? below.uri : below?.path;
+    nextFormat = below?.format;
   }
   return layers;
+}
+
+function backingLayer(path: string, layer: ImageInfoDocument): BackingLayer | undefined {
+  const name = layer["backing-filename"];
+  if (name === undefined || name === "") return undefined;
+  const below = resolveBacking(path, name, layer["backing-filename-format"]);
+  const full = layer["full-backing-filename"];
+  // A path is shown as QEMU joins it.
+  return below.kind === "nbd" || full === undefined || hasProtocol(name) ? below : { ...below, path: full };
 }
 
 /** A missing file has none: opening it says so better. @throws CowcatcherError IO for a name that leads nowhere */
@@ -154,9 +164,9 @@ function specialData(header: Qcow2Header): Partial<FormatSpecificDocument> {
   return data;
 }
 
-/** As QEMU joins them: the image's folder and the name, with nothing taken out ("d/../a.qcow2"). */
+/** As QEMU joins them: the image's folder and the name, with nothing taken out ("d/../a.qcow2", "json:…"). */
 function backingPath(imagePath: string, name: string): string {
-  if (isNbdUri(name) || isAbsolute(name) || !imagePath.includes("/")) return name;
+  if (hasProtocol(name) || isAbsolute(name) || !imagePath.includes("/")) return name;
   const folder = dirname(imagePath);
   return folder === "/" ? `/${name}` : `${folder}/${name}`;
 }

@@ -6,16 +6,16 @@
 // its depth is bounded.
 
 import { closeSync, openSync } from "node:fs";
-import * as path from "node:path";
 import { CowcatcherError, ioError } from "../errors.js";
 import { openNbdImage } from "../nbd/device.js";
 import { isNbdUri } from "../nbd/uri.js";
+import { resolveBacking } from "./backing-name.js";
 import type { Image } from "./device.js";
 import { type ExternalData, fileIdentity, openExternalData } from "./external-data.js";
 import { closeFile, readFirstBytes, readFullySync } from "./fileio.js";
-import { type ImageFormat, isImageFormat } from "./format.js";
+import type { ImageFormat } from "./format.js";
 import { acquireImageLock } from "./locks.js";
-import { PROBE_BYTES, probeFormat } from "./probe.js";
+import { PROBE_BYTES, probeFormat, probeSignature } from "./probe.js";
 import { repairIfDirty } from "./qcow2/check.js";
 import { assertSupported, type Qcow2Header, readHeader } from "./qcow2/header.js";
 import { openQcow2 } from "./qcow2/image.js";
@@ -48,6 +48,7 @@ interface ChainState {
   direct: boolean;
   lock: boolean;
   backing: boolean;
+  isCancelled: (() => boolean) | undefined;
   /** "device:inode" of each file. */
   files: Set<string>;
 }
@@ -63,6 +64,7 @@ export async function openImage(imagePath: string, options: OpenOptions): Promis
     direct: options.direct ?? false,
     lock: options.lock ?? true,
     backing: options.backing ?? true,
+    isCancelled: options.isCancelled,
     files: new Set(),
   };
   return openLayer(imagePath, options.format, options.readOnly, chain, options.snapshot);
@@ -162,19 +164,46 @@ async function openBackingOf(
   chain: ChainState,
 ): Promise<Image | null> {
   if (header.backingFile === null || header.backingFile === "") return null;
-  const { backingFormat } = header;
-  if (backingFormat !== null && backingFormat !== "" && !isImageFormat(backingFormat)) {
-    throw unsupported(
-      overlayPath,
-      `its backing file has the format '${backingFormat}', which is not supported`,
-    );
-  }
-  const backingPath = resolveBackingPath(overlayPath, header.backingFile);
+  const layer = resolveBacking(overlayPath, header.backingFile, header.backingFormat);
+  const { format } = layer;
+  if (layer.kind === "nbd") return openNbdBacking(overlayPath, layer.uri, format, chain);
   try {
-    return await openLayer(backingPath, backingFormat || undefined, true, chain);
+    return await openLayer(layer.path, format, true, chain);
   } catch (error) {
-    throw asBackingError(overlayPath, backingPath, error);
+    throw asBackingError(overlayPath, layer.path, error);
   }
+}
+
+/** The end of a chain: an export is raw. Where nobody says so it must look like it, as QEMU would probe it. */
+async function openNbdBacking(
+  overlayPath: string,
+  uri: string,
+  format: ImageFormat | undefined,
+  { isCancelled }: ChainState,
+): Promise<Image> {
+  let image: Image | undefined;
+  try {
+    image = await openNbd(uri, { format, readOnly: true, isCancelled });
+    if (format === undefined) await assertLooksRaw(image);
+    return image;
+  } catch (error) {
+    await image?.close();
+    if (!(error instanceof CowcatcherError) || error.object !== uri) throw error;
+    const problem = `its backing file '${uri}': ${error.problem}`;
+    throw new CowcatcherError({ ...error.toDetails(), object: overlayPath, problem, cause: error });
+  }
+}
+
+async function assertLooksRaw(image: Image): Promise<void> {
+  const sector = new Uint8Array(Math.min(PROBE_BYTES, image.sizeBytes));
+  if (sector.length > 0) await image.read(sector, 0, sector.length, 0);
+  const found = probeSignature(sector);
+  if (found === "raw") return;
+  throw unsupported(
+    image.name,
+    `the export holds an image in the format '${found}', and the overlay does not name it raw`,
+    "export the disk and not its file, or say that it is raw with qemu-img rebase -u -F raw",
+  );
 }
 
 /** A missing backing file is no news without the image that asks for it. */
@@ -193,21 +222,17 @@ function asBackingError(overlayPath: string, backingPath: string, error: unknown
 }
 
 /**
- * Where a backing file name leads, by QEMU's rules: a name with a colon before any slash names a protocol; "file:"
- * is dropped; a relative name starts from the overlay's folder.
- * @throws CowcatcherError UNSUPPORTED for other protocols.
+ * The path of a new image's backing file, which is a local one: `backingFile` is the name that goes into its header.
+ * @throws CowcatcherError as resolveBacking; UNSUPPORTED for an NBD export.
  */
-export function resolveBackingPath(overlayPath: string, backingFile: string): string {
-  const protocol = /^([^/:]*):/.exec(backingFile)?.[1];
-  if (protocol !== undefined && protocol !== "file") {
-    throw unsupported(
-      overlayPath,
-      `its backing file is '${protocol}:…', and backing files must be local files`,
-      "copy the backing chain to local files first, for example with qemu-img convert",
-    );
-  }
-  const plainName = protocol === "file" ? backingFile.slice("file:".length) : backingFile;
-  return path.isAbsolute(plainName) ? plainName : path.join(path.dirname(overlayPath), plainName);
+export function resolveBackingPath(overlayPath: string, backingFile: string, format?: ImageFormat): string {
+  const layer = resolveBacking(overlayPath, backingFile, format ?? null);
+  if (layer.kind === "file") return layer.path;
+  throw unsupported(
+    overlayPath,
+    `a new image's backing file must be a local one, and '${layer.uri}' is an NBD export`,
+    "such an image is made with qemu-img create, and read here",
+  );
 }
 
 /** O_DIRECT would want aligned memory for these few bytes, so the file is opened a second time without it. */

@@ -137,7 +137,7 @@ describe("openImage", () => {
     });
   });
 
-  it.each(["nbd://host/disk", "json:{}", "rbd:pool/image"])(
+  it.each(["nbds://host/disk", 'json:{"driver":"rbd"}', "rbd:pool/image"])(
     "refuses the backing file %s by name",
     async (name) => {
       overlay("top.qcow2", name, "raw");
@@ -152,7 +152,7 @@ describe("openImage", () => {
     expect(resolveBackingPath("b.qcow2", "../c.raw")).toBe("../c.raw");
     expect(resolveBackingPath("/a/b.qcow2", "/x/c:d.raw")).toBe("/x/c:d.raw");
     expect(resolveBackingPath("/a/b.qcow2", "./c:d.raw")).toBe("/a/c:d.raw");
-    expect(resolveBackingPath("/a/b.qcow2", "file:c.raw")).toBe("/a/c.raw");
+    expect(resolveBackingPath("/a/b.qcow2", "file:/x/c.raw")).toBe("/x/c.raw");
     expect(() => resolveBackingPath("/a/b.qcow2", "c:d.raw")).toThrow("'c:…'");
   });
 
