@@ -19,11 +19,13 @@ import {
   quickCells,
   timelineCell,
   usualCells,
+  wholeBackupCells,
   type Cell,
 } from "./lib/guest-cells.js";
 import { aimsTable } from "./lib/guest-aims.js";
 import { guestTable, timelineChart, type CellResult } from "./lib/guest-report.js";
 import { measure, measureTimeline, type Measurement, type MeasureOptions } from "./lib/measure-guest.js";
+import { wholeBackupTable, type WholeBackup } from "./lib/whole-backup.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
 
 const HELP = `npm run bench:guest -- [options]
@@ -35,6 +37,7 @@ const HELP = `npm run bench:guest -- [options]
   --aims                 the cells of the project's aims, and whether they are met (5 rounds: 40 minutes)
   --all                  every combination, not only the usual ones (hours)
   --quick                one round, randwrite 32k on raw
+  --whole                instead of cells: the guest over whole buffered backups, against the seconds before T0
   --timeline SECONDS     length of the picture's run (45; with --quick or --aims 0: none)
   --backup-timeout N     seconds that a backup gets after the guest is done (120)
   --ends N               rounds in which backups run to their end; in later ones they are cancelled (all)
@@ -42,6 +45,8 @@ const HELP = `npm run bench:guest -- [options]
   --out DIR              results: guest.md, guest.json, guest.svg (bench/results)`;
 
 const TIMELINE_LEAD_SECONDS = 5;
+/** A whole backup of 1 GiB at 50 MiB/s, what comes before it, and some reserve. */
+const WHOLE_BACKUP_SECONDS = 29;
 
 const { values } = parseArgs({
   options: {
@@ -53,6 +58,7 @@ const { values } = parseArgs({
     aims: { type: "boolean", default: false },
     all: { type: "boolean", default: false },
     quick: { type: "boolean", default: false },
+    whole: { type: "boolean", default: false },
     timeline: { type: "string" },
     "backup-timeout": { type: "string", default: "120" },
     ends: { type: "string" },
@@ -91,6 +97,7 @@ async function bench(): Promise<number> {
     guestSeconds: Number(values.seconds),
     backupTimeoutSeconds: round < ends ? Number(values["backup-timeout"]) : 0,
   });
+  if (values.whole) return measureWholeBackups(results, rounds, options);
   const cellResults: CellResult[] = cells.map((cell) => ({
     name: cell.name,
     contestants: cell.contestants.map(({ name }) => ({ name, measurements: [] })),
@@ -141,6 +148,36 @@ function describe({ iops, p99Ms, longestMs, cpuSeconds, backupSeconds }: Measure
   const backup = backupSeconds === undefined ? "" : `, backup ${backupSeconds.toFixed(1)} s`;
   const latencies = `p99 ${p99Ms.toFixed(2)} ms, longest ${longestMs.toFixed(1)} ms`;
   return `${Math.round(iops)} IOPS, ${latencies}, CPU ${cpuSeconds.toFixed(1)} s${backup}`;
+}
+
+async function measureWholeBackups(
+  results: ResultFolder,
+  rounds: number,
+  options: (format: DiskFormat) => MeasureOptions,
+): Promise<number> {
+  const cells = filterCells(wholeBackupCells(), values.cell);
+  const found: WholeBackup[] = cells.flatMap((cell) =>
+    cell.contestants.map(({ name }) => ({ cell: cell.name, contestant: name, measurements: [] })),
+  );
+  for (let round = 0; round < rounds; round++) {
+    for (const cell of cells) {
+      for (const contestant of cell.contestants) {
+        const measurement = await measureTimeline(
+          cell,
+          contestant,
+          { ...options(cell.format), guestSeconds: WHOLE_BACKUP_SECONDS },
+          TIMELINE_LEAD_SECONDS,
+        );
+        const entry = found.find((each) => each.cell === cell.name && each.contestant === contestant.name);
+        entry?.measurements.push(measurement);
+        say(`  ${cell.name}: ${contestant.name}: ${describe(measurement)}`);
+      }
+    }
+  }
+  const table = wholeBackupTable(found);
+  results.write("guest-whole.json", found);
+  say(`\n${table}\n\n${results.write("guest-whole.md", `${table}\n`)}`);
+  return 0;
 }
 
 async function drawTimeline(results: ResultFolder, options: MeasureOptions): Promise<void> {

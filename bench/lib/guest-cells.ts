@@ -117,6 +117,15 @@ export function aimCells(): Cell[] {
   ];
 }
 
+/** Those of which `--whole` measures the backup from T0 to its end. */
+export function wholeBackupCells(): Cell[] {
+  return [
+    makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED),
+    makeCell(MAIN_PATTERN, "qcow2", SLOW, BUFFERED),
+    makeCell(SMALL_PATTERN, "raw", SLOW, BUFFERED),
+  ];
+}
+
 /** What a run without options measures: every pattern on the slow target, and the main one on the others too. */
 export function usualCells(): Cell[] {
   return allCells().filter(({ name, pattern, format, throttle, direct }) => {
