@@ -32,13 +32,14 @@ const MAX_LANES = 8;
 export default async function copy(task: CopyTask): Promise<CopyResult> {
   const { port } = task;
   try {
-    if (task.niceness > 0) libc?.setThreadNice(task.niceness);
     const shared = new SharedState(task.shared);
     const chunkBuffer = new Uint8Array(allocatePages(shared.geometry.chunkBytes, task.target.name));
     chunkBuffer.fill(0);
     prefault(shared, task.workerIndex, task.workerCount);
     send(port, { kind: "ready" });
     const [command] = (await once(port, "message")) as [WorkerCommand];
+    // Not before: a thread that waits for a processor in the middle of a page fault holds up whoever maps memory.
+    if (task.niceness > 0) libc?.setThreadNice(task.niceness);
     if (command.kind === "begin") await copyAll(task, shared, chunkBuffer, command.source);
     return {};
   } catch (error) {

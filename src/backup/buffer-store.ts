@@ -1,7 +1,6 @@
 // Memory of copy-before-write buffers, kept from job to job: it is prefaulted and in the cache, and allocating it
 // afresh for each job would leave the old one to the garbage collector while the new one is filled. Main thread.
 
-import { libc } from "../native/libc.js";
 import { allocatePages } from "../cow/page-memory.js";
 
 export interface BufferLease {
@@ -19,7 +18,7 @@ export class BufferStore {
   take(bytes: number): BufferLease {
     const fitting = this.#free.filter((memory) => memory.byteLength >= bytes && bytes > 0);
     fitting.sort((a, b) => a.byteLength - b.byteLength);
-    const memory = fitting[0] ?? allocateSlots(bytes);
+    const memory = fitting[0] ?? allocatePages(bytes, "--cow-buffer-size");
     this.#free = this.#free.filter((other) => other !== memory);
     let released = false;
     return {
@@ -32,11 +31,4 @@ export class BufferStore {
       },
     };
   }
-}
-
-/** Huge pages: a capture goes to memory that is not in the cache, and then a page-table walk for each 4 KiB shows. */
-function allocateSlots(bytes: number): SharedArrayBuffer {
-  const memory = allocatePages(bytes, "--cow-buffer-size");
-  libc?.adviseHugePages(memory);
-  return memory;
 }

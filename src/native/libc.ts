@@ -20,7 +20,6 @@ const FALLOC_FL_PUNCH_HOLE = 0x2;
 const FALLOC_FL_ZERO_RANGE = 0x10;
 const F_OFD_GETLK = 36;
 const F_OFD_SETLK = 37;
-const MADV_HUGEPAGE = 14;
 const PRIO_PROCESS = 0;
 export const F_RDLCK = 0;
 export const F_WRLCK = 1;
@@ -79,8 +78,6 @@ export interface Libc {
   fadvise(fd: number, offsetBytes: number, lengthBytes: number, advice: number): number;
   /** Non-blocking OFD lock or unlock (F_RDLCK, F_WRLCK, F_UNLCK) of bytes; -EAGAIN where another holder forbids it. */
   ofdLock(fd: number, type: number, startByte: number, lengthBytes: number): number;
-  /** Asks for huge pages under the buffer's whole pages of them; advice only: 0, or -errno. */
-  adviseHugePages(buffer: ArrayBufferLike): number;
   /** Niceness of the calling thread alone, 0 to 19 (Linux keeps it by thread): 0, or -errno. */
   setThreadNice(nice: number): number;
   /** Whether a lock of `type` could be taken: 0 yes, 1 no, or -errno. */
@@ -107,7 +104,6 @@ function bind(): Libc {
   const fallocate = declare("int fallocate64(int fd, int mode, int64_t offset, int64_t length)");
   const posixFadvise = declare("int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)");
   const memcpy = declare("uint64_t memcpy(uint64_t target, uint64_t source, uint64_t count)");
-  const madvise = declare("int madvise(uint64_t address, uint64_t length, int advice)");
   const setpriority = declare("int setpriority(int which, uint32_t who, int priority)");
   const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
 
@@ -165,7 +161,6 @@ function bind(): Libc {
       setFlock(type, startByte, lengthBytes);
       return orErrno(fcntl(fd, F_OFD_SETLK, flockAddress));
     },
-    adviseHugePages: (buffer) => orErrno(madvise(addressOf(buffer), buffer.byteLength, MADV_HUGEPAGE)),
     // "Process" 0 is the calling thread for the kernel, whatever POSIX says.
     setThreadNice: (nice) => orErrno(setpriority(PRIO_PROCESS, 0, nice)),
     ofdTest(fd, type, startByte, lengthBytes) {
