@@ -45,7 +45,7 @@ export interface Inflater {
   /**
    * Raw inflate of what `input` begins with; bytes after the end of the stream are not looked at.
    * @returns bytes written, all of the stream's.
-   * Fills `output` at most. @throws RangeError for damaged data.
+   * @throws RangeError for damaged data, or more of it than `output` holds.
    */
   readonly inflate: (input: Uint8Array, output: Uint8Array) => number;
   readonly close: () => void;
@@ -125,10 +125,9 @@ function bind(): Libz {
           stream.setInput(input, 0, input.length);
           stream.setOutput(output, 0, output.length);
           const result = inflate(stream.address, Z_FINISH);
-          // Decompression stops when it has produced a cluster, whether the stream ends there or not.
-          const isFull = result === Z_BUF_ERROR && stream.availOut === 0;
-          if (result === Z_STREAM_END || isFull) return output.length - stream.availOut;
-          throw new RangeError(result === Z_BUF_ERROR ? "it is cut short" : "zlib reports damaged data");
+          if (result === Z_STREAM_END) return output.length - stream.availOut;
+          if (result !== Z_BUF_ERROR) throw new RangeError("zlib reports damaged data");
+          throw new RangeError(stream.availOut === 0 ? "it goes on past its cluster" : "it is cut short");
         },
         close: () => void inflateEnd(stream.address),
       };
