@@ -239,6 +239,18 @@ describe("checkImage on damaged images", () => {
     expect((await expectAgreement()).corruptions).toBeGreaterThan(0);
   });
 
+  it("agrees on a file that one wild entry made huge", async () => {
+    create("cluster_size=4k");
+    qemuIo("write -P 1 0 8k");
+    const image = new Poker();
+    // Past all that the refcount table speaks of; and a leak in the last block that there is.
+    const wild = 2 ** 38;
+    image.set(image.l2At() + 8, BigInt(wild) | COPIED);
+    image.setRefcount16(2000, 1);
+    fs.truncateSync(file, wild + 4096);
+    expect(await expectAgreement()).toMatchObject({ corruptions: 2, leaks: 2 });
+  });
+
   it("agrees on a damaged snapshot's L1 table", async () => {
     create("cluster_size=64k");
     qemuIo("write -P 1 0 256k");

@@ -53,6 +53,12 @@ export class RefcountBlocks {
     return this.table.getUint32(index * 8) * 2 ** 32 + ((low & 0xfffffe00) >>> 0);
   }
 
+  /** The refcounts of the cluster's block are zeroes, as there is none. Nothing is read. */
+  isAbsent(cluster: number): boolean {
+    const index = Math.floor(cluster / this.clustersPerBlock);
+    return index >= this.entryCount || this.placeOf(index) === "none";
+  }
+
   /** Makes the cluster's block the current one. What lies past the end of the file reads as zeroes. */
   async load(cluster: number): Promise<void> {
     const index = Math.floor(cluster / this.clustersPerBlock);

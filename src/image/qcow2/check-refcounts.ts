@@ -85,8 +85,9 @@ export async function compareRefcounts(
   let highestCluster = 0;
   let wrongZeroCount = 0;
   for (let first = 0; first < hostClusterCount; first += blocks.clustersPerBlock) {
-    await blocks.load(first);
     const end = Math.min(first + blocks.clustersPerBlock, hostClusterCount);
+    if (blocks.isAbsent(first) && !state.mayRefer(first, end)) continue;
+    await blocks.load(first);
     for (let cluster = first; cluster < end; cluster++) {
       const refcount = blocks.get(cluster);
       const reference = references[cluster] ?? 0;

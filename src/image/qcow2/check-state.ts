@@ -1,5 +1,8 @@
 // What the phases of a check share: the file, the references counted so far, the findings, what may be repaired.
 //
+// A file may be huge and almost all hole (one wild offset that a guest wrote to is enough). Counters that nothing
+// touched take no memory, and the groups of clusters without any reference are known, so that nothing walks them.
+//
 // Memory: one counter for each host cluster of the file, 2 bytes (4 where refcounts are wider than 16 bits), and
 // one bit. MAX_HOST_CLUSTERS bounds that to about 1 GiB. Beside it one table is in memory at a time: an L1
 // table (32 MiB at most), the refcount table (8 MiB at most), an L2 table and a refcount block (a cluster each).
@@ -13,6 +16,8 @@ import type { Qcow2Header } from "./header.js";
 export const MAX_HOST_CLUSTERS = 2 ** 29;
 /** Messages kept; findings beyond are counted but not described. */
 export const MAX_MESSAGES = 1000;
+/** References are known to be none by groups of 2^16 host clusters. */
+const GROUP_BITS = 16;
 /** Overflows kept one by one. */
 const MAX_OVERFLOWS = 65536;
 const SECTOR_BYTES = 512;
@@ -57,6 +62,8 @@ export class CheckState {
   /** Host clusters that are looked at: the file's, and one more where a reference begins in the last of them. */
   hostClusterCount: number;
   private readonly referenceMax: number;
+  /** By group: 1 where a cluster may be referred to. */
+  private readonly referredGroups: Uint8Array;
   /** Clusters with more references than a refcount of this width can say; MAX_OVERFLOWS of them at most. */
   private readonly overflowed = new Set<number>();
 
@@ -81,6 +88,7 @@ export class CheckState {
     this.references = isNarrow
       ? new Uint16Array(this.hostClusterCount + 1)
       : new Uint32Array(this.hostClusterCount + 1);
+    this.referredGroups = new Uint8Array((this.hostClusterCount >>> GROUP_BITS) + 1);
     this.referenceMax = Math.min(2 ** (2 ** header.refcountOrder) - 1, 2 ** 32 - 1);
   }
 
@@ -136,6 +144,7 @@ export class CheckState {
     const last = Math.ceil(end / clusterSizeBytes);
     if (last > this.hostClusterCount) this.hostClusterCount = last;
     for (let cluster = first; cluster < last; cluster++) {
+      this.referredGroups[cluster >>> GROUP_BITS] = 1;
       const count = this.references[cluster] ?? 0;
       if (count < this.referenceMax) {
         this.references[cluster] = count + 1;
@@ -144,6 +153,14 @@ export class CheckState {
         if (this.overflowed.size < MAX_OVERFLOWS) this.overflowed.add(cluster);
       }
     }
+  }
+
+  /** Whether any of the host clusters [first, end) may be referred to; false is sure. */
+  mayRefer(first: number, end: number): boolean {
+    for (let group = first >>> GROUP_BITS; group <= (end - 1) >>> GROUP_BITS; group++) {
+      if (this.referredGroups[group] !== 0) return true;
+    }
+    return false;
   }
 
   /** Nothing else refers to the cluster. Where that is not known any more, the answer is no. */

@@ -98,11 +98,11 @@ class Placement {
   /** Blocks for all that is referred to, and a table for them; both refer to themselves, so it takes some rounds. */
   placeStructure(): void {
     const { clusterSizeBytes, references } = this.state;
-    for (let cluster = 0; cluster < this.fileClusters; cluster++) {
-      if (references[cluster] === 0) continue;
-      const index = Math.floor(cluster / this.clustersPerBlock);
-      this.placeBlock(index);
-      cluster = (index + 1) * this.clustersPerBlock - 1;
+    for (let first = 0; first < this.fileClusters; first += this.clustersPerBlock) {
+      const end = Math.min(first + this.clustersPerBlock, this.fileClusters);
+      if (!this.state.mayRefer(first, end)) continue;
+      if (references.subarray(first, end).every((count) => count === 0)) continue;
+      this.placeBlock(first / this.clustersPerBlock);
     }
     for (;;) {
       this.placeBlocksOfAdded();
