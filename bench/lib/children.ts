@@ -31,6 +31,12 @@ export interface ChildResult {
   stderr: string;
 }
 
+/** With it any Node program reads certificates before it begins, 40 ms of a start that is none of ours. */
+function withoutExtraCertificates(env: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
+  const { NODE_EXTRA_CA_CERTS: _unused, ...rest } = env;
+  return rest;
+}
+
 export class Child {
   readonly process: ChildProcess;
   /** Settles when it has ended and its output is complete; never rejects once started. */
@@ -44,7 +50,8 @@ export class Child {
     args: readonly string[],
     options: SpawnOptions = {},
   ) {
-    this.process = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"], ...options });
+    const env = withoutExtraCertificates(options.env ?? process.env);
+    this.process = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"], ...options, env });
     children.add(this);
     this.process.stdout?.setEncoding("utf8").on("data", (text: string) => {
       this.stdout = (this.stdout + text).slice(-KEPT_OUTPUT_CHARACTERS);

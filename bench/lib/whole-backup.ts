@@ -1,11 +1,14 @@
-// The guest over a whole backup: what it did from T0 to the backup's end, against the seconds before T0 of the same
-// run, so that a machine whose speed drifts falls on both alike.
+// The guest over a whole backup: what it did from T0 to the backup's end, against the seconds after the end of the same
+// run, so that a machine whose speed drifts falls on both alike. Not against those before T0: in them caches fill, code
+// is compiled, and the job allocates its buffer.
 
 import type { Measurement } from "./measure-guest.js";
 import { formatFigure, markdownTable, median } from "./statistics.js";
 
-/** Of the seconds before T0: the first ones, in which caches fill and code is compiled, do not count. */
-const WARM_UP_SECONDS = 2;
+/** After the end the target is still synced and the pool taken down. */
+const SETTLE_SECONDS = 1;
+/** Less of a reference says nothing. */
+const MIN_REFERENCE_SECONDS = 3;
 
 export interface WholeBackup {
   cell: string;
@@ -14,16 +17,18 @@ export interface WholeBackup {
 }
 
 interface Share {
-  iopsBefore: number;
   iopsDuring: number;
+  iopsAfter: number;
 }
 
 /** NaN where the backup did not end within the run. */
 function shareOf({ series, marks }: Measurement): Share {
   const [start = NaN, end = NaN] = marks;
+  const from = end + SETTLE_SECONDS;
+  const last = series.at(-1)?.seconds ?? NaN;
   return {
-    iopsBefore: meanIops(series, WARM_UP_SECONDS, start),
     iopsDuring: meanIops(series, start, end),
+    iopsAfter: last - from >= MIN_REFERENCE_SECONDS ? meanIops(series, from, last) : NaN,
   };
 }
 
@@ -45,11 +50,11 @@ export function wholeBackupTable(results: readonly WholeBackup[]): string {
     const shares = measurements.map(shareOf);
     return [
       `${cell}: ${contestant}`,
-      formatFigure(median(shares.map(({ iopsBefore }) => iopsBefore))),
       formatFigure(median(shares.map(({ iopsDuring }) => iopsDuring))),
-      formatFigure(median(shares.map(({ iopsBefore, iopsDuring }) => iopsDuring / iopsBefore))),
+      formatFigure(median(shares.map(({ iopsAfter }) => iopsAfter))),
+      formatFigure(median(shares.map(({ iopsDuring, iopsAfter }) => iopsDuring / iopsAfter))),
       formatFigure(median(measurements.map(({ backupSeconds }) => backupSeconds ?? NaN))),
     ];
   });
-  return markdownTable(["", "IOPS before T0", "IOPS from T0 to the end", "ratio", "backup s"], rows);
+  return markdownTable(["", "IOPS from T0 to the end", "IOPS afterwards", "ratio", "backup s"], rows);
 }
