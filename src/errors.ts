@@ -90,6 +90,17 @@ const ERRNO_TEXT: Record<string, string> = {
   EADDRINUSE: "address in use",
   ECONNREFUSED: "connection refused",
   ENOMEM: "out of memory",
+  ELOOP: "too many symbolic links",
+  ENAMETOOLONG: "the name is too long",
+  ETXTBSY: "the file is being executed",
+  EBUSY: "in use",
+  EADDRNOTAVAIL: "this machine does not have the address",
+  ENOTFOUND: "no such host",
+  ECONNRESET: "the other side ended the connection",
+  EPIPE: "the other side ended the connection",
+  ETIMEDOUT: "no answer in time",
+  EHOSTUNREACH: "no way to that host",
+  ENETUNREACH: "no way to that network",
 };
 
 /**

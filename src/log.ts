@@ -25,6 +25,8 @@ export interface LogSettings {
 }
 
 const STDERR_FD = 2;
+/** What a log that cannot be written may hold back; more is dropped. */
+const MAX_UNWRITTEN_BYTES = 1024 * 1024;
 
 /** @throws CowcatcherError IO or NOT_FOUND, naming the file, if it cannot be opened. */
 export function createLogger({ level, file }: LogSettings): Logger {
@@ -49,7 +51,13 @@ export function createLogger({ level, file }: LogSettings): Logger {
 function openLogger(level: LogLevel, file: string | undefined): PinoLogger {
   const { pino } = createRequire(import.meta.url)("pino") as typeof import("pino");
   try {
-    const destination = pino.destination({ dest: file ?? STDERR_FD, sync: true });
+    const destination = pino.destination({
+      dest: file ?? STDERR_FD,
+      sync: true,
+      maxLength: MAX_UNWRITTEN_BYTES,
+    });
+    // A log that cannot be written, its disk being full or its reader gone, must not end what it is about.
+    destination.on("error", () => undefined);
     return pino({ name: "cowcatcher", level }, destination);
   } catch (cause) {
     throw ioError("open the log", file ?? "stderr", cause);

@@ -4,8 +4,9 @@
 // connect. A file that is left over from a server that is gone (a connection is refused) is replaced; one that
 // answers, or that is no socket, is left alone. Main thread only: the umask is the process's.
 
-import { lstatSync, unlinkSync } from "node:fs";
+import { existsSync, lstatSync, unlinkSync } from "node:fs";
 import { connect, type Server } from "node:net";
+import { dirname } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "./errors.js";
 
 /** sun_path holds 108 bytes with the final NUL; longer ones would be cut silently. */
@@ -33,12 +34,26 @@ export async function listenAtPath(
   try {
     await bind(server, path, options);
   } catch (cause) {
+    refuseMissingFolder(path, cause);
     if (errnoOf(cause) !== "EADDRINUSE") throw ioError("listen on", path, cause);
     await removeStaleSocket(path);
     await bind(server, path, options).catch((again: unknown) => {
       throw ioError("listen on", path, again);
     });
   }
+}
+
+/** libuv calls a folder that is not there EACCES, as Windows does. */
+function refuseMissingFolder(path: string, cause: unknown): void {
+  const folder = dirname(path);
+  if (errnoOf(cause) !== "EACCES" || existsSync(folder)) return;
+  throw new CowcatcherError({
+    code: "NOT_FOUND",
+    object: path,
+    problem: `the folder ${folder} does not exist`,
+    hint: "create it first",
+    cause,
+  });
 }
 
 function bind(server: Server, path: string, { mode, backlog }: UnixSocketOptions): Promise<void> {

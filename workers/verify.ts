@@ -12,8 +12,9 @@ import {
   type VerifyResult,
   type VerifyTask,
 } from "../src/backup/verify-task.js";
+import { bootIsOver } from "../src/backup/thread-boots.js";
 import { ClusterDigests } from "../src/cow/digests.js";
-import { allocatePages } from "../src/cow/page-memory.js";
+import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING } from "../src/cow/shared.js";
 import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/errors.js";
 import type { SourceReader } from "../src/image/device.js";
@@ -25,6 +26,8 @@ import { libc, POSIX_FADV_DONTNEED } from "../src/native/libc.js";
 import { roundUp } from "../src/units.js";
 
 const QCOW2_SECTOR_BYTES = 512;
+
+bootIsOver();
 
 export default async function verify(task: VerifyTask): Promise<VerifyResult> {
   const checker = new Checker(task);
@@ -113,7 +116,7 @@ class Checker {
     this.#task = task;
     this.#control = new Int32Array(task.control);
     this.#digests = new ClusterDigests(task.digests);
-    this.#chunk = new Uint8Array(allocatePages(task.geometry.chunkBytes, task.name));
+    this.#chunk = keptPages(0, task.geometry.chunkBytes, task.name);
   }
 
   async checkAll(reader: SourceReader): Promise<void> {

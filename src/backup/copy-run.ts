@@ -9,12 +9,11 @@
 
 import { setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
-import { Piscina } from "piscina";
+import type { Piscina } from "piscina";
 import { geometryOf, type Geometry, BLOCK_BYTES } from "../cow/geometry.js";
 import {
+  type AllocateTable,
   CNT_DONE_BYTES,
-  CNT_RATE_LIMIT,
-  CNT_RATE_NEXT_NS,
   CNT_WRITTEN_BYTES,
   createSharedState,
   CTL_IGNORED_ERRORS,
@@ -26,46 +25,39 @@ import {
   RUN_RUNNING,
   type SharedState,
 } from "../cow/shared.js";
+import { changeLimit } from "../cow/throttle.js";
 import { CowcatcherError, messageOf } from "../errors.js";
 import type { SourceDescription } from "../image/device.js";
 import type { Target } from "../target/target.js";
 import type { ExtentMap } from "../nbd/extent-map.js";
 import { markClean } from "./incremental.js";
+import { createCopyPool } from "./copy-pool.js";
+import type { CopyThreads } from "./copy-threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 import { RateMeter } from "./rate-meter.js";
 import { openSpillFile, type OpenSpill } from "./spill-file.js";
 
-const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
 /** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
 const LIVE_WORKER_NICENESS = 10;
 export const ABORT_GRACE_MS = 2_000;
-/** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
-export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
-
-/** Threads that boot while the caller still opens what they are to copy. */
-export function createCopyPool(workerCount: number): Piscina {
-  return new Piscina({
-    filename: WORKER_FILE.href,
-    minThreads: workerCount,
-    maxThreads: workerCount,
-    concurrentTasksPerWorker: 1,
-    resourceLimits: WORKER_HEAP,
-    recordTiming: false,
-  });
-}
-
 export interface CopyRunOptions {
   job: JobOptions;
   /** Of `job.workerCount` threads; becomes the run's, which ends it. Made by the run where undefined. */
   pool?: Piscina | undefined;
+  /** Where the run has its pool from instead, and gives it back to if all threads are fit for another job. */
+  threads?: CopyThreads | undefined;
+  /** Gives the tables; see table-store.ts. Plain memory where undefined. */
+  allocateTable?: AllocateTable | undefined;
   target: Target;
   sizeBytes: number;
   sourceClusterBytes: number;
   /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
   slots: SharedArrayBuffer;
   bufferBytes: number;
+  /** `slots` have not been touched by a job before. */
+  slotsAreNew?: boolean | undefined;
   live: boolean;
   /** Most workers that the source is fit for; undefined: any number. */
   workerLimit?: number | undefined;
@@ -88,9 +80,12 @@ export class CopyRun {
   readonly #ports: MessagePort[] = [];
   readonly #rate = new RateMeter();
   #firstError: CowcatcherError | undefined;
+  /** What a worker gave up with because another one had failed, whose own error may arrive later. */
+  #consequence: CowcatcherError | undefined;
   #startMs = 0;
   #endMs: number | undefined;
   #begun = false;
+  #leftBehind = false;
   #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
 
   private constructor(options: CopyRunOptions, shared: SharedState, spill: OpenSpill | null) {
@@ -103,9 +98,10 @@ export class CopyRun {
     this.#settle = { resolve, reject };
     // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
     promise.catch(() => {});
-    this.#pool = options.pool ?? createCopyPool(options.job.workerCount);
+    const { pool, threads, job, slotsAreNew } = options;
+    this.#pool = pool ?? threads?.take(job.workerCount, slotsAreNew) ?? createCopyPool(job.workerCount);
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
-    this.#pool.on("error", (error: unknown) => this.abort(workerError(error)));
+    this.#pool.on("error", this.#onPoolError);
   }
 
   /**
@@ -115,10 +111,10 @@ export class CopyRun {
    */
   static async prepare(given: CopyRunOptions): Promise<CopyRun> {
     const options = withinLimits(given);
-    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live } = options;
+    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live, allocateTable } = options;
     if (job.verify) checkReadable(target);
     const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
-    const shared = createSharedState(geometry, slots, bufferBytes, job.verify);
+    const shared = createSharedState(geometry, slots, bufferBytes, job.verify, allocateTable);
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
     const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
     if (options.dirty) markClean(shared, options.dirty);
@@ -191,23 +187,55 @@ export class CopyRun {
       tasks.map(async (task) => {
         try {
           const { error, stack } = await task;
-          if (error) this.abort(new CowcatcherError({ ...error, cause: stack }));
+          if (error) this.#workerFailed(new CowcatcherError({ ...error, cause: stack }));
+          return true;
         } catch (error) {
           this.abort(workerError(error));
+          return false;
         }
       }),
     );
-    await Promise.race([all, this.#abandoned]);
+    const areAlive = await Promise.race([all, this.#abandoned]);
+    this.#leftBehind = areAlive === undefined;
+    if (this.#consequence !== undefined) this.abort(this.#consequence);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();
-    // Settles when the threads are gone, which for one that sits in a system call may be never. After an offline copy
-    // that went well nothing of theirs is used again, and the process need not wait for them.
-    const destroyed = this.#pool.destroy().catch(() => {});
-    if (this.#options.live || this.#firstError)
-      await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    await this.#endThreads(areAlive?.every(Boolean) ?? false);
     void all.then(() => this.spill?.close());
     if (this.#firstError) this.#settle.reject(this.#firstError);
     else this.#settle.resolve();
+  }
+
+  async #endThreads(areFit: boolean): Promise<void> {
+    const { threads, live } = this.#options;
+    if (areFit && threads !== undefined) {
+      this.#pool.off("error", this.#onPoolError);
+      threads.giveBack(this.#pool);
+      return;
+    }
+    // Settles when the threads are gone, which for one that sits in a system call may be never. After an offline copy
+    // that went well nothing of theirs is used again, and the process need not wait for them.
+    const destroyed = this.#pool.destroy().catch(() => {});
+    if (live || this.#firstError)
+      await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+  }
+
+  readonly #onPoolError = (error: unknown): void => this.abort(workerError(error));
+
+  /** After `ended`: a worker may still touch the shared tables, some time later. */
+  get leftBehind(): boolean {
+    return this.#leftBehind;
+  }
+
+  /** A worker that fails ends the others' waits by itself; they may be here before it, and are not the cause. */
+  #workerFailed(error: CowcatcherError): void {
+    if (error.code !== "CANCELLED") {
+      this.abort(error);
+      return;
+    }
+    if (this.#firstError !== undefined || this.#consequence !== undefined) return;
+    this.#consequence = error;
+    setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
   }
 
   #giveUp: () => void = () => {};
@@ -258,8 +286,7 @@ export class CopyRun {
 
   /** Bytes a second to the target from now on; 0: no limit. */
   setSpeed(bytesPerSecond: number): void {
-    Atomics.store(this.shared.counters, CNT_RATE_LIMIT, BigInt(Math.floor(bytesPerSecond)));
-    Atomics.store(this.shared.counters, CNT_RATE_NEXT_NS, 0n);
+    changeLimit(this.shared.counters, bytesPerSecond);
     Atomics.notify(this.shared.control, CTL_RUN);
   }
 

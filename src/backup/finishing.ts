@@ -4,6 +4,7 @@
 import type { SharedState } from "../cow/shared.js";
 import type { CowcatcherError } from "../errors.js";
 import type { Target } from "../target/target.js";
+import type { CopyThreads } from "./copy-threads.js";
 import type { JobOptions } from "./options.js";
 import { VerifyRun } from "./verify-run.js";
 
@@ -11,6 +12,7 @@ export class Finishing {
   readonly #target: Target;
   readonly #job: JobOptions;
   readonly #shared: SharedState;
+  readonly #threads: CopyThreads | undefined;
   #check: VerifyRun | null = null;
   #cancelled: CowcatcherError | undefined;
   #named = false;
@@ -20,10 +22,12 @@ export class Finishing {
     this.#giveUp = reject;
   });
 
-  constructor(target: Target, job: JobOptions, shared: SharedState) {
+  /** @param threads whose the check's threads are; its own where undefined. */
+  constructor(target: Target, job: JobOptions, shared: SharedState, threads?: CopyThreads) {
     this.#target = target;
     this.#job = job;
     this.#shared = shared;
+    this.#threads = threads;
     this.#givenUp.catch(() => {});
   }
 
@@ -58,6 +62,7 @@ export class Finishing {
       name,
       format: description.format === "nbd" ? "raw" : description.format,
       direct: description.direct,
+      threads: this.#threads,
       workerCount: Math.min(this.#job.workerCount, this.#target.workerLimit ?? Infinity),
     });
     await this.#check.ended;

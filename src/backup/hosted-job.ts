@@ -2,15 +2,19 @@
 
 import type { DiskNode } from "../cow/disk-node.js";
 import type { BufferStore } from "./buffer-store.js";
+import type { CopyThreads } from "./copy-threads.js";
 import type { BackupJob, JobStatus } from "./host.js";
 import type { JobOptions } from "./options.js";
 import type { SnapshotPublisher } from "./snapshot.js";
+import type { TableStore } from "./table-store.js";
 
 export interface HostedJobParts {
   id: string;
   node: DiskNode;
   options: JobOptions;
   buffers: BufferStore;
+  tables: TableStore;
+  threads: CopyThreads;
   /** Undefined where nothing could offer a T0 view. */
   publisher?: SnapshotPublisher | undefined;
   /** Called synchronously at each change of status. */

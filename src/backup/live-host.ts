@@ -2,12 +2,17 @@
 
 import { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
+import type { NbdPlace } from "../nbd/place.js";
 import { BufferStore } from "./buffer-store.js";
+import { CopyThreads } from "./copy-threads.js";
 import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "./host.js";
 import type { HostedJob } from "./hosted-job.js";
 import { LiveJob } from "./live-job.js";
 import type { SnapshotPublisher } from "./snapshot.js";
 import { SnapshotJob } from "./snapshot-job.js";
+import { TableStore } from "./table-store.js";
+import { type TargetClaim, TargetClaims } from "./target-claims.js";
+import type { InUse } from "./target-guard.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
 const MAX_JOBS = 64;
@@ -19,6 +24,10 @@ export class LiveHost implements JobHost {
   readonly #reserved = new Set<string>();
   readonly #listeners = new Set<JobStatusListener>();
   readonly #buffers = new BufferStore();
+  readonly #tables = new TableStore();
+  readonly #threads = new CopyThreads();
+  readonly #targets = new TargetClaims();
+  #places: readonly NbdPlace[] = [];
   readonly #onQuit: () => void;
   readonly #publisher: SnapshotPublisher | undefined;
   #closing = false;
@@ -29,6 +38,11 @@ export class LiveHost implements JobHost {
     this.#onQuit = onQuit;
     this.#publisher = publisher;
     process.on("exit", this.#atExit);
+  }
+
+  /** Tells where this process serves its disks: an export of its own is no target. */
+  listensAt(places: readonly NbdPlace[]): void {
+    this.#places = places;
   }
 
   disks(): readonly DiskInfo[] {
@@ -48,7 +62,9 @@ export class LiveHost implements JobHost {
   async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
     const reservations = this.#reserve(requests);
     const prepared: HostedJob[] = [];
+    const claims: TargetClaim[] = [];
     try {
+      for (const request of requests) claims.push(await this.#targets.claim(request, this.#inUseBy(request)));
       for (const { id, disk, options } of requests) {
         const Job = options.sync === "none" ? SnapshotJob : LiveJob;
         prepared.push(
@@ -57,27 +73,39 @@ export class LiveHost implements JobHost {
             node: this.#node(disk),
             options,
             buffers: this.#buffers,
+            tables: this.#tables,
+            threads: this.#threads,
             publisher: this.#publisher,
             onStatus: (job, status) => this.#changed(job, status),
           }),
         );
       }
       const nodes = requests.map(({ disk }) => this.#node(disk));
-      await DiskNode.quiesceAll(nodes, () => {
+      const step = (): void => {
         this.#refuseIfClosing();
         for (const job of prepared) job.checkReady();
         for (const job of prepared) this.#jobs.set(job.id, job);
         for (const job of prepared) this.#changed(job, "created");
         for (const job of prepared) job.start();
-      });
+      };
+      const limitMs = Math.min(...requests.map(({ options }) => options.guestTimeoutMs));
+      await DiskNode.quiesceAll(nodes, step, limitMs);
+      for (const [index, job] of prepared.entries()) void job.concluded.then(() => claims[index]?.release());
       return prepared;
     } catch (error) {
       for (const job of prepared) job.cancel();
       await Promise.all(prepared.map((job) => this.#undo(job)));
+      await Promise.all(claims.map((claim) => claim.release()));
       throw error;
     } finally {
       for (const name of reservations) this.#reserved.delete(name);
     }
+  }
+
+  /** What the target must not be, nor be built on. */
+  #inUseBy({ disk }: BackupRequest): InUse {
+    const images = [...this.#nodes].map(([name, { image }]) => ({ image, isSource: name === disk }));
+    return { images, listeners: this.#places };
   }
 
   /** One of the group could not start: the others, started or not, end without a trace. */
@@ -166,6 +194,7 @@ export class LiveHost implements JobHost {
     const jobs = [...this.#jobs.values()];
     for (const job of jobs) job.cancel();
     await Promise.all(jobs.filter((job) => isActive(job.status)).map((job) => job.concluded));
+    this.#threads.close();
     process.removeListener("exit", this.#atExit);
   }
 

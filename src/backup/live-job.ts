@@ -15,7 +15,6 @@ import type { FrozenSource } from "../image/device.js";
 import { createTarget } from "../target/create.js";
 import type { Target } from "../target/target.js";
 import { roundUp } from "../units.js";
-import { checkBacking } from "./backing-check.js";
 import { CopyRun } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
 import type { JobStatus, SnapshotInfo } from "./host.js";
@@ -24,6 +23,7 @@ import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 import type { BufferLease } from "./buffer-store.js";
 import { Snapshot } from "./snapshot.js";
+import type { TableLease } from "./table-store.js";
 
 export class LiveJob implements HostedJob {
   readonly id: string;
@@ -38,6 +38,7 @@ export class LiveJob implements HostedJob {
   readonly #target: Target;
   readonly #run: CopyRun;
   readonly #lease: BufferLease;
+  readonly #tables: TableLease;
   /** The T0 view beside the backup, if the server offers one. */
   readonly #snapshot: Snapshot | null;
   #interceptor: Interceptor | null = null;
@@ -51,6 +52,7 @@ export class LiveJob implements HostedJob {
     target: Target,
     run: CopyRun,
     lease: BufferLease,
+    tables: TableLease,
     snapshot: Snapshot | null,
   ) {
     this.id = parts.id;
@@ -61,6 +63,7 @@ export class LiveJob implements HostedJob {
     this.#target = target;
     this.#run = run;
     this.#lease = lease;
+    this.#tables = tables;
     this.#snapshot = snapshot;
     this.concluded = new Promise((resolve) => {
       this.#markConcluded = resolve;
@@ -69,8 +72,7 @@ export class LiveJob implements HostedJob {
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<LiveJob> {
-    const { options, node, buffers, publisher } = parts;
-    await checkBacking({ ...options, path: options.target });
+    const { options, node, buffers, publisher, threads } = parts;
     const target = await createTarget({
       path: options.target,
       format: options.targetFormat,
@@ -84,12 +86,13 @@ export class LiveJob implements HostedJob {
       targetRetries: options.targetRetries,
     });
     let lease: BufferLease | undefined;
+    const tables = parts.tables.lease();
     let snapshot: Snapshot | null = null;
     try {
       const bufferBytes = bufferSizeOf(options, node, target);
       lease = buffers.take(bufferBytes);
       // Its loss is its readers' business: the backup goes on.
-      const viewParts = { node, options, buffers, publisher, onBroken: () => {} };
+      const viewParts = { node, options, buffers, tables: parts.tables, publisher, onBroken: () => {} };
       if (options.snapshotExport) snapshot = await Snapshot.prepare(viewParts);
       const run = await CopyRun.prepare({
         job: options,
@@ -98,11 +101,14 @@ export class LiveJob implements HostedJob {
         sourceClusterBytes: node.clusterSizeBytes,
         slots: lease.memory,
         bufferBytes,
+        slotsAreNew: lease.isNew,
+        allocateTable: tables.allocate,
+        threads,
         live: true,
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
       });
-      const job: LiveJob = new LiveJob(parts, target, run, lease, snapshot);
+      const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot);
       return job;
     } catch (error) {
       await snapshot?.end();
@@ -148,8 +154,13 @@ export class LiveJob implements HostedJob {
     await this.#run.ended.catch(() => {});
     await this.#snapshot?.end();
     this.#frozen?.release();
-    this.#lease.release();
+    this.#releaseMemory();
     await this.#target.abort();
+  }
+
+  #releaseMemory(): void {
+    this.#lease.release();
+    if (!this.#run.leftBehind) this.#tables.release();
   }
 
   async #watch(): Promise<void> {
@@ -158,7 +169,7 @@ export class LiveJob implements HostedJob {
       // Cancelled when the last chunk was written and the threads were on their way out.
       if (this.status === "aborting") throw this.error ?? this.#cancelled();
       this.#detach();
-      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared);
+      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared, this.#parts.threads);
       this.#setStatus("waiting");
       this.#setStatus("pending");
       await this.#finishing.run();
@@ -171,7 +182,7 @@ export class LiveJob implements HostedJob {
     await this.#interceptor?.idle();
     await this.#snapshot?.end();
     this.#frozen?.release();
-    this.#lease.release();
+    this.#releaseMemory();
     this.#setStatus("concluded");
     this.#markConcluded();
   }

@@ -1,18 +1,19 @@
 // A backup of an image that no one writes, and `restore`: the same pool without an interceptor. Main thread.
 
 import type { Piscina } from "piscina";
-import { CowcatcherError } from "../errors.js";
+import type { CowcatcherError } from "../errors.js";
 import type { Image } from "../image/device.js";
 import { openImage } from "../image/open.js";
 import type { ImageFormat } from "../image/format.js";
 import { NbdImage } from "../nbd/device.js";
 import { createTarget } from "../target/create.js";
-import { sameFile } from "../target/destination.js";
-import { checkBacking } from "./backing-check.js";
-import { CopyRun, createCopyPool } from "./copy-run.js";
+import { openBacking } from "./backing-check.js";
+import { dropCopyPool, takeCopyPool } from "./copy-pool.js";
+import { CopyRun } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
+import { refuseImageAsTarget } from "./target-guard.js";
 
 export interface OfflineCopyRequest {
   source: string;
@@ -40,11 +41,11 @@ export interface OfflineCopy {
 
 /** @throws CowcatcherError when source or target cannot be opened; later failures are `ended`'s. */
 export async function startOfflineCopy(request: OfflineCopyRequest): Promise<OfflineCopy> {
-  const pool = createCopyPool(request.job.workerCount);
+  const pool = takeCopyPool(request.job.workerCount);
   try {
     return await startWithPool(request, pool);
   } catch (error) {
-    void pool.destroy().catch(() => {});
+    dropCopyPool(pool);
     throw error;
   }
 }
@@ -59,13 +60,14 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     isCancelled: request.isCancelled,
     snapshot: request.snapshot,
   });
+  let backing: Image | null = null;
   try {
     const job: JobOptions = { ...request.job, targetFormat: request.job.targetFormat ?? image.format };
-    if (job.target !== "null:" && (await sameFile(source, job.target))) throw sourceIsTarget(job.target);
+    await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
     // Before the workers connect: a server may take one connection at a time.
     const remote = nbdLayerOf(image);
     await remote?.handOver();
-    await checkBacking({ ...job, path: job.target });
+    backing = await openBacking({ ...job, path: job.target });
     const target = await createTarget({
       ...job,
       path: job.target,
@@ -98,6 +100,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         } finally {
           await target.abort();
           frozen.release();
+          await backing?.close();
           await image.close();
         }
       };
@@ -116,6 +119,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
       throw error;
     }
   } catch (error) {
+    await backing?.close();
     await image.close();
     throw error;
   }
@@ -126,13 +130,4 @@ function nbdLayerOf(image: Image): NbdImage | null {
   let layer = image;
   while (layer.backing !== null) layer = layer.backing;
   return layer instanceof NbdImage ? layer : null;
-}
-
-function sourceIsTarget(path: string): CowcatcherError {
-  return new CowcatcherError({
-    code: "USAGE",
-    object: path,
-    problem: "is source and target at once",
-    hint: "choose another target",
-  });
 }

@@ -11,7 +11,8 @@ export type OnBufferFull = (typeof ON_BUFFER_FULL)[number];
 export const ON_CBW_ERROR = ["break-snapshot", "break-guest-write"] as const;
 export type OnCbwError = (typeof ON_CBW_ERROR)[number];
 export const ON_IO_ERROR = ["report", "ignore", "stop"] as const;
-export type OnIoError = (typeof ON_IO_ERROR)[number];
+/** `enospc`, which only the control socket has: stop where there is no space left, else report. */
+export type OnIoError = (typeof ON_IO_ERROR)[number] | "enospc";
 /** `none`: nothing is copied; the job only keeps the disk's T0 view readable (snapshot-job.ts). */
 export const SYNC_MODES = ["full", "none"] as const;
 export type SyncMode = (typeof SYNC_MODES)[number];

@@ -43,11 +43,12 @@ export class SnapshotJob implements HostedJob {
   /** @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<SnapshotJob> {
     refuseOptions(parts.options);
-    const { node, options, buffers, publisher } = parts;
+    const { node, options, buffers, tables, publisher } = parts;
     const snapshot = await Snapshot.prepare({
       node,
       options,
       buffers,
+      tables,
       publisher,
       onBroken: (error) => job.#end(error),
     });

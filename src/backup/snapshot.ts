@@ -20,6 +20,7 @@ import { CowcatcherError } from "../errors.js";
 import type { BlockDevice } from "../image/device.js";
 import { MiB, roundUp } from "../units.js";
 import type { BufferLease, BufferStore } from "./buffer-store.js";
+import type { TableLease, TableStore } from "./table-store.js";
 import type { SnapshotInfo } from "./host.js";
 import { JOB_DEFAULTS, type JobOptions } from "./options.js";
 import { openSpillFile, type OpenSpill } from "./spill-file.js";
@@ -37,6 +38,7 @@ export interface SnapshotParts {
   node: DiskNode;
   options: JobOptions;
   buffers: BufferStore;
+  tables: TableStore;
   publisher: SnapshotPublisher | undefined;
   /** The snapshot is lost; called once, when the guest goes on already. */
   onBroken(error: CowcatcherError): void;
@@ -57,6 +59,7 @@ export class Snapshot {
   readonly #publisher: SnapshotPublisher;
   readonly #shared: SharedState;
   readonly #lease: BufferLease;
+  readonly #tables: TableLease;
   readonly #spill: OpenSpill | null;
   #interceptor: Interceptor | undefined;
   #device: SnapshotDevice | undefined;
@@ -68,12 +71,14 @@ export class Snapshot {
     publisher: SnapshotPublisher,
     shared: SharedState,
     lease: BufferLease,
+    tables: TableLease,
     spill: OpenSpill | null,
   ) {
     this.#parts = parts;
     this.#publisher = publisher;
     this.#shared = shared;
     this.#lease = lease;
+    this.#tables = tables;
     this.#spill = spill;
     this.info = { exportName: snapshotNameOf(parts.node.nodeName), error: undefined };
   }
@@ -90,14 +95,22 @@ export class Snapshot {
     }
     const bufferBytes = bufferSizeOf(options);
     const lease = buffers.take(bufferBytes);
+    const tables = parts.tables.lease();
     try {
-      const shared = createSharedState(geometryOf(node.sizeBytes), lease.memory, bufferBytes);
+      const shared = createSharedState(
+        geometryOf(node.sizeBytes),
+        lease.memory,
+        bufferBytes,
+        false,
+        tables.allocate,
+      );
       await prefault(shared);
       const spills = options.onBufferFull === "spill";
       const spill = spills ? await openSpillFile(options.spillDir, options.target) : null;
-      return new Snapshot(parts, publisher, shared, lease, spill);
+      return new Snapshot(parts, publisher, shared, lease, tables, spill);
     } catch (error) {
       lease.release();
+      tables.release();
       throw error;
     }
   }
@@ -177,6 +190,7 @@ export class Snapshot {
     await this.#interceptor?.idle();
     this.#spill?.close();
     this.#lease.release();
+    this.#tables.release();
   }
 }
 

@@ -8,13 +8,15 @@
 // a read that does not return is left behind after ABORT_GRACE_MS.
 
 import { setTimeout as delay } from "node:timers/promises";
-import { Piscina } from "piscina";
+import type { Piscina } from "piscina";
 import type { Geometry } from "../cow/geometry.js";
 import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../cow/shared.js";
 import { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { formatBytes } from "../units.js";
-import { ABORT_GRACE_MS, WORKER_HEAP, workerError } from "./copy-run.js";
+import { createCopyPool } from "./copy-pool.js";
+import { ABORT_GRACE_MS, workerError } from "./copy-run.js";
+import type { CopyThreads } from "./copy-threads.js";
 import { CONTROL_WORDS, type VerifyResult, type VerifyTask } from "./verify-task.js";
 
 const WORKER_FILE = new URL("../../workers/verify.js", import.meta.url);
@@ -27,6 +29,8 @@ export interface VerifyRunOptions {
   format: ImageFormat;
   direct: boolean;
   workerCount: number;
+  /** Where the check has its pool from; one of its own where undefined. */
+  threads?: CopyThreads | undefined;
 }
 
 export class VerifyRun {
@@ -36,25 +40,19 @@ export class VerifyRun {
   readonly #control = new Int32Array(new SharedArrayBuffer(CONTROL_WORDS * Int32Array.BYTES_PER_ELEMENT));
   readonly #pool: Piscina;
   readonly #workerCount: number;
+  readonly #threads: CopyThreads | undefined;
+  #threadDied = false;
   #firstError: CowcatcherError | undefined;
   #giveUp: () => void = () => {};
 
-  constructor({ workerCount, ...target }: VerifyRunOptions) {
+  constructor({ workerCount, threads, ...target }: VerifyRunOptions) {
     this.#task = { ...target, control: this.#control.buffer };
     this.#workerCount = workerCount;
+    this.#threads = threads;
     Atomics.store(this.#control, CTL_RUN, RUN_RUNNING);
-    this.#pool = new Piscina({
-      filename: WORKER_FILE.href,
-      minThreads: workerCount,
-      maxThreads: workerCount,
-      concurrentTasksPerWorker: 1,
-      resourceLimits: WORKER_HEAP,
-      recordTiming: false,
-    });
-    // As in CopyRun: a thread that cannot be started must not end the process.
-    this.#pool.on("error", (error: unknown) => this.cancel(workerError(error)));
+    this.#pool = threads?.take(workerCount) ?? createCopyPool(workerCount, { file: WORKER_FILE });
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
-    this.#pool.on("error", (error: unknown) => this.cancel(workerError(error)));
+    this.#pool.on("error", this.#onPoolError);
     this.ended = this.#run();
     // Whoever started the check looks at `ended`; until then a failure is not an unhandled one.
     this.ended.catch(() => {});
@@ -74,14 +72,25 @@ export class VerifyRun {
       this.#giveUp = resolve;
     });
     const results: VerifyResult[] = [];
-    await Promise.race([this.#check(results), abandoned]);
-    // Settles when the threads are gone, which for one that sits in a system call may be never.
-    const destroyed = this.#pool.destroy().catch(() => {});
-    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    const isOver = await Promise.race([this.#check(results).then(() => true), abandoned]);
+    await this.#endThreads(isOver === true && !this.#threadDied);
     if (this.#firstError !== undefined) throw this.#firstError;
     const differences = results.reduce((sum, { differingClusterCount }) => sum + differingClusterCount, 0);
     if (differences > 0) throw this.#difference(differences, results);
   }
+
+  async #endThreads(areFit: boolean): Promise<void> {
+    if (areFit && this.#threads !== undefined) {
+      this.#pool.off("error", this.#onPoolError);
+      this.#threads.giveBack(this.#pool);
+      return;
+    }
+    // Settles when the threads are gone, which for one that sits in a system call may be never.
+    const destroyed = this.#pool.destroy().catch(() => {});
+    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+  }
+
+  readonly #onPoolError = (error: unknown): void => this.cancel(workerError(error));
 
   async #check(results: VerifyResult[]): Promise<void> {
     await this.#work("dropCache", 0);
@@ -97,10 +106,11 @@ export class VerifyRun {
   async #work(name: "dropCache" | "default", workerIndex: number): Promise<VerifyResult | undefined> {
     try {
       const task: VerifyTask = { ...this.#task, workerIndex };
-      const result = (await this.#pool.run(task, { name })) as VerifyResult;
+      const result = (await this.#pool.run(task, { name, filename: WORKER_FILE.href })) as VerifyResult;
       if (result.error === undefined) return result;
       this.cancel(new CowcatcherError({ ...result.error, cause: result.stack }));
     } catch (error) {
+      this.#threadDied = true;
       this.cancel(workerError(error));
     }
     return undefined;

@@ -18,6 +18,7 @@ import type { ImageFormat } from "../image/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression, type Compression } from "../image/qcow2/compression.js";
 import { MiB, formatBytes } from "../units.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";
+import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
 import {
   NULL_TARGET,
   absoluteImage,
@@ -28,8 +29,11 @@ import {
   formatOption,
   isNbdUri,
   listWords,
+  bufferSizeOption,
   parseImage,
+  parseText,
   sizeOption,
+  textOption,
   unsupported,
   usageError,
 } from "./options.js";
@@ -116,8 +120,14 @@ export function addBackupOptions(command: Command): Command {
   const parseOptions = command.parseOptions.bind(command);
   command.parseOptions = (args) => parseOptions(separateCompress(args));
   command
-    .option("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup")
-    .option("--disk <NAME>", "disk of a live backup, once for each TARGET (the server's only disk)", collect);
+    .addOption(
+      textOption("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup"),
+    )
+    .option(
+      "--disk <NAME>",
+      "disk of a live backup, once for each TARGET (the server's only disk)",
+      collectDisks,
+    );
   addFormatOptions(command)
     .addOption(compressOption())
     .addOption(syncOption())
@@ -129,12 +139,14 @@ export function addBackupOptions(command: Command): Command {
         BITMAP_MODES,
       ),
     )
-    .option(
-      "--snapshot <NAME>",
-      "internal snapshot of SOURCE, by id or name: the disk as of it (offline only)",
+    .addOption(
+      textOption(
+        "--snapshot <NAME>",
+        "internal snapshot of SOURCE, by id or name: the disk as of it (offline only)",
+      ),
     )
     .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
-    .option("-b, --backing-file <FILE>", "backing file of the qcow2 target")
+    .addOption(textOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
     .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
   addBufferOptions(command);
   return addCopyOptions(command);
@@ -159,7 +171,7 @@ function addBufferOptions(command: Command): void {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   command
     .addOption(
-      sizeOption(
+      bufferSizeOption(
         "--cow-buffer-size <SIZE>",
         `copy-before-write buffer (the server's default, else ${buffer}; 0: none, the guest waits for the target)`,
       ),
@@ -167,7 +179,12 @@ function addBufferOptions(command: Command): void {
     .addOption(
       choiceOption("--on-buffer-full <ACTION>", `${listWords(ON_BUFFER_FULL)} (spill)`, ON_BUFFER_FULL),
     )
-    .option("--spill-dir <DIR>", "folder of the spill file (the target's if local, else the temporary one)")
+    .addOption(
+      textOption(
+        "--spill-dir <DIR>",
+        "folder of the spill file (the target's if local, else the temporary one)",
+      ),
+    )
     .addOption(sizeOption("--spill-limit <SIZE>", "largest size of the spill file (the source's size)"))
     .addOption(
       durationOption(
@@ -206,8 +223,8 @@ function addCopyOptions(command: Command): Command {
     .option("--force", "replace an existing TARGET");
 }
 
-function collect(value: string, previous: string[] | undefined): string[] {
-  return [...(previous ?? []), value];
+function collectDisks(value: string, previous: string[] | undefined): string[] {
+  return [...(previous ?? []), parseText(value, "--disk")];
 }
 
 const COMPRESS_METHOD = /^(?:zlib|zstd)(?::.*)?$/;
@@ -259,7 +276,7 @@ function bitmapOption(): Option {
   return new Option(
     "--bitmap <NAME>",
     "incremental: copy what this dirty bitmap of SOURCE, an NBD export, calls dirty; needs -b and -B",
-  );
+  ).argParser((text) => parseText(text, "--bitmap"));
 }
 
 /**
@@ -287,7 +304,9 @@ function parseOffline(args: readonly string[], flags: BackupFlags): OfflineBacku
     throw usageError("--sync", "none needs --control", "an image that no one writes is its own snapshot");
   }
   checkBitmapFlags(args, flags);
-  return { ...offlineCopy("SOURCE", args, flags), snapshot: flags.snapshot };
+  const settings = { ...offlineCopy("SOURCE", args, flags), snapshot: flags.snapshot };
+  refuseLiveFlags(flags);
+  return settings;
 }
 
 function offlineCopy(
@@ -349,39 +368,6 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   if (flags.sync === "none") checkSnapshotFlags(paths, flags);
   const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
   return { mode: "live", control: resolve(control), disks };
-}
-
-/** What cannot mean anything where nothing is copied. */
-function checkSnapshotFlags(targets: readonly string[], flags: BackupFlags): void {
-  const target = targets.find((path) => path !== NULL_TARGET);
-  if (target !== undefined) {
-    throw usageError(target, "--sync none writes no target", "give null: and read the snapshot's export");
-  }
-  if (flags.onBufferFull === "wait") {
-    throw usageError(
-      "--on-buffer-full",
-      "'wait' would wait for ever with --sync none",
-      "give spill or cancel",
-    );
-  }
-  if (flags.cowBufferSize === 0) {
-    throw usageError("--cow-buffer-size", "--sync none keeps old data in the buffer", "give a size");
-  }
-  const { workers, rateLimit, targetFormat, clusterSize, backingFile, compress, direct, force, verify } =
-    flags;
-  const ofCopies = {
-    workers,
-    compress,
-    "rate-limit": rateLimit,
-    "target-format": targetFormat,
-    direct,
-    force,
-    verify,
-  };
-  const given = Object.entries({ ...ofCopies, "cluster-size": clusterSize, "backing-file": backingFile });
-  const useless = given.find(([, value]) => value !== undefined);
-  if (useless === undefined) return;
-  throw usageError(`--${useless[0]}`, "does not go with --sync none", "nothing is copied");
 }
 
 function refuseRepeated(object: string, values: readonly string[]): void {
@@ -452,15 +438,4 @@ export function checkClusterSize(bytes: number, object: string): void {
   if (!powerOfTwo || bytes < MIN_CLUSTER_BYTES || bytes > MAX_CLUSTER_BYTES) {
     throw usageError(object, `${bytes} is not a cluster size`, "give a power of two from 512 to 2M");
   }
-}
-
-function checkBufferFlags({ onBufferFull, spillDir, spillLimit, guestTimeout }: BackupFlags): void {
-  if (onBufferFull !== undefined && onBufferFull !== "spill") {
-    const hint = "give --on-buffer-full spill";
-    if (spillDir !== undefined) throw usageError("--spill-dir", `does not go with '${onBufferFull}'`, hint);
-    if (spillLimit !== undefined)
-      throw usageError("--spill-limit", `does not go with '${onBufferFull}'`, hint);
-  }
-  if (guestTimeout === 0)
-    throw usageError("--guest-timeout", "0 is no time to wait", "give seconds, such as 45");
 }

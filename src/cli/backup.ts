@@ -131,6 +131,14 @@ function orderOf({ disk, job }: LiveDiskSettings, names: ReadonlyMap<string, num
   if (disk === undefined && others.length > 0) {
     throw usageError("--disk", "is missing", `the server has several: ${[...names.keys()].join(", ")}`);
   }
+  if (disk !== undefined && !names.has(disk)) {
+    throw new CowcatcherError({
+      code: "NOT_FOUND",
+      object: disk,
+      problem: "the server has no disk of this name",
+      hint: `it has ${[...names.keys()].join(", ")}`,
+    });
+  }
   const name = disk ?? only ?? "disk";
   return { id: `${name}-${randomBytes(4).toString("hex")}`, disk: name, options: job };
 }

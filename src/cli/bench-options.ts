@@ -6,12 +6,14 @@ import { JOB_DEFAULTS } from "../backup/options.js";
 import type { ImageFormat } from "../image/format.js";
 import { GiB, KiB, MiB, formatBytes } from "../units.js";
 import {
+  bufferSizeOption,
   choiceOption,
   countOption,
   durationOption,
   formatByExtension,
   formatOption,
   sizeOption,
+  textOption,
   usageError,
 } from "./options.js";
 
@@ -55,7 +57,7 @@ const MAX_IN_FLIGHT_BYTES = GiB;
 export function addBenchOptions(command: Command): Command {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   return command
-    .option("--dir <DIR>", "folder of the test disk and of the spill (the temporary folder)")
+    .addOption(textOption("--dir <DIR>", "folder of the test disk and of the spill (the temporary folder)"))
     .addOption(sizeOption("--size <SIZE>", "of the test disk (1G)"))
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of the test disk (raw)"))
     .option(
@@ -65,7 +67,7 @@ export function addBenchOptions(command: Command): Command {
     .addOption(formatOption("-O, --target-format <FMT>", "raw or qcow2 (by TARGET's extension, else raw)"))
     .option("--force", "overwrite a TARGET that is a device or an export; its content is lost")
     .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target, 0 for no limit (50M)"))
-    .addOption(sizeOption("--cow-buffer-size <SIZE>", `of the buffered backup (${buffer})`))
+    .addOption(bufferSizeOption("--cow-buffer-size <SIZE>", `of the buffered backup (${buffer})`))
     .addOption(choiceOption("--on-buffer-full <WHAT>", "spill or wait (spill)", ["spill", "wait"]))
     .addOption(sizeOption("--block-size <SIZE>", "of the guest's writes (32K)"))
     .addOption(countOption("--iodepth <N>", "writes that the guest has in flight (8)", IO_DEPTH_BOUNDS))

@@ -25,6 +25,7 @@ import {
   parseImage,
   parseLocalImage,
   sizeOption,
+  textOption,
 } from "./options.js";
 import { addServeOptions, parseServeSettings, type Environment, type ServeFlags } from "./serve-options.js";
 
@@ -52,17 +53,31 @@ interface CommandHelp {
   examples: readonly string[];
 }
 
-export function addCommands(program: Command, run: RunCommand, environment: Environment): void {
-  addBackup(program, run);
-  addServe(program, run, environment);
-  addJobs(program, run);
-  addRestore(program, run);
-  addInfo(program, run);
-  addMap(program, run);
-  addCheck(program, run);
-  addCompare(program, run);
-  addCreate(program, run);
-  addBench(program, run);
+const ADD_COMMAND: Record<
+  CommandName,
+  (program: Command, run: RunCommand, environment: Environment) => void
+> = {
+  backup: addBackup,
+  serve: addServe,
+  jobs: addJobs,
+  restore: addRestore,
+  info: addInfo,
+  map: addMap,
+  check: addCheck,
+  compare: addCompare,
+  create: addCreate,
+  bench: addBench,
+};
+
+/** @param only the one that is asked for: to build what all of them take costs a start more than to run it */
+export function addCommands(
+  program: Command,
+  run: RunCommand,
+  environment: Environment,
+  only?: CommandName,
+): void {
+  if (only !== undefined) return ADD_COMMAND[only](program, run, environment);
+  for (const add of Object.values(ADD_COMMAND)) add(program, run, environment);
 }
 
 function define(program: Command, name: CommandName, help: CommandHelp): Command {
@@ -82,7 +97,7 @@ function addCommonOptions(command: Command): Command {
     .addOption(new Option("-p, --progress", "report progress, on a terminal or not"))
     .option("--no-progress", "report no progress")
     .option("-q, --quiet", "nothing but errors and what was asked for")
-    .option("--log-file <FILE>", "append the log to FILE (stderr)")
+    .addOption(textOption("--log-file <FILE>", "append the log to FILE (stderr)"))
     .addOption(
       choiceOption("--log-level <LEVEL>", `${LOG_LEVELS.join(", ")} (${DEFAULT_LOG_LEVEL})`, LOG_LEVELS),
     );
@@ -107,6 +122,7 @@ function addBackup(program: Command, run: RunCommand): void {
     notes:
       "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away. Without --control no one\n" +
       "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
+      "What is about the guest's writes (the buffer, the spill, --guest-timeout, --on-cbw-error) goes with it alone.\n" +
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
@@ -169,7 +185,7 @@ function addJobs(program: Command, run: RunCommand): void {
     .argument("[ACTION]", "cancel, pause, resume or set-speed (list the jobs)")
     .argument("[ID]", "the job")
     .argument("[SIZE]", "for set-speed: bytes a second, 0 for no limit")
-    .requiredOption("--control <SOCK>", "control socket of the server");
+    .addOption(textOption("--control <SOCK>", "control socket of the server").makeOptionMandatory());
   addCommonOptions(command).action(
     (
       action: string | undefined,
@@ -239,7 +255,7 @@ function addMap(program: Command, run: RunCommand): void {
     .addOption(forceShareOption())
     .addOption(sizeOption("-s, --start-offset <SIZE>", "where to begin (0)"))
     .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"))
-    .option("--snapshot <NAME>", "internal snapshot, by id or name: the disk as of it");
+    .addOption(textOption("--snapshot <NAME>", "internal snapshot, by id or name: the disk as of it"));
   addCommonOptions(command).action((image: string, flags: MapFlags & CommonFlags) =>
     run("map", flags, async (context) => {
       const path = parseImage(image);
@@ -288,7 +304,7 @@ function addCompare(program: Command, run: RunCommand): void {
     .addOption(formatOption("-F, --format2 <FMT>", "of B: raw or qcow2 (probed)"))
     .addOption(forceShareOption())
     .option("-s, --strict", "different sizes and allocation are differences, too")
-    .option("--snapshot <NAME>", "internal snapshot of A, by id or name: the disk as of it");
+    .addOption(textOption("--snapshot <NAME>", "internal snapshot of A, by id or name: the disk as of it"));
   addCommonOptions(command).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
     run("compare", flags, async (context) => {
       const paths = [parseImage(a, "A"), parseImage(b, "B")] as const;
@@ -311,7 +327,7 @@ function addCreate(program: Command, run: RunCommand): void {
     .argument("<IMAGE>", "path of the image")
     .argument("[SIZE]", "size of the disk")
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (by IMAGE's extension, else raw)"))
-    .option("-b, --backing-file <FILE>", "backing file")
+    .addOption(textOption("-b, --backing-file <FILE>", "backing file"))
     .addOption(formatOption("-F, --backing-format <FMT>", "format of the backing file: raw or qcow2"))
     .option("-o, --options <NAME=VALUE,...>", "options of the format", (text: string, earlier?: string) =>
       earlier === undefined ? text : `${earlier},${text}`,

@@ -25,7 +25,7 @@ export interface CommandContext {
   readonly command: CommandName;
   readonly logger: Logger;
   readonly output: OutputSettings;
-  /** Set by `onInterrupt` at the first signal; an error thrown afterwards exits with 130 or 143. */
+  /** Set by `onInterrupt` at the first signal; an error thrown afterwards exits with 129, 130 or 143. */
   interruptedBy: InterruptSignal | undefined;
 }
 

@@ -20,7 +20,7 @@ import { parseSize, roundUp } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { parseFormatOptions, type FormatOptions } from "./create-options.js";
 import { EXIT } from "./exit-codes.js";
-import { formatByExtension, parseLocalImage, unsupported, usageError } from "./options.js";
+import { formatByExtension, refuseExport, unsupported, usageError } from "./options.js";
 
 /** Disks are counted in sectors. */
 const SECTOR_BYTES = 512;
@@ -75,7 +75,7 @@ function checkBacking(
     if (backingFormat !== undefined) throw usageError("--backing-format", "needs --backing-file");
     return;
   }
-  parseLocalImage(backingFile, "--backing-file");
+  refuseExport(backingFile);
   if (format === "raw") {
     throw usageError("--backing-file", "a raw image has no backing file", "choose qcow2 with -f qcow2");
   }

@@ -1,6 +1,7 @@
 // `backup --dry-run`: opens the source, looks whether the target could be made, and says how large it would be.
 import { checkBacking } from "../backup/backing-check.js";
 import { measureTarget } from "../backup/measure.js";
+import { refuseImageAsTarget } from "../backup/target-guard.js";
 import { openImage } from "../image/open.js";
 import { checkCompression } from "../image/qcow2/compress.js";
 import { resolveDestination } from "../target/destination.js";
@@ -23,6 +24,7 @@ export async function runDryRun(
   });
   try {
     const format = job.targetFormat ?? image.format;
+    await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
     if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);
     await checkBacking({ ...job, path: job.target });
     if (job.compression !== undefined) {

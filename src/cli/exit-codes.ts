@@ -7,6 +7,7 @@ export const EXIT = {
   usage: 2,
   ignoredErrors: 3,
   verifyDifference: 4,
+  interruptedBySighup: 129,
   interruptedBySigint: 130,
   interruptedBySigterm: 143,
 } as const;
@@ -17,10 +18,17 @@ export const COMPARE_EXIT = { same: 0, different: 1, error: 2 } as const;
 /** As qemu-img check. */
 export const CHECK_EXIT = { clean: 0, cannotCheck: 1, corrupt: 2, leaks: 3 } as const;
 
-export type InterruptSignal = "SIGINT" | "SIGTERM";
+const INTERRUPT_EXIT = {
+  SIGHUP: EXIT.interruptedBySighup,
+  SIGINT: EXIT.interruptedBySigint,
+  SIGTERM: EXIT.interruptedBySigterm,
+} as const;
 
+export type InterruptSignal = keyof typeof INTERRUPT_EXIT;
+
+/** As a shell has it for a process that the signal ended. */
 export function interruptExitCode(signal: InterruptSignal): number {
-  return signal === "SIGINT" ? EXIT.interruptedBySigint : EXIT.interruptedBySigterm;
+  return INTERRUPT_EXIT[signal];
 }
 
 export const COMMAND_NAMES = [
@@ -49,6 +57,7 @@ const COPY: readonly ExitMeaning[] = [
   ...COMMON,
   [EXIT.ignoredErrors, "done, but errors were ignored as asked"],
   [EXIT.verifyDifference, "the check after writing (--verify) found a difference"],
+  [EXIT.interruptedBySighup, "interrupted by SIGHUP, the terminal being gone; an unfinished file is removed"],
   [EXIT.interruptedBySigint, "interrupted by SIGINT; an unfinished file is removed"],
   [EXIT.interruptedBySigterm, "interrupted by SIGTERM; an unfinished file is removed"],
 ];
@@ -57,7 +66,7 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   backup: COPY,
   restore: COPY,
   serve: [
-    [EXIT.done, "ended by SIGINT or SIGTERM, in good order"],
+    [EXIT.done, "ended by SIGINT, SIGTERM or SIGHUP, in good order"],
     ...COMMON.slice(1),
     [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
     [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
@@ -68,6 +77,7 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   create: COMMON,
   bench: [
     ...COMMON,
+    [EXIT.interruptedBySighup, "interrupted by SIGHUP; what it made is removed"],
     [EXIT.interruptedBySigint, "interrupted by SIGINT; what it made is removed"],
     [EXIT.interruptedBySigterm, "interrupted by SIGTERM; what it made is removed"],
   ],

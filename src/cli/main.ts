@@ -1,20 +1,21 @@
 #!/usr/bin/env node
 // The entry: streams, last resorts and the end of the process.
-import { toCowcatcherError } from "../errors.js";
+import { ioError, toCowcatcherError } from "../errors.js";
 import type { CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
-import { runProgram } from "./program.js";
+import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
+import { allBootsOver } from "../backup/thread-boots.js";
 import { errorLine, reportError } from "./report.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
 process.on("SIGUSR1", () => undefined);
 
 // A reader that has seen enough (`| head`) is no error of ours, and no reason to stop a backup.
-for (const stream of [process.stdout, process.stderr]) {
-  stream.on("error", (error: NodeJS.ErrnoException) => {
-    if (error.code !== "EPIPE") process.exitCode = EXIT.failed;
-  });
-}
+process.stderr.on("error", () => undefined);
+let lostOutput: Error | undefined;
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+  if (error.code !== "EPIPE") lostOutput ??= error;
+});
 
 let context: CommandContext | undefined;
 
@@ -25,7 +26,13 @@ process.on("uncaughtException", (thrown: unknown) => {
   process.exit(EXIT.failed);
 });
 
-const exitCode = await runProgram(process.argv.slice(2), {
+const argv = process.argv.slice(2);
+if (isOfflineCopy(argv)) {
+  const { startCopyPoolEarly } = await import("../backup/copy-pool.js");
+  startCopyPoolEarly(OFFLINE_WORKER_COUNT);
+}
+const { runProgram } = await import("./program.js");
+const exitCode = await runProgram(argv, {
   stdout: process.stdout,
   stderr: process.stderr,
   environment: process.env,
@@ -38,4 +45,13 @@ await new Promise<void>((resolve) => {
     resolve();
   });
 });
-process.exit(exitCode);
+await allBootsOver();
+if (lostOutput === undefined || exitCode !== EXIT.done) process.exit(exitCode);
+process.stderr.write(`${errorLine(ioError("write", "standard output", lostOutput))}\n`);
+process.exit(EXIT.failed);
+
+/** By the look of it: what is guessed wrong costs some milliseconds, no more. */
+function isOfflineCopy([command, ...rest]: readonly string[]): boolean {
+  const OTHERWISE = /^(--control|--dry-run|--workers|--help|-w|-h)/;
+  return (command === "backup" || command === "restore") && !rest.some((word) => OTHERWISE.test(word));
+}

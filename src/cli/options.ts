@@ -1,11 +1,13 @@
 // Parsers of option values and arguments. Each throws a typed usage error that names the option, so that
 // commander's own wording never reaches the user.
+import { existsSync } from "node:fs";
 import { resolve } from "node:path";
 import { Option } from "commander";
+import { MAX_PAGE_MEMORY_BYTES } from "../cow/page-memory.js";
 import { CowcatcherError } from "../errors.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../image/format.js";
 import { formatNbdUri, isNbdUri, parseNbdUri } from "../nbd/uri.js";
-import { parseDurationMs, parseSize } from "../units.js";
+import { GiB, parseDurationMs, parseSize } from "../units.js";
 
 export function usageError(object: string, problem: string, hint?: string): CowcatcherError {
   return new CowcatcherError({ code: "USAGE", object, problem, hint });
@@ -25,9 +27,35 @@ function longName(flags: string): string {
   return /--[\w-]+/.exec(flags)?.[0] ?? flags;
 }
 
+/** A path or a name. An empty one is a variable of a script that was not set, never what was meant. */
+export function textOption(flags: string, help: string): Option {
+  const name = longName(flags);
+  return new Option(flags, help).argParser((text) => parseText(text, name));
+}
+
+/** @throws CowcatcherError USAGE for an empty text. */
+export function parseText(text: string, object: string): string {
+  if (text === "") throw usageError(object, "is empty");
+  return text;
+}
+
 export function sizeOption(flags: string, help: string): Option {
   const name = longName(flags);
   return new Option(flags, help).argParser((text) => parseSize(text, name));
+}
+
+/** The size of a copy-before-write buffer. More than can ever be allocated is refused here, not at the first job. */
+export function bufferSizeOption(flags: string, help: string): Option {
+  const name = longName(flags);
+  return new Option(flags, help).argParser((text) => {
+    const bytes = parseSize(text, name);
+    if (bytes <= MAX_PAGE_MEMORY_BYTES) return bytes;
+    throw usageError(
+      name,
+      `${text} is more than a buffer can have`,
+      `give ${MAX_PAGE_MEMORY_BYTES / GiB}G at most`,
+    );
+  });
 }
 
 /** A duration in milliseconds. */
@@ -82,15 +110,36 @@ export const NULL_TARGET = "null:";
 export function parseImage(text: string, argument = "IMAGE"): string {
   if (isNbdUri(text)) parseNbdUri(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
+  refuseForeignAddress(text);
   return text;
 }
 
+/**
+ * Addresses in QEMU's own forms and of storage that is not known here. Taken for paths they would lead to an error
+ * that puzzles, and as a TARGET to a file in the working folder of which nobody knows.
+ */
+const FOREIGN_ADDRESS =
+  /^(?:json:|null:|nbd:|file:|fd:|https?:|ftps?:|ssh:|sftp:|s3:|rbd:|iscsi:|nfs:|gluster[a-z+]*:|nvme:|host_device:)/i;
+
+function refuseForeignAddress(text: string): void {
+  if (isNbdUri(text) || text === NULL_TARGET || !FOREIGN_ADDRESS.test(text) || existsSync(text)) return;
+  throw usageError(
+    text,
+    "is an address of a kind that is not known here",
+    `give a path or nbd://HOST[:PORT]/EXPORT; a file of this name is ./${text}`,
+  );
+}
+
 /** A path, not an NBD URI. @throws CowcatcherError UNSUPPORTED for a URI, USAGE for an empty text. */
-export function parseLocalImage(text: string, argument = "IMAGE"): string {
-  if (isNbdUri(text)) {
+export function parseLocalImage(text: string): string {
+  refuseExport(text);
+  return parseImage(text);
+}
+
+/** What is only named in an image may be a name in QEMU's own form. @throws CowcatcherError UNSUPPORTED for a URI. */
+export function refuseExport(text: string): void {
+  if (isNbdUri(text))
     throw unsupported(text, "an NBD export is not possible here", "give the path of an image");
-  }
-  return parseImage(text, argument);
 }
 
 /** For another process with another working folder: paths are made absolute, also those within a URI. */

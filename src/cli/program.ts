@@ -8,6 +8,7 @@ import { COMMAND_NAMES, EXIT, exitCodeOfError, interruptExitCode, type CommandNa
 import { reportError } from "./report.js";
 import type { Environment } from "./serve-options.js";
 import { asReportedError, isFinishedRequest } from "./usage-errors.js";
+import { usageError } from "./options.js";
 import { packageVersion } from "./version.js";
 
 export interface ProgramIo {
@@ -27,8 +28,10 @@ interface Session {
 /** Runs `cowcatcher ARGV…` and resolves to its exit code. Never rejects. */
 export async function runProgram(argv: readonly string[], io: ProgramIo): Promise<number> {
   const session: Session = { context: undefined, exitCode: EXIT.done };
-  const program = buildProgram(io, session);
+  const asked = COMMAND_NAMES.find((name) => name === argv[0]);
+  const program = buildProgram(io, session, asked);
   try {
+    refuseUndecodable(argv);
     await program.parseAsync(argv, { from: "user" });
     return session.exitCode;
   } catch (thrown) {
@@ -37,7 +40,16 @@ export async function runProgram(argv: readonly string[], io: ProgramIo): Promis
   }
 }
 
-function buildProgram(io: ProgramIo, session: Session): Command {
+/**
+ * Node hands over arguments as text, in which bytes that are not UTF-8 have become U+FFFD: such a name would lead to
+ * another file, or make one.
+ */
+function refuseUndecodable(argv: readonly string[]): void {
+  const wrong = argv.find((argument) => argument.includes("\uFFFD"));
+  if (wrong !== undefined) throw usageError(wrong, "is not UTF-8", "rename the file, or make a link to it");
+}
+
+function buildProgram(io: ProgramIo, session: Session, asked: CommandName | undefined): Command {
   const program = new Command("cowcatcher")
     .description("Point-in-time backups of virtual-machine disks that the running guest hardly notices")
     .version(packageVersion(), "-V, --version", "print the version")
@@ -60,7 +72,7 @@ function buildProgram(io: ProgramIo, session: Session): Command {
     io.onContext?.(session.context);
     session.exitCode = await body(session.context);
   };
-  addCommands(program, run, io.environment);
+  addCommands(program, run, io.environment, asked);
   return program;
 }
 

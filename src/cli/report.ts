@@ -48,6 +48,11 @@ export function reportError(
   logger?.debug({ err: error }, "stack of the error that was reported");
 }
 
+/** For what is no failure, yet not as the user will want it. One line on stderr; --quiet leaves it out. */
+export function warn({ quiet, stderr }: OutputSettings, text: string): void {
+  if (!quiet) stderr.write(`cowcatcher: warning: ${onOneLine(text)}\n`);
+}
+
 /** Control characters, of which a file's name may have any, would break the line or drive the terminal. */
 function onOneLine(text: string): string {
   return text.replace(/\s*[\r\n]+\s*/g, " ").replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");

@@ -1,11 +1,22 @@
 // The options of `serve`, from commander's loose values to typed settings.
+import { statSync } from "node:fs";
+import { resolve } from "node:path";
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../backup/options.js";
 import type { ImageFormat } from "../image/format.js";
 import { formatBytes } from "../units.js";
 import { MAX_STRING_BYTES } from "../nbd/protocol.js";
 import type { TlsSettings } from "../nbd/server-tls.js";
-import { countOption, formatOption, isNbdUri, parseImage, sizeOption, usageError } from "./options.js";
+import {
+  bufferSizeOption,
+  countOption,
+  formatOption,
+  isNbdUri,
+  parseImage,
+  parseText,
+  textOption,
+  usageError,
+} from "./options.js";
 import { addTlsOptions, parseTls, type TlsFlags } from "./serve-tls.js";
 
 export interface ServedImage {
@@ -75,7 +86,7 @@ export function addServeOptions(command: Command): Command {
 function addImageOptions(command: Command): Command {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   return command
-    .option("--socket <PATH>", "listen on a Unix socket")
+    .addOption(textOption("--socket <PATH>", "listen on a Unix socket"))
     .addOption(
       new Option(
         "--socket-mode <MODE>",
@@ -83,8 +94,8 @@ function addImageOptions(command: Command): Command {
       ).argParser(parseSocketMode),
     )
     .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
-    .option("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`)
-    .option("--control <PATH>", "control socket (QMP) for backups and jobs (none)")
+    .addOption(textOption("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`))
+    .addOption(textOption("--control <PATH>", "control socket (QMP) for backups and jobs (none)"))
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
     .option("--read-only", "refuse the guest's writes")
     .option("--direct", "O_DIRECT for the images")
@@ -92,11 +103,11 @@ function addImageOptions(command: Command): Command {
       new Option(
         "--bitmap <NAME>",
         "with --read-only: offer a qcow2 bitmap as qemu:dirty-bitmap:NAME; repeatable",
-      ).argParser((name: string, earlier: string[] = []) => [...earlier, name]),
+      ).argParser((name: string, earlier: string[] = []) => [...earlier, parseText(name, "--bitmap")]),
     )
-    .option("--name <NAME>", `name of a single image (${DEFAULT_NAME})`)
+    .addOption(textOption("--name <NAME>", `name of a single image (${DEFAULT_NAME})`))
     .addOption(
-      sizeOption(
+      bufferSizeOption(
         "--cow-buffer-size <SIZE>",
         `copy-before-write buffer, the default for its jobs (${buffer})`,
       ),
@@ -171,7 +182,32 @@ function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[]
     throw usageError("IMAGE", `an export's name has more than ${MAX_STRING_BYTES} bytes`);
   const repeated = names.find((name, index) => names.indexOf(name) !== index);
   if (repeated !== undefined) throw usageError("IMAGE", `the name '${repeated}' is given twice`);
+  if (flags.readOnly !== true) refuseSameFile(images);
   return images;
+}
+
+/** Two guests on one disk. The image's lock would refuse it, too, but as if another program were in the way. */
+function refuseSameFile(images: readonly ServedImage[]): void {
+  const seen = new Map<string, string>();
+  for (const { path, name } of images) {
+    const identity = isNbdUri(path) ? undefined : fileIdentity(path);
+    if (identity === undefined) continue;
+    const other = seen.get(identity);
+    if (other !== undefined) {
+      throw usageError(path, `is '${other}' and '${name}' at once`, "serve it once, or with --read-only");
+    }
+    seen.set(identity, name);
+  }
+}
+
+/** Undefined where there is none, which opening it says better. */
+function fileIdentity(path: string): string | undefined {
+  try {
+    const { dev, ino } = statSync(path);
+    return `${dev}:${ino}`;
+  } catch {
+    return undefined;
+  }
 }
 
 /** A path may hold "=" itself, so the name is what follows the last one, unless a folder does. */
@@ -183,12 +219,15 @@ function splitName(text: string): { path: string; name: string | undefined } {
 }
 
 function parseListen(
-  { socket, socketMode, port, bind }: ServeFlags,
+  { socket, socketMode, port, bind, control }: ServeFlags,
   environment: Environment,
   processId: number,
 ): ListenSettings {
   if (socket !== undefined && port !== undefined) throw usageError("--port", "does not go with --socket");
   if (bind !== undefined && port === undefined) throw usageError("--bind", "needs --port");
+  if (socket !== undefined && control !== undefined && resolve(socket) === resolve(control)) {
+    throw usageError("--control", "is the path of --socket", "give another path");
+  }
   if (socketMode !== undefined && socket === undefined) throw usageError("--socket-mode", "needs --socket");
   if (socket !== undefined) return { type: "unix", path: socket, mode: socketMode };
   if (port !== undefined) return { type: "tcp", address: bind ?? DEFAULT_ADDRESS, port };

@@ -2,7 +2,7 @@
 
 import { Option, type Command } from "commander";
 import type { TlsSettings } from "../nbd/server-tls.js";
-import { parseChoice, usageError } from "./options.js";
+import { parseChoice, textOption, usageError } from "./options.js";
 
 export interface TlsFlags {
   tls?: "off" | "require";
@@ -19,9 +19,13 @@ export function addTlsOptions(command: Command): Command {
         "off or require (require with --tls-certificates or --tls-psk, else off)",
       ).argParser(parseMode),
     )
-    .option("--tls-certificates <DIR>", "folder of server-cert.pem, server-key.pem and ca-cert.pem")
+    .addOption(
+      textOption("--tls-certificates <DIR>", "folder of server-cert.pem, server-key.pem and ca-cert.pem"),
+    )
     .option("--tls-verify-peer", "accept only clients whose certificate ca-cert.pem has signed")
-    .option("--tls-psk <FILE>", "pre-shared keys: lines of USERNAME:HEXKEY, as psktool makes them");
+    .addOption(
+      textOption("--tls-psk <FILE>", "pre-shared keys: lines of USERNAME:HEXKEY, as psktool makes them"),
+    );
 }
 
 /** nbdkit and nbd-server know a third mode, in which the client, or whoever sits on the wire, decides. */

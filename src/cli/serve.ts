@@ -10,6 +10,7 @@ import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../nb
 import { notifyReady } from "../nbd/notify.js";
 import { NbdServer } from "../nbd/server.js";
 import { loadTlsCredentials } from "../nbd/server-tls.js";
+import { checkBufferMemory } from "./buffer-memory.js";
 import { type CommandContext, printJsonLine, printLine, type RunServe } from "./context.js";
 import { EXIT } from "./exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
@@ -20,6 +21,7 @@ import { onInterrupt } from "./signals.js";
 import { packageVersion } from "./version.js";
 
 export const runServe: RunServe = async (settings, context) => {
+  if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
   const images: { served: ServedImage; image: Image }[] = [];
   let quit: () => void = () => {};
   const quitting = new Promise<void>((resolve) => {
@@ -78,6 +80,7 @@ async function serveNodes(
   const stopLoopDelay = logLoopDelay(logger);
   try {
     listeners.push(...(await listen(settings.listen)));
+    host.listensAt(listeners.flatMap(({ place }) => place ?? []));
     if (settings.control !== undefined) await control.listen(settings.control);
     for (const listener of listeners) listener.serve(server);
     announce(settings, context, listeners);

@@ -1,8 +1,9 @@
-// SIGINT and SIGTERM: the first asks for an end in good order, the second ends the process at once.
+// SIGINT and SIGTERM: the first asks for an end in good order, the second ends the process at once. SIGHUP asks, too,
+// and never presses: when a terminal goes, the kernel and the shell may both send it.
 import type { CommandContext } from "./context.js";
 import { interruptExitCode, type InterruptSignal } from "./exit-codes.js";
 
-const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM"];
+const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM", "SIGHUP"];
 
 export interface InterruptHandlers {
   /** Called once, at the first signal. What it throws ends the process, as it could not end in good order. */
@@ -18,7 +19,7 @@ export interface ExitPort {
 
 /**
  * Installs the handlers and notes the first signal in `context.interruptedBy`, so that the error which it causes
- * exits with 130 or 143. Returns the function that removes them. Main thread only.
+ * exits with 129, 130 or 143. Returns the function that removes them. Main thread only.
  */
 export function onInterrupt(
   context: Pick<CommandContext, "interruptedBy" | "logger">,
@@ -30,9 +31,9 @@ export function onInterrupt(
     port.exit(interruptExitCode(signal));
   };
   const listener = (signal: NodeJS.Signals): void => {
-    if (signal !== "SIGINT" && signal !== "SIGTERM") return;
+    if (signal !== "SIGINT" && signal !== "SIGTERM" && signal !== "SIGHUP") return;
     if (context.interruptedBy !== undefined) {
-      endAtOnce(signal);
+      if (signal !== "SIGHUP") endAtOnce(signal);
       return;
     }
     context.interruptedBy = signal;

@@ -15,7 +15,7 @@ import { isNbdUri } from "../nbd/uri.js";
 import { KiB } from "../units.js";
 import { genericError, notSupported } from "./qmp.js";
 import type { JsonObject } from "./qmp.js";
-import { boolean, integer, object, oneOf, optional, size, string, upTo } from "./schema.js";
+import { boolean, integer, object, oneOf, optional, positiveUpTo, size, string, upTo } from "./schema.js";
 import type { Arguments } from "./schema.js";
 
 const ON_ERROR = ["report", "ignore", "enospc", "stop", "auto"] as const;
@@ -55,7 +55,8 @@ export const BACKUP_COMMON = {
   "on-buffer-full": optional(oneOf(ON_BUFFER_FULL)),
   "spill-dir": optional(string),
   "spill-limit": optional(size),
-  "cbw-timeout-ms": optional(upTo(TIMEOUT_MS_MAX)),
+  // QEMU's cbw-timeout of 0 is no limit; here every wait of a guest has one.
+  "cbw-timeout-ms": optional(positiveUpTo(TIMEOUT_MS_MAX)),
   "x-force": optional(boolean),
   "x-direct": optional(boolean),
   "x-cluster-size": optional(size),
@@ -111,8 +112,8 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     spillLimitBytes: args["spill-limit"],
     guestTimeoutMs: args["cbw-timeout-ms"],
     onCbwError: args["on-cbw-error"],
-    onSourceError: ioPolicy("on-source-error", args["on-source-error"]),
-    onTargetError: ioPolicy("on-target-error", args["on-target-error"]),
+    onSourceError: ioPolicy(args["on-source-error"]),
+    onTargetError: ioPolicy(args["on-target-error"]),
     targetRetries: args["x-target-retries"],
     force: args["x-force"],
     direct: args["x-direct"],
@@ -159,9 +160,9 @@ function compressionFrom(args: DriveBackupArguments): Compression | undefined {
   }
 }
 
-function ioPolicy(name: string, policy: (typeof ON_ERROR)[number] | undefined): OnIoError | undefined {
-  if (policy === "enospc" || policy === "auto") throw notSupported(`'${policy}' as '${name}'`);
-  return policy;
+/** For a job, `auto` is QEMU's other name of `enospc`. */
+function ioPolicy(policy: (typeof ON_ERROR)[number] | undefined): OnIoError | undefined {
+  return policy === "auto" ? "enospc" : policy;
 }
 
 function refuseUnsupported(args: DriveBackupArguments): void {

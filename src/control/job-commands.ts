@@ -70,6 +70,10 @@ function byDevice(verb: Exclude<Verb, "set-speed">): Command {
   );
 }
 
+function byBlockJobId(verb: Exclude<Verb, "set-speed">): Command {
+  return command({ id: string }, ({ id }, context) => apply(verb, findBlockJob(id, context), context));
+}
+
 function jobInfo(job: BackupJob): JsonObject {
   const { bytesDone, bytesTotal } = job.progress();
   return {
@@ -116,6 +120,9 @@ export const JOB_COMMANDS: Record<string, Command> = {
   "block-job-pause": byDevice("pause"),
   "block-job-resume": byDevice("resume"),
   "block-job-complete": byDevice("complete"),
+  // These two name it by `id`, and miss it as the older ones do.
+  "block-job-finalize": byBlockJobId("finalize"),
+  "block-job-dismiss": byBlockJobId("dismiss"),
   // `force` tells a mirror job from a ready one; a backup is cancelled the same way with either.
   "block-job-cancel": command({ device: string, force: optional(boolean) }, ({ device }, context) =>
     apply("cancel", findBlockJob(device, context), context),

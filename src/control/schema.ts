@@ -63,6 +63,17 @@ export function upTo(max: number): Type<number> {
   };
 }
 
+/** The same from 1 on: of what 0 would make no sense. */
+export function positiveUpTo(max: number): Type<number> {
+  return {
+    check(value, path) {
+      const number = integer.check(value, path);
+      if (number < 1) throw genericError(`Parameter '${path}' expects a positive value`);
+      return upTo(max).check(number, path);
+    },
+  };
+}
+
 export const size = upTo(Number.MAX_SAFE_INTEGER);
 
 export function oneOf<const T extends string>(values: readonly T[]): Type<T> {

@@ -32,6 +32,11 @@ export interface CaptureStoreOptions {
   heldChunksMax?: number | undefined;
 }
 
+/** Blocks in the spill are counted in 32 bits: 8 TiB of them. */
+const SPILL_BYTES_MAX = (2 ** 31 - 1) * BLOCK_BYTES;
+/** Captures taken back at a time, some 5 µs: more than one write of 4 KiB uses, so the chain gets shorter. */
+const RECLAIM_BATCH = 64;
+
 /** What one capture has in hand: pairs of first block in the buffer and capture info; reads that go on. */
 export class CaptureWork {
   readonly captures: number[] = [];
@@ -64,6 +69,8 @@ export class CaptureStore {
   #spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
   #spill: SpillFile | null = null;
   #closed = false;
+  /** What workers have freed and the allocator does not have back yet: the first capture of a chain, or -1. */
+  #reclaimable = -1;
 
   constructor(options: CaptureStoreOptions) {
     this.#options = options;
@@ -237,14 +244,15 @@ export class CaptureStore {
   /** Before anything is read, so that captures which go on at the same time are counted, too. */
   #reserveSpill(blockCount: number): void {
     const used = Atomics.load(this.#shared.control, CTL_SPILL_BLOCKS) + blockCount;
-    if (used * BLOCK_BYTES <= this.#options.spillLimitBytes) {
+    const limitBytes = Math.min(this.#options.spillLimitBytes, SPILL_BYTES_MAX);
+    if (used * BLOCK_BYTES <= limitBytes) {
       Atomics.add(this.#shared.control, CTL_SPILL_BLOCKS, blockCount);
       return;
     }
     throw new CowcatcherError({
       code: "BUFFER_FULL",
       object: this.#spillFile().description.path,
-      problem: `the spill file has reached its limit of ${this.#options.spillLimitBytes} bytes`,
+      problem: `the spill file has reached its limit of ${limitBytes} bytes`,
       hint: "raise --spill-limit, use a larger --cow-buffer-size, or --on-buffer-full wait",
     });
   }
@@ -283,16 +291,26 @@ export class CaptureStore {
   /** Takes back what workers have freed, if the capture needs it or half of the buffer is in use. */
   reclaimIfLow(neededCount: number): void {
     // Blocks come back a chain at a time; taking them early keeps the slots that are in the cache in use.
-    if (this.#slots.freeBlockCount < Math.max(neededCount, this.#slots.blockCount / 2)) this.reclaim();
+    if (this.#slots.freeBlockCount < Math.max(neededCount, this.#slots.blockCount / 2))
+      this.reclaim(neededCount);
   }
 
-  reclaim(): void {
+  /**
+   * Takes captures back until `neededCount` blocks are free, and a few more. The chain that a worker has freed may be
+   * the whole buffer's, half a million captures: not a matter for one guest write.
+   */
+  reclaim(neededCount: number): void {
     const { captureInfo, captureNext } = this.#shared;
-    for (let capture = this.#shared.takeFreed(); capture >= 0;) {
+    const slots = this.#slots;
+    let capture = this.#reclaimable;
+    for (let count = 0; count < RECLAIM_BATCH || slots.freeBlockCount < neededCount; count++) {
+      if (capture < 0) capture = this.#shared.takeFreed();
+      if (capture < 0) break;
       const next = captureNext[capture];
-      this.#slots.free(capture, captureLength(captureInfo[capture]));
+      slots.free(capture, captureLength(captureInfo[capture]));
       capture = next;
     }
+    this.#reclaimable = capture;
   }
 
   #blockOf(chunk: number, offsetBytes: number): number {

@@ -20,10 +20,13 @@ const WORDS = 2;
 const BYTES_PER_CLUSTER = WORDS * Uint32Array.BYTES_PER_ELEMENT;
 
 /** @throws CowcatcherError LIMIT when the system has no room for it. */
-export function allocateDigests({ clusterCount }: Geometry): SharedArrayBuffer {
+export function allocateDigests(
+  { clusterCount }: Geometry,
+  allocate = (bytes: number) => new SharedArrayBuffer(bytes),
+): SharedArrayBuffer {
   const bytes = BYTES_PER_CLUSTER * Math.max(1, clusterCount);
   try {
-    return new SharedArrayBuffer(bytes);
+    return allocate(bytes);
   } catch (cause) {
     throw new CowcatcherError({
       code: "LIMIT",

@@ -2,12 +2,22 @@
 //
 // A write passes every interceptor, then the image. When all of that is synchronous, nothing is allocated and the
 // write cannot meet T0: T0 is a turn of the event loop of its own. Writes that go on asynchronously are counted,
-// and `quiesce` closes the gate, waits until none is in flight, and runs what makes T0 in one synchronous step
+// and `quiesceAll` closes the gates, waits until none is in flight, and runs what makes T0 in one synchronous step
 // (invariant 5). A write that waited, for the gate or for an interceptor, starts again from the top, so that it
 // meets the interceptors of a job that started meanwhile.
+//
+// There are two gates, as a trim of terabytes may go on for minutes, and no other write may wait for it:
+//
+//   1. close the gate of the long requests (of each disk, one after another: who holds it alone makes a T0)
+//   2. wait until no long request is in flight; all else goes on
+//   3. close the gate of the others (of all disks at once), wait until no write is in flight
+//   4. the step; open all gates
+//
+// Storage that does not answer would hold up the guests of all the disks. So all of it has one limit, a guest
+// write's own; then the gates open and the start has failed.
 
 import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../image/device.js";
-import { toCowcatcherError } from "../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { GiB } from "../units.js";
 import type { Interceptor } from "./interceptor.js";
 
@@ -17,6 +27,8 @@ import type { Interceptor } from "./interceptor.js";
  * of it.
  */
 const PIECE_BYTES = 1 * GiB;
+/** The longest time of a timer. */
+const TIMER_MS_MAX = 2 ** 31 - 1;
 
 export class DiskNode implements BlockDevice {
   readonly name: string;
@@ -24,9 +36,9 @@ export class DiskNode implements BlockDevice {
   readonly readOnly: boolean;
   readonly clusterSizeBytes: number;
   #interceptors: readonly Interceptor[] = [];
-  #inFlight = 0;
-  #gate: Promise<void> | null = null;
-  #onIdle: (() => void) | null = null;
+  readonly #writes = new Traffic();
+  /** Trims and writes of zeroes in pieces; while its gate is closed one start has the disk to itself. */
+  readonly #longRequests = new Traffic();
 
   constructor(
     readonly nodeName: string,
@@ -95,7 +107,7 @@ export class DiskNode implements BlockDevice {
   }
 
   #beforeWrite(offsetBytes: number, lengthBytes: number): Completion {
-    return this.#gate ?? this.#intercept(offsetBytes, lengthBytes);
+    return this.#writes.gate ?? this.#intercept(offsetBytes, lengthBytes);
   }
 
   #intercept(offsetBytes: number, lengthBytes: number): Completion {
@@ -117,8 +129,9 @@ export class DiskNode implements BlockDevice {
     lengthBytes: number,
     step: (offsetBytes: number, lengthBytes: number) => Completion,
   ): Promise<void> {
-    while (this.#gate !== null) await this.#gate;
-    this.#inFlight++;
+    const traffic = this.#longRequests;
+    while (traffic.gate !== null) await traffic.gate;
+    traffic.enter();
     try {
       const end = offsetBytes + lengthBytes;
       for (let at = offsetBytes; at < end; at += PIECE_BYTES) {
@@ -129,56 +142,129 @@ export class DiskNode implements BlockDevice {
         await new Promise((resolve) => setImmediate(resolve));
       }
     } finally {
-      this.#leave();
+      traffic.leave();
     }
   }
 
   #track(completion: Completion): Completion {
     if (!completion) return undefined;
-    this.#inFlight++;
-    return completion.finally(() => this.#leave());
+    const writes = this.#writes;
+    writes.enter();
+    return completion.finally(() => writes.leave());
   }
 
-  #leave(): void {
-    this.#inFlight--;
-    if (this.#inFlight === 0) this.#onIdle?.();
-  }
-
-  /** Closes the gate and waits until no write is in flight; the result opens the gate again. */
-  async #close(): Promise<() => void> {
-    let open: () => void = () => {};
-    const gate = new Promise<void>((resolve) => {
-      open = resolve;
-    });
-    while (this.#gate !== null) await this.#gate;
-    this.#gate = gate;
-    if (this.#inFlight > 0) {
-      await new Promise<void>((resolve) => {
-        this.#onIdle = resolve;
-      });
-      this.#onIdle = null;
+  /** Waits until no other start has the disk; the result gives it up again. */
+  async #closeToLongRequests(deadline: Deadline): Promise<() => void> {
+    const traffic = this.#longRequests;
+    while (traffic.gate !== null) {
+      const problem = "another backup of the disk has been about to start for";
+      await deadline.within(traffic.gate, this.name, problem, "start the backup again");
     }
-    return () => {
-      this.#gate = null;
-      open();
-    };
+    return traffic.close();
+  }
+
+  #longRequestsOver(deadline: Deadline): Promise<void> {
+    const problem = "a trim or a write of zeroes of more than 1 GiB has held up the start of the backup for";
+    return deadline.within(this.#longRequests.idle(), this.name, problem, "start the backup when it is over");
+  }
+
+  #writesOver(deadline: Deadline): Promise<void> {
+    const problem = "a write to the disk has held up the start of the backup, and all other writes, for";
+    const hint = "see that the disk's storage answers, then start the backup again";
+    return deadline.within(this.#writes.idle(), this.name, problem, hint);
   }
 
   /**
    * Runs `step` synchronously at a moment at which no write is in flight on any of the disks: one T0 for all.
-   * Guest writes that come meanwhile wait, for as long as the local writes in flight take. What `step` throws is
-   * thrown on, with the gates open again.
+   * Guest writes that come meanwhile wait, for as long as the local writes in flight take and at most limitMs. What
+   * `step` throws is thrown on, with the gates open again.
+   * @throws CowcatcherError GUEST_TIMEOUT naming the disk that had no such moment within limitMs; `step` has not run.
    */
-  static async quiesceAll<T>(nodes: readonly DiskNode[], step: () => T): Promise<T> {
+  static async quiesceAll<T>(nodes: readonly DiskNode[], step: () => T, limitMs: number): Promise<T> {
+    // In one order for everybody, so that two groups that share disks cannot wait for each other.
+    const inOrder = [...nodes].sort((a, b) => (a.nodeName < b.nodeName ? -1 : 1));
     const openers: (() => void)[] = [];
+    const deadline = new Deadline(limitMs);
     try {
-      // In one order for everybody, so that two groups that share disks cannot wait for each other.
-      for (const node of [...nodes].sort((a, b) => (a.nodeName < b.nodeName ? -1 : 1))) {
-        openers.push(await node.#close());
-      }
+      for (const node of inOrder) openers.push(await node.#closeToLongRequests(deadline));
+      for (const node of inOrder) await node.#longRequestsOver(deadline);
+      for (const node of inOrder) openers.push(node.#writes.close());
+      for (const node of inOrder) await node.#writesOver(deadline);
       return step();
     } finally {
+      deadline.clear();
       for (const open of openers) open();
     }
+  }
+}
+
+/** Requests of one kind: how many are in flight, and the gate at which the next ones wait. */
+class Traffic {
+  /** While it is closed: fulfilled when it opens. */
+  gate: Promise<void> | null = null;
+  #inFlight = 0;
+  #onIdle: (() => void) | null = null;
+
+  enter(): void {
+    this.#inFlight++;
+  }
+
+  leave(): void {
+    this.#inFlight--;
+    if (this.#inFlight === 0) this.#onIdle?.();
+  }
+
+  /** The gate must be open; the result opens it again. */
+  close(): () => void {
+    let open: () => void = () => {};
+    this.gate = new Promise((resolve) => {
+      open = resolve;
+    });
+    return () => {
+      this.gate = null;
+      this.#onIdle = null;
+      open();
+    };
+  }
+
+  /** With the gate closed: fulfilled when nothing is in flight. */
+  async idle(): Promise<void> {
+    if (this.#inFlight > 0) {
+      await new Promise<void>((resolve) => {
+        this.#onIdle = resolve;
+      });
+    }
+  }
+}
+
+/** One limit for several waits one after another. */
+class Deadline {
+  readonly #limitMs: number;
+  readonly #timer: NodeJS.Timeout;
+  readonly #passed: Promise<boolean>;
+
+  constructor(limitMs: number) {
+    this.#limitMs = Math.min(limitMs, TIMER_MS_MAX);
+    let pass: (passed: boolean) => void = () => {};
+    this.#passed = new Promise((resolve) => {
+      pass = resolve;
+    });
+    this.#timer = setTimeout(() => pass(true), this.#limitMs);
+  }
+
+  /** @throws CowcatcherError GUEST_TIMEOUT if the limit comes first; `problem` is what has lasted so long. */
+  async within(wait: Promise<void>, object: string, problem: string, hint: string): Promise<void> {
+    const isPassed = await Promise.race([wait, this.#passed]);
+    if (isPassed !== true) return;
+    throw new CowcatcherError({
+      code: "GUEST_TIMEOUT",
+      object,
+      problem: `${problem} ${this.#limitMs} ms`,
+      hint,
+    });
+  }
+
+  clear(): void {
+    clearTimeout(this.#timer);
   }
 }

@@ -65,7 +65,7 @@ import {
 } from "./shared.js";
 import type { SpillFile } from "./spill.js";
 import { bookTransfer } from "./throttle.js";
-import { isZero } from "./zero.js";
+import { endOfData, isZero } from "./zero.js";
 
 /** Why a worker's generator paused. */
 export type DrainStep =
@@ -115,6 +115,8 @@ export class Drainer {
   readonly #taken: Uint8Array;
   readonly #covered: Uint8Array;
   readonly #zero: Uint8Array;
+  /** Whether #zero may have any. */
+  #hasNotedZeroes = false;
   readonly #spillBitmap: Uint8Array;
   /** Captures of the chunk in hand, taken off its list; -1 for none. */
   #captures = -1;
@@ -260,6 +262,7 @@ export class Drainer {
     const shared = this.#shared;
     this.#covered.fill(0);
     this.#zero.fill(0);
+    this.#hasNotedZeroes = false;
     for (let capture = shared.chunkHead(chunk); capture >= 0; capture = shared.captureNext[capture]) {
       const info = shared.captureInfo[capture];
       const start = captureStart(info);
@@ -339,28 +342,46 @@ export class Drainer {
 
   /**
    * Reads the blocks of [from, to) (bytes in the chunk) that no capture covers. An extent may end inside a block
-   * (at the odd end of a backing file), so `position` need not be aligned.
+   * (at the odd end of a backing file), so `position` need not be aligned. A stretch that cannot be read, and may be
+   * passed over, is read again a block at a time, so that one bad sector costs its own block alone.
    */
   *#readRun(chunk: number, from: number, to: number): Steps<void> {
     const { reader, chunkBuffer } = this.#options;
     const base = chunk * this.#shared.geometry.chunkBytes;
     let position = from;
+    let singlyUntil = from;
     while (position < to) {
-      const end = this.#missingEnd(position, to);
+      const blockEnd = (Math.floor(position / BLOCK_BYTES) + 1) * BLOCK_BYTES;
+      const end = this.#missingEnd(position, position < singlyUntil ? Math.min(blockEnd, to) : to);
       if (end === position) {
-        position = (Math.floor(position / BLOCK_BYTES) + 1) * BLOCK_BYTES;
+        position = blockEnd;
         continue;
       }
       const start = position;
-      const result = yield* this.#fromSource(start, end, () => {
+      let readEnd = end;
+      const error = yield* this.#fromSource(() => {
+        readEnd = end;
         const extent = reader.extent(base + start, end - start);
-        position = start + extent.lengthBytes;
-        if (extent.zero) return this.#noteZero(start, position);
+        readEnd = start + extent.lengthBytes;
+        if (extent.zero) return this.#noteZero(start, readEnd);
         return reader.read(chunkBuffer, start, extent.lengthBytes, base + start);
       });
-      if (!result) position = end;
+      if (error !== undefined && Atomics.load(this.#shared.control, CTL_RUN) === RUN_ABORTING) return;
+      // An error without a place, such as that of a server that is gone, would meet each block alike.
+      if (error?.offsetBytes !== undefined && readEnd > blockEnd) {
+        singlyUntil = readEnd;
+        continue;
+      }
+      if (error !== undefined) this.#passOver(start, readEnd);
+      position = readEnd;
       yield STEP;
     }
+  }
+
+  /** What cannot be read is zeroes in the backup, and an error in its count. */
+  #passOver(from: number, to: number): void {
+    Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
+    this.#options.chunkBuffer.fill(0, from, to);
   }
 
   /** End of the stretch from `position` on that is worth one read; `position` itself when a capture covers it. */
@@ -392,6 +413,7 @@ export class Drainer {
     for (let block = firstWhole; block < lastWhole; block++) {
       if (!this.#covered[block]) this.#zero[block] = 1;
     }
+    this.#hasNotedZeroes = true;
     return undefined;
   }
 
@@ -467,9 +489,12 @@ export class Drainer {
     let position = from;
     while (position < to) {
       const start = position;
-      const zero = this.#unitIsZero(position, Math.min(position + zeroUnitBytes, to));
-      do position = Math.min(position + zeroUnitBytes, to);
-      while (position < to && this.#unitIsZero(position, Math.min(position + zeroUnitBytes, to)) === zero);
+      const dataEnd = this.#hasNotedZeroes ? start : endOfData(chunkBuffer, start, to, zeroUnitBytes);
+      const zero = dataEnd === start && this.#unitIsZero(start, Math.min(start + zeroUnitBytes, to));
+      position = Math.max(dataEnd, Math.min(start + zeroUnitBytes, to));
+      while (position < to && this.#unitIsZero(position, Math.min(position + zeroUnitBytes, to)) === zero) {
+        position = Math.min(position + zeroUnitBytes, to);
+      }
       const length = position - start;
       if (zero) {
         yield* this.#toTarget(() => writer.writeZeroes(base + start, length));
@@ -514,20 +539,18 @@ export class Drainer {
     }
   }
 
-  /** Runs one read under the source's error policy: false if it was passed over (its range is zeroes then). */
-  *#fromSource(from: number, to: number, read: () => Completion): Steps<boolean> {
+  /** Runs one read under the source's error policy: the error if it may be passed over. */
+  *#fromSource(read: () => Completion): Steps<CowcatcherError | undefined> {
     for (;;) {
       try {
         const pending = read();
         if (pending) yield { kind: "promise", promise: pending };
-        return true;
+        return undefined;
       } catch (error) {
-        if (!(error instanceof CowcatcherError) || this.#options.onSourceError === "report") throw error;
-        if (this.#options.onSourceError === "ignore") {
-          Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
-          this.#options.chunkBuffer.fill(0, from, to);
-          return false;
-        }
+        if (!(error instanceof CowcatcherError)) throw error;
+        const policy = policyFor(error, this.#options.onSourceError);
+        if (policy === "report") throw error;
+        if (policy === "ignore") return error;
         if (!(yield* this.#stopFor(error))) throw error;
       }
     }
@@ -549,8 +572,9 @@ export class Drainer {
           yield* this.#backOff(attempt++);
           continue;
         }
-        if (this.#options.onTargetError === "report") throw error;
-        if (this.#options.onTargetError === "ignore") {
+        const policy = policyFor(error, this.#options.onTargetError);
+        if (policy === "report") throw error;
+        if (policy === "ignore") {
           Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
           return;
         }
@@ -585,6 +609,11 @@ export class Drainer {
       throw new Error("a chunk is marked as spilled in a job without a spill file");
     return this.#options.spill;
   }
+}
+
+function policyFor({ code }: CowcatcherError, policy: OnIoError): OnIoError {
+  if (policy !== "enospc") return policy;
+  return code === "NO_SPACE" ? "stop" : "report";
 }
 
 function bitOf(bitmap: Uint8Array, index: number): number {

@@ -254,7 +254,7 @@ export class Interceptor {
   async #waitForRoom(neededCount: number, startMs: number): Promise<void> {
     while (!this.#detached && !this.#isTimedOut(startMs)) {
       const event = Atomics.load(this.#shared.control, CTL_FREED_EVENT);
-      this.#store.reclaim();
+      this.#store.reclaim(neededCount);
       const delayMs = this.#pacer?.delayMs(this.#clock.nowMs()) ?? 0;
       const roomy = this.#store.freeBlockCount >= neededCount;
       if (roomy && delayMs <= 0) return;

@@ -9,6 +9,22 @@ const WASM_PAGE_BYTES = 64 * KiB;
 /** A WebAssembly memory has at most 65,536 pages. */
 export const MAX_PAGE_MEMORY_BYTES = 4 * GiB;
 
+const kept: SharedArrayBuffer[] = [];
+
+/**
+ * Memory of this thread for its tasks one after another: at least `lengthBytes` of whatever the last one left, the same
+ * each time for the same `index`. To the collector a page memory weighs nothing, so one a task would stay for long.
+ * @throws CowcatcherError LIMIT
+ */
+export function keptPages(index: number, lengthBytes: number, object: string): Uint8Array {
+  let memory = kept[index];
+  if (memory === undefined || memory.byteLength < lengthBytes) {
+    memory = allocatePages(lengthBytes, object);
+    kept[index] = memory;
+  }
+  return new Uint8Array(memory);
+}
+
 /**
  * @param lengthBytes rounded up to 64 KiB.
  * @throws CowcatcherError LIMIT over 4 GiB or when the system has no room for it.

@@ -6,7 +6,7 @@
 //
 //   chunk word   bit 0..1  owner: 0 nobody, 1 main, 2 a worker
 //                bit 2     WAITING: somebody waits on this word for the owner to let go
-//                bit 3     QUEUED: the chunk stands in the urgent ring (once at most)
+//                bit 3     QUEUED: the chunk stands in the urgent ring, and nobody has taken its captures since
 //                bit 4     SPILLED: some of its captured blocks are in the spill file
 //
 //   cluster state   PENDING ──worker──► READING ──worker──► DONE
@@ -20,8 +20,14 @@
 // What a worker has taken goes back to the main thread, which alone allocates, as one chain on the freed stack:
 // workers push with compare-exchange, the main thread takes all with one exchange, so there is no ABA.
 //
-// Urgent ring. One producer (main), many consumers. A chunk stands in it once at most, so a ring of chunkCount
-// entries never overflows and needs no wasted slot: head and tail count up and are reduced modulo the capacity.
+// Urgent ring. One producer (main), many consumers. Main pushes a chunk when it sets QUEUED; the worker that takes the
+// chunk's captures clears it. That worker may have the chunk from the sweep: then the entry stays in the ring, a stale
+// one, and the next capture pushes a second. A worker goes to the sweep only when it has found the ring empty, so
+// between two such moments each leaves one stale entry at most: chunkCount + DRAINERS_MAX entries never overflow. A
+// stale entry costs its taker a look at the chunk.
+//
+// Head and tail count up, modulo the greatest multiple of the ring's length that 31 bits hold: after as long a time a
+// consumer that slept between its load and its compare-exchange cannot mistake a new entry for the one that it saw.
 //
 //        head (consumers, CAS)          tail (main)
 //          ▼                              ▼
@@ -75,8 +81,13 @@ export const RUN_ABORTING = 3;
 export const CNT_DONE_BYTES = 0; // [workers]
 export const CNT_WRITTEN_BYTES = 1; // [workers]
 export const CNT_RATE_LIMIT = 2; // [main] bytes a second, 0: none
-export const CNT_RATE_NEXT_NS = 3; // [workers] monotonic time at which the target may be written again
+export const CNT_RATE_NEXT_NS = 3; // [workers] monotonic time at which the target may be written again; throttle.ts
+export const CNT_RATE_CHANGES = 4; // [main] how often the limit was changed
 const CNT_WORDS = 8;
+
+/** Chunks that workers have in hand at a time, at most: 64 workers of one each, or fewer of more (workers/copy.ts). */
+export const DRAINERS_MAX = 64;
+const INT32_MAX = 2 ** 31 - 1;
 
 export interface SharedBuffers {
   geometry: Geometry;
@@ -114,6 +125,7 @@ export class SharedState {
   readonly bufferBlockCount: number;
   /** [the worker that took the cluster] null without --verify. */
   readonly digests: ClusterDigests | null;
+  readonly #urgentPeriod: number;
 
   constructor(readonly buffers: SharedBuffers) {
     this.geometry = buffers.geometry;
@@ -123,6 +135,7 @@ export class SharedState {
     this.chunkWords = new Int32Array(buffers.chunkWords);
     this.chunkHeads = new Int32Array(buffers.chunkHeads);
     this.urgentRing = new Int32Array(buffers.urgentRing);
+    this.#urgentPeriod = Math.floor(INT32_MAX / this.urgentRing.length) * this.urgentRing.length;
     this.regionStates = new Int32Array(buffers.regionStates);
     this.captureNext = new Int32Array(buffers.captureNext);
     this.captureInfo = new Int32Array(buffers.captureInfo);
@@ -166,7 +179,7 @@ export class SharedState {
   pushUrgent(chunk: number): void {
     const tail = this.control[CTL_URGENT_TAIL];
     Atomics.store(this.urgentRing, tail % this.urgentRing.length, chunk);
-    Atomics.store(this.control, CTL_URGENT_TAIL, tail + 1);
+    Atomics.store(this.control, CTL_URGENT_TAIL, this.#afterUrgent(tail));
   }
 
   /** Workers: the chunk that has waited longest, or -1. */
@@ -175,8 +188,13 @@ export class SharedState {
       const head = Atomics.load(this.control, CTL_URGENT_HEAD);
       if (head === Atomics.load(this.control, CTL_URGENT_TAIL)) return -1;
       const chunk = Atomics.load(this.urgentRing, head % this.urgentRing.length);
-      if (Atomics.compareExchange(this.control, CTL_URGENT_HEAD, head, head + 1) === head) return chunk;
+      const next = this.#afterUrgent(head);
+      if (Atomics.compareExchange(this.control, CTL_URGENT_HEAD, head, next) === head) return chunk;
     }
+  }
+
+  #afterUrgent(place: number): number {
+    return place + 1 === this.#urgentPeriod ? 0 : place + 1;
   }
 
   /** Owner only: first capture of the chunk, or -1. */
@@ -233,8 +251,14 @@ export class StateError extends Error {
   }
 }
 
+export type AllocateTable = (bytes: number) => SharedArrayBuffer;
+
+const allocateAfresh: AllocateTable = (bytes) => new SharedArrayBuffer(bytes);
+
 /**
- * Main thread. `slots` is at least bufferBytes long; bufferBytes is a multiple of the slot size, or 0.
+ * Main thread. `slots` is at least bufferBytes long; bufferBytes is a multiple of the slot size, or 0. `allocate` gives
+ * the tables, all zero. The control words and counters are the job's own for good: its progress is asked for when its
+ * tables have become another's.
  * @throws CowcatcherError LIMIT when there is no memory for the digests that `withDigests` asks for.
  */
 export function createSharedState(
@@ -242,23 +266,24 @@ export function createSharedState(
   slots: SharedArrayBuffer,
   bufferBytes: number,
   withDigests = false,
+  allocate = allocateAfresh,
 ): SharedState {
-  const words = (count: number) => new SharedArrayBuffer(4 * Math.max(1, count));
+  const words = (count: number) => allocate(4 * Math.max(1, count));
   const blockCount = bufferBytes / BLOCK_BYTES;
   const shared = new SharedState({
     geometry,
-    control: words(CTL_WORDS),
+    control: new SharedArrayBuffer(4 * CTL_WORDS),
     counters: new SharedArrayBuffer(8 * CNT_WORDS),
-    clusterStates: new SharedArrayBuffer(Math.max(1, geometry.clusterCount)),
+    clusterStates: allocate(Math.max(1, geometry.clusterCount)),
     chunkWords: words(geometry.chunkCount),
     chunkHeads: words(geometry.chunkCount),
-    urgentRing: words(geometry.chunkCount),
+    urgentRing: words(geometry.chunkCount + Math.min(geometry.chunkCount, DRAINERS_MAX)),
     regionStates: words(geometry.regionCount),
     captureNext: words(blockCount),
     captureInfo: words(blockCount),
     slots,
     bufferBytes,
-    digests: withDigests ? allocateDigests(geometry) : undefined,
+    digests: withDigests ? allocateDigests(geometry, allocate) : undefined,
   });
   shared.control[CTL_FREED_HEAD] = -1;
   return shared;

@@ -68,6 +68,12 @@ export interface BlockDevice {
   close(): Promise<void>;
 }
 
+/** A file that an image has open: its path as it was given or stands in a header, and its descriptor. */
+export interface ImageFile {
+  readonly name: string;
+  readonly fd: number;
+}
+
 /** An opened image: a device that knows its format and can hand its T0 view to workers. */
 export interface Image extends BlockDevice {
   readonly path: string;
@@ -75,6 +81,8 @@ export interface Image extends BlockDevice {
   /** True where the format was found by probing, not named by the user (Safety rule in CLI.md). */
   readonly probed: boolean;
   readonly backing: Image | null;
+  /** The local files or devices that hold this layer, its own first; not those of `backing`. None for an export. */
+  readonly files: readonly ImageFile[];
 
   /**
    * Describes the image as it is at this moment, for readers in workers. Synchronous, so that T0 is one instant.

@@ -224,3 +224,30 @@ export function fileExtent(fd: number, offsetBytes: number, lengthBytes: number)
   const run = holeAt > offsetBytes ? holeAt - offsetBytes : lengthBytes;
   return { lengthBytes: Math.min(lengthBytes, run), zero: false };
 }
+
+/**
+ * `fileExtent`, with the last run of data remembered: SEEK_HOLE may walk all of a large file to find the next hole,
+ * and whoever reads through a file asks again for each stretch of it. One thread.
+ */
+export class FileExtents {
+  private dataFrom = 0;
+  private dataEnd = 0;
+
+  constructor(private readonly fd: number) {}
+
+  /** A hole that another process has made meanwhile may still count as data. */
+  extentAt(offsetBytes: number, lengthBytes: number): Extent {
+    if (offsetBytes < this.dataFrom || offsetBytes >= this.dataEnd) {
+      const extent = fileExtent(this.fd, offsetBytes, Number.MAX_SAFE_INTEGER - offsetBytes);
+      if (extent.zero) return { lengthBytes: Math.min(lengthBytes, extent.lengthBytes), zero: true };
+      this.dataFrom = offsetBytes;
+      this.dataEnd = offsetBytes + extent.lengthBytes;
+    }
+    return { lengthBytes: Math.min(lengthBytes, this.dataEnd - offsetBytes), zero: false };
+  }
+
+  /** To be called when this process may have made a hole. */
+  forget(): void {
+    this.dataFrom = this.dataEnd = 0;
+  }
+}

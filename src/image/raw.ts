@@ -14,13 +14,20 @@ import { constants } from "node:os";
 import { CowcatcherError, ioError, toCowcatcherError } from "../errors.js";
 import { libc } from "../native/libc.js";
 import { KiB, MiB } from "../units.js";
-import type { BlockStatus, Completion, FrozenSource, Image, WriteZeroesOptions } from "./device.js";
+import type {
+  BlockStatus,
+  Completion,
+  FrozenSource,
+  Image,
+  ImageFile,
+  WriteZeroesOptions,
+} from "./device.js";
 import { DirectFile } from "./direct.js";
 import { sizeOf } from "./devicesize.js";
 import {
   closeFile,
   errnoError,
-  fileExtent,
+  FileExtents,
   readFirstBytes,
   readFully,
   readFullySync,
@@ -93,6 +100,7 @@ export class RawImage implements Image {
   private canPunch: boolean | undefined;
   private canZeroRange = false;
   private flushError: CowcatcherError | null = null;
+  private readonly extents: FileExtents;
 
   constructor(
     options: RawImageOptions,
@@ -105,10 +113,15 @@ export class RawImage implements Image {
     this.fd = fd;
     this.readOnly = readOnly;
     this.probed = probed;
+    this.extents = new FileExtents(fd);
     this.isBlockDevice = fs.fstatSync(fd).isBlockDevice();
     this.isInMemory = directFile === null && isOnMemoryFileSystem(fd);
     this.guard =
       probed && !readOnly ? new ProbeGuard(name, () => readFirstBytes(name, fd, PROBE_BYTES)) : null;
+  }
+
+  get files(): readonly ImageFile[] {
+    return [{ name: this.name, fd: this.fd }];
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
@@ -257,6 +270,7 @@ export class RawImage implements Image {
   /** @returns false where the file system cannot. */
   private fallocateZeroes(offsetBytes: number, lengthBytes: number, mayUnmap: boolean): boolean {
     if (libc === null) return false;
+    this.extents.forget();
     const result = mayUnmap
       ? libc.punchHole(this.fd, offsetBytes, lengthBytes)
       : libc.zeroRange(this.fd, offsetBytes, lengthBytes);
@@ -305,6 +319,7 @@ export class RawImage implements Image {
     } catch {
       return false;
     }
+    this.extents.forget();
     const result = libc?.punchHole(this.fd, offsetBytes, lengthBytes) ?? -constants.errno.ENOSYS;
     if (result >= 0) return true;
     this.guard?.markStale();
@@ -328,7 +343,7 @@ export class RawImage implements Image {
   }
 
   blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus {
-    const { lengthBytes: runBytes, zero } = fileExtent(this.fd, offsetBytes, lengthBytes);
+    const { lengthBytes: runBytes, zero } = this.extents.extentAt(offsetBytes, lengthBytes);
     return {
       lengthBytes: runBytes,
       zero,

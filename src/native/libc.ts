@@ -1,4 +1,5 @@
-// The system calls that Node lacks, through koffi: lseek(SEEK_DATA), preadv2(RWF_NOWAIT), fallocate, OFD locks.
+// The system calls that Node lacks, through koffi: lseek(SEEK_DATA), preadv2(RWF_NOWAIT), fallocate, OFD locks,
+// blocking recv.
 //
 // `libc` is null where koffi cannot load (an odd platform, COWCATCHER_NO_NATIVE=1): every caller has a slower way.
 // Results are the system call's own: a count or offset, or minus errno. Any thread may call; nothing here is kept
@@ -21,13 +22,26 @@ const FALLOC_FL_ZERO_RANGE = 0x10;
 const F_OFD_GETLK = 36;
 const F_OFD_SETLK = 37;
 const PRIO_PROCESS = 0;
+const MADV_DONTNEED = 4;
+/** The largest page of the kernels that Node runs on; on others a multiple of theirs. */
+const PAGE_BYTES = 65_536;
 export const F_RDLCK = 0;
 export const F_WRLCK = 1;
 export const F_UNLCK = 2;
 export const POSIX_FADV_DONTNEED = 4;
 
+const SOL_SOCKET = 1;
+const SO_RCVTIMEO = 20;
+const SO_SNDTIMEO = 21;
+const MSG_WAITALL = 0x100;
+const MSG_NOSIGNAL = 0x4000;
+const F_GETFL = 3;
+const F_SETFL = 4;
+const O_NONBLOCK = 0o4000;
+
 export const ENXIO = constants.errno.ENXIO;
 export const EAGAIN = constants.errno.EAGAIN;
+export const EINTR = constants.errno.EINTR;
 export const EINVAL = constants.errno.EINVAL;
 export const EOPNOTSUPP = constants.errno.EOPNOTSUPP;
 export const ENOSYS = constants.errno.ENOSYS;
@@ -78,8 +92,18 @@ export interface Libc {
   fadvise(fd: number, offsetBytes: number, lengthBytes: number, advice: number): number;
   /** Non-blocking OFD lock or unlock (F_RDLCK, F_WRLCK, F_UNLCK) of bytes; -EAGAIN where another holder forbids it. */
   ofdLock(fd: number, type: number, startByte: number, lengthBytes: number): number;
+  /**
+   * Zeroes a range of memory that no file stands behind, giving its whole pages back to the system: 0, or -errno with
+   * the range as it was or partly zero. No other thread may use the range meanwhile.
+   */
+  dropPages(buffer: ArrayBufferLike, offset: number, lengthBytes: number): number;
   /** Niceness of the calling thread alone, 0 to 19 (Linux keeps it by thread): 0, or -errno. */
   setThreadNice(nice: number): number;
+  /** From now on the socket's calls block, each for timeoutMs at most; 0, or -errno. */
+  makeBlocking(fd: number, timeoutMs: number): number;
+  /** Waits for all of lengthBytes; fewer came within the time limit, 0: the peer hung up; -EAGAIN: nothing came. */
+  receive(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
+  send(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
   /** Whether a lock of `type` could be taken: 0 yes, 1 no, or -errno. */
   ofdTest(fd: number, type: number, startByte: number, lengthBytes: number): number;
 }
@@ -104,7 +128,13 @@ function bind(): Libc {
   const fallocate = declare("int fallocate64(int fd, int mode, int64_t offset, int64_t length)");
   const posixFadvise = declare("int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)");
   const memcpy = declare("uint64_t memcpy(uint64_t target, uint64_t source, uint64_t count)");
+  const madvise = declare("int madvise(uint64_t address, uint64_t length, int advice)");
   const setpriority = declare("int setpriority(int which, uint32_t who, int priority)");
+  const recv = declare("int64_t recv(int fd, uint64_t buffer, uint64_t count, int flags)");
+  const sendBytes = declare("int64_t send(int fd, uint64_t buffer, uint64_t count, int flags)");
+  const setsockopt = declare(
+    "int setsockopt(int fd, int level, int name, uint64_t value, uint32_t valueBytes)",
+  );
   const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
 
   const addresses = new WeakMap<ArrayBufferLike, number>();
@@ -161,6 +191,33 @@ function bind(): Libc {
       setFlock(type, startByte, lengthBytes);
       return orErrno(fcntl(fd, F_OFD_SETLK, flockAddress));
     },
+    dropPages(buffer, offset, lengthBytes) {
+      const start = addressOf(buffer) + offset;
+      const end = start + lengthBytes;
+      const firstPage = Math.min(Math.ceil(start / PAGE_BYTES) * PAGE_BYTES, end);
+      const afterPages = Math.max(Math.floor(end / PAGE_BYTES) * PAGE_BYTES, firstPage);
+      if (afterPages > firstPage) {
+        const result = orErrno(madvise(firstPage, afterPages - firstPage, MADV_DONTNEED));
+        if (result < 0) return result;
+      }
+      new Uint8Array(buffer, offset, firstPage - start).fill(0);
+      new Uint8Array(buffer, offset + afterPages - start, end - afterPages).fill(0);
+      return 0;
+    },
+    makeBlocking(fd, timeoutMs) {
+      const seconds = Math.floor(timeoutMs / 1000);
+      const timeval = new BigInt64Array([BigInt(seconds), BigInt((timeoutMs - seconds * 1000) * 1000)]);
+      for (const name of [SO_RCVTIMEO, SO_SNDTIMEO]) {
+        const result = setsockopt(fd, SOL_SOCKET, name, addressOf(timeval.buffer), timeval.byteLength);
+        if (result < 0) return orErrno(result);
+      }
+      const flags = fcntl(fd, F_GETFL, 0);
+      return orErrno(flags < 0 ? flags : fcntl(fd, F_SETFL, flags & ~O_NONBLOCK));
+    },
+    receive: (fd, buffer, bufferOffset, lengthBytes) =>
+      orErrno(recv(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_WAITALL)),
+    send: (fd, buffer, bufferOffset, lengthBytes) =>
+      orErrno(sendBytes(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_NOSIGNAL)),
     // "Process" 0 is the calling thread for the kernel, whatever POSIX says.
     setThreadNice: (nice) => orErrno(setpriority(PRIO_PROCESS, 0, nice)),
     ofdTest(fd, type, startByte, lengthBytes) {

@@ -7,9 +7,8 @@
 // zero a range twice is the same as once. Tries are counted and spaced by a growing pause. What the server itself
 // says is wrong (EIO, ENOSPC) is an answer, not a loss, and goes to the caller, as does a breach of the protocol.
 //
-// After a reconnection the export must be the one it was: same size, and still writable if it was. What the
-// server had acknowledged before and not flushed is its business to keep: a server process that is killed keeps what
-// the system's page cache has, one whose machine crashed may not (docs/nbd.md).
+// After a reconnection the export must be the one it was: same size, and still writable if it was. Who writes also has
+// it looked at, before anything else is asked, for what was acknowledged before and not flushed (unflushed.ts).
 
 import { setTimeout as delay } from "node:timers/promises";
 import { CowcatcherError } from "../errors.js";
@@ -35,6 +34,8 @@ export interface NbdSessionOptions extends NbdClientOptions {
 
 export class NbdSession {
   readonly #options: NbdSessionOptions;
+  /** Called with each connection after the first, before anybody else has it; what it throws, all who wait get. */
+  whenReconnected: ((client: NbdClient) => Promise<void>) | undefined;
   #client: NbdClient | undefined;
   #connecting: Promise<NbdClient> | undefined;
   #sizeBytes: number | undefined;
@@ -64,6 +65,7 @@ export class NbdSession {
     try {
       this.#refuseIfClosed();
       this.#checkSameExport(client);
+      if (this.#client !== undefined) await this.whenReconnected?.(client);
     } catch (error) {
       client.destroy();
       throw error;

@@ -130,31 +130,7 @@ export class NbdClient {
     const address = typeof server === "string" ? parseNbdUri(server) : server;
     const name = typeof server === "string" ? server : formatNbdUri(address);
     const settings = { ...DEFAULT_OPTIONS, ...options };
-    const socket = connect("path" in address ? { path: address.path } : { ...address, noDelay: true });
-    const deadlineMs = performance.now() + settings.connectTimeoutMs;
-    let ended: CowcatcherError | undefined;
-    const timer = setInterval(
-      () => {
-        if (settings.isCancelled()) ended = cancelled(name);
-        else if (performance.now() < deadlineMs) return;
-        ended ??= connectionError(
-          name,
-          `no connection within ${settings.connectTimeoutMs / 1000} s`,
-          "ETIMEDOUT",
-        );
-        socket.destroy();
-      },
-      Math.min(WATCH_MS, settings.connectTimeoutMs),
-    );
-    try {
-      await connected(socket, name);
-      return new NbdClient(await negotiate(socket, name, address, settings), name, settings);
-    } catch (error) {
-      socket.destroy();
-      throw ended ?? error;
-    } finally {
-      clearInterval(timer);
-    }
+    return new NbdClient(await openConnection(address, name, settings), name, settings);
   }
 
   /** Why no request can be made any more, if none can. */
@@ -428,6 +404,40 @@ export class NbdClient {
     this.#slots.fill(undefined);
     for (const request of open) request?.reject(error);
     this.#whenIdle?.();
+  }
+}
+
+/** Connects and negotiates; nothing reads the socket yet. Rejects as NbdClient.connect. */
+export async function openConnection(
+  address: NbdAddress,
+  name: string,
+  options: Pick<NbdClientOptions, "connectTimeoutMs" | "isCancelled" | "structured" | "contexts">,
+): Promise<Negotiated> {
+  const settings = { ...DEFAULT_OPTIONS, ...options };
+  const socket = connect("path" in address ? { path: address.path } : { ...address, noDelay: true });
+  const deadlineMs = performance.now() + settings.connectTimeoutMs;
+  let ended: CowcatcherError | undefined;
+  const timer = setInterval(
+    () => {
+      if (settings.isCancelled()) ended = cancelled(name);
+      else if (performance.now() < deadlineMs) return;
+      ended ??= connectionError(
+        name,
+        `no connection within ${settings.connectTimeoutMs / 1000} s`,
+        "ETIMEDOUT",
+      );
+      socket.destroy();
+    },
+    Math.min(WATCH_MS, settings.connectTimeoutMs),
+  );
+  try {
+    await connected(socket, name);
+    return await negotiate(socket, name, address, settings);
+  } catch (error) {
+    socket.destroy();
+    throw ended ?? error;
+  } finally {
+    clearInterval(timer);
   }
 }
 

@@ -4,11 +4,14 @@
 // One connection, made again when it is lost (client-session.ts). A write that ends inside one of the server's
 // blocks reads that block first, so it runs alone: it waits for the writes before it, those after it wait for it.
 //
+// A flush promises that what was acknowledged before lasts. After a reconnection it fails once if the server has lost
+// any of it (unflushed.ts), so that the guest's file system learns of it; a lost network alone makes no flush fail.
+//
 // Workers have connections of their own. A server may take one client at a time (it then does not say CAN_MULTI_CONN),
 // so for a copy `handOver` gathers what is to be known and hangs up before the workers come. Where the export stays in
 // use by a guest (a live backup) there are several connections at once, and the server must be fit for that.
 
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type {
   BlockStatus,
   Completion,
@@ -22,10 +25,14 @@ import { readRange, trimRange, writeRange, type ZeroPolicy, zeroRange } from "./
 import { NbdSession } from "./client-session.js";
 import { dirtyBitmapContext, type ExtentMap, gatherDirty, gatherZeroes } from "./extent-map.js";
 import { NBD_META_BASE_ALLOCATION, NBD_STATE_HOLE, NBD_STATE_ZERO } from "./protocol.js";
+import { digestOfAll, UnflushedWrites } from "./unflushed.js";
 import { WriteGate } from "./write-gate.js";
 
 /** Of a source that a backup reads or a guest uses; that of a target is --target-retries. */
 export const SOURCE_RETRIES = 5;
+
+/** Guests write blocks of this size as a rule. Notes of up to 256 MiB, some 10 MiB of memory. */
+const UNFLUSHED_BOUNDS = { unitBytes: 4096, maxPieces: 65_536, maxBytes: Infinity, digest: digestOfAll };
 
 export interface OpenNbdOptions {
   readOnly: boolean;
@@ -85,6 +92,7 @@ export class NbdImage implements Image {
   /** Nothing was guessed: an export is raw unless the user says otherwise. */
   readonly probed = false;
   readonly backing = null;
+  readonly files = [];
   /** The server is fit for several connections to the export at a time. */
   readonly canMultiConn: boolean;
   readonly #session: NbdSession;
@@ -95,6 +103,12 @@ export class NbdImage implements Image {
   #handover: Handover | null = null;
   readonly #blockBytes: number;
   readonly #gate = new WriteGate();
+  readonly #unflushed = new UnflushedWrites(UNFLUSHED_BOUNDS);
+  /** Of acknowledged writes; each is told by the flushes that were under way or are the next. */
+  #lossCount = 0;
+  #toldLossCount = 0;
+  #loss: CowcatcherError | undefined;
+  #isRelieving = false;
 
   constructor(session: NbdSession, client: NbdClient, { readOnly, bitmap }: OpenNbdOptions) {
     this.path = this.name = session.uri;
@@ -105,6 +119,7 @@ export class NbdImage implements Image {
     this.#bitmap = bitmap;
     this.#blockBytes = client.info.minimumBlockBytes;
     this.#canAskStatus = client.contexts.has(NBD_META_BASE_ALLOCATION);
+    session.whenReconnected = async (connection) => this.#noteLoss(await this.#unflushed.lostBy(connection));
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
@@ -112,24 +127,63 @@ export class NbdImage implements Image {
   }
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    return this.#change(offsetBytes, lengthBytes, (client) =>
-      writeRange(client, buffer, bufferOffset, lengthBytes, offsetBytes),
+    return this.#change(
+      offsetBytes,
+      lengthBytes,
+      (client) => writeRange(client, buffer, bufferOffset, lengthBytes, offsetBytes),
+      () => this.#unflushed.written(offsetBytes, lengthBytes, buffer, bufferOffset),
     );
   }
 
   writeZeroes(offsetBytes: number, lengthBytes: number, { mayUnmap }: WriteZeroesOptions): Completion {
     const policy = mayUnmap ? this.#zeroPolicy : this.#zeroKeepPolicy;
-    return this.#change(offsetBytes, lengthBytes, (client) =>
-      zeroRange(client, offsetBytes, lengthBytes, policy),
+    return this.#change(
+      offsetBytes,
+      lengthBytes,
+      (client) => zeroRange(client, offsetBytes, lengthBytes, policy),
+      () => this.#unflushed.zeroed(offsetBytes, lengthBytes),
     );
   }
 
   discard(offsetBytes: number, lengthBytes: number): Completion {
+    // What it leaves is the server's choice.
+    this.#unflushed.begin(offsetBytes, lengthBytes);
     return this.#session.run((client) => trimRange(client, offsetBytes, lengthBytes), undefined, true);
   }
 
-  flush(): Completion {
-    return this.#session.run((client) => client.flush());
+  /** @throws CowcatcherError also VERIFY (EIO): a server that was connected to again has lost acknowledged writes. */
+  async flush(): Promise<void> {
+    const toldLossCount = this.#toldLossCount;
+    const epoch = this.#unflushed.startFlush();
+    await this.#session.run((client) => client.flush());
+    this.#unflushed.flushed(epoch);
+    if (this.#lossCount === toldLossCount || this.#loss === undefined) return;
+    this.#toldLossCount = this.#lossCount;
+    throw this.#loss;
+  }
+
+  #noteLoss(loss: CowcatcherError | undefined): void {
+    if (loss === undefined) return;
+    this.#loss = loss;
+    this.#lossCount++;
+    this.#unflushed.clear();
+  }
+
+  /** A guest that never flushes: so that what is not flushed stays bounded. */
+  #relieve(): void {
+    if (this.#isRelieving) return;
+    this.#isRelieving = true;
+    const epoch = this.#unflushed.startFlush();
+    this.#session
+      .run((client) => client.flush())
+      .then(
+        () => this.#unflushed.flushed(epoch),
+        // A server may answer a flush's failure once only.
+        (error: unknown) => this.#noteLoss(toCowcatcherError(error, this.name)),
+      )
+      .finally(() => {
+        this.#isRelieving = false;
+      });
   }
 
   async blockStatus(offsetBytes: number, lengthBytes: number): Promise<BlockStatus> {
@@ -194,15 +248,21 @@ export class NbdImage implements Image {
     }
   }
 
-  #change(
+  async #change(
     offsetBytes: number,
     lengthBytes: number,
     work: (client: NbdClient) => Promise<void>,
+    note: () => void,
   ): Promise<void> {
     const unit = this.#blockBytes;
-    if (unit === 1) return this.#session.run(work, undefined, true);
+    const run = (): Promise<void> => {
+      this.#unflushed.begin(offsetBytes, lengthBytes);
+      return this.#session.run(work, undefined, true);
+    };
     const alone = offsetBytes % unit !== 0 || lengthBytes % unit !== 0;
-    return this.#gate.run(alone, () => this.#session.run(work, undefined, true));
+    await (unit === 1 ? run() : this.#gate.run(alone, run));
+    note();
+    if (this.#unflushed.isFull) this.#relieve();
   }
 }
 

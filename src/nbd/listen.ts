@@ -4,9 +4,11 @@
 //
 // Main thread only.
 
+import { readFileSync, readlinkSync } from "node:fs";
 import { createServer, type ListenOptions, type Server, type Socket } from "node:net";
 import { CowcatcherError, ioError } from "../errors.js";
 import { listenAtPath } from "../unix-socket.js";
+import type { NbdPlace } from "./place.js";
 
 export { notifyReady } from "./notify.js";
 
@@ -17,6 +19,8 @@ export interface SocketServer {
 export interface NbdListener {
   /** For people and logs: a path, or host:port as bound. */
   readonly address: string;
+  /** The same for programs; undefined for a socket whose address nobody knows. */
+  readonly place: NbdPlace | undefined;
   /** Hands every socket to `server`, those that came before too. */
   serve(server: SocketServer): void;
   /** Stops listening and removes a Unix socket's file. Accepted sockets go on. */
@@ -72,7 +76,7 @@ export async function systemdListeners(
   const listeners: NbdListener[] = [];
   for (let fd = firstDescriptor; fd < firstDescriptor + socketCount; fd++) {
     const listener = new Listener(`systemd socket ${fd}`);
-    await listener.listen({ fd } as ListenOptions);
+    await listener.listen({ fd });
     listeners.push(listener);
   }
   return listeners;
@@ -80,6 +84,7 @@ export async function systemdListeners(
 
 class Listener implements NbdListener {
   address: string;
+  place: NbdPlace | undefined;
   private readonly server: Server;
   private readonly early: Socket[] = [];
   private target: SocketServer | undefined;
@@ -94,10 +99,11 @@ class Listener implements NbdListener {
 
   async listenAtPath(path: string, mode: number | undefined): Promise<void> {
     await listenAtPath(this.server, path, { mode, backlog: LISTEN_BACKLOG });
+    this.place = { path };
     this.outlastErrors();
   }
 
-  async listen(options: ListenOptions): Promise<void> {
+  async listen(options: ListenOptions & { fd?: number }): Promise<void> {
     try {
       await new Promise<void>((resolve, reject) => {
         this.server.once("error", reject);
@@ -108,7 +114,9 @@ class Listener implements NbdListener {
     }
     this.outlastErrors();
     const bound = this.server.address();
+    if (bound === null && options.fd !== undefined) this.place = unixPlaceOf(options.fd);
     if (bound !== null && typeof bound === "object") {
+      this.place = { host: bound.address, port: bound.port };
       this.address =
         bound.family === "IPv6" ? `[${bound.address}]:${bound.port}` : `${bound.address}:${bound.port}`;
     }
@@ -133,4 +141,18 @@ class Listener implements NbdListener {
     this.server.close();
     await Promise.resolve();
   }
+}
+
+/** Node does not know the path of an inherited Unix socket; the kernel's list of them does. */
+function unixPlaceOf(fd: number): NbdPlace | undefined {
+  try {
+    const inode = /^socket:\[(\d+)\]$/.exec(readlinkSync(`/proc/self/fd/${fd}`))?.[1];
+    for (const line of readFileSync("/proc/self/net/unix", "utf8").split("\n")) {
+      const found = /^\S+ \S+ \S+ \S+ \S+ \S+ +(\d+) (\/.*)$/.exec(line);
+      if (found?.[1] === inode && found?.[2] !== undefined) return { path: found[2] };
+    }
+  } catch {
+    // No /proc: it stays unknown.
+  }
+  return undefined;
 }

@@ -55,16 +55,6 @@ export function existsError(path: string): CowcatcherError {
   });
 }
 
-/** Whether two paths name one file or device, by whatever names and links. False where one does not exist. */
-export async function sameFile(pathA: string, pathB: string): Promise<boolean> {
-  const [a, b] = await Promise.all(
-    [pathA, pathB].map((path) => fs.promises.stat(path, { bigint: true }).catch(() => null)),
-  );
-  if (!a || !b) return false;
-  if (a.isBlockDevice() && b.isBlockDevice()) return a.rdev === b.rdev;
-  return a.dev === b.dev && a.ino === b.ino;
-}
-
 async function statTarget(path: string): Promise<fs.Stats | null> {
   try {
     return await fs.promises.stat(path);
@@ -105,17 +95,29 @@ function wrongKind(path: string, problem: string, hint: string | undefined): Cow
 
 /** A rename would leave a running machine on a file without a name. */
 async function refuseIfInUse(name: string, path: string): Promise<void> {
+  const fd = await lockReplaced(name, path);
+  if (fd !== null) await closeFile(fd);
+}
+
+/**
+ * Keeps others from opening the file at `path` as an image while it is replaced.
+ * @returns a descriptor that holds the locks until it is closed; null where the file is gone, or may not be opened.
+ * @throws CowcatcherError LOCKED for a file that another program uses, IO.
+ */
+export async function lockReplaced(name: string, path: string): Promise<number | null> {
   let fd: number;
   try {
     fd = await openFile(path, fs.constants.O_RDONLY);
   } catch (error) {
-    if (errnoOf(error) === "EACCES") return;
+    if (["EACCES", "ENOENT"].includes(errnoOf(error) ?? "")) return null;
     throw ioError("open the file to be replaced", name, error);
   }
   try {
     acquireImageLock(fd, name, { write: true, resize: true });
-  } finally {
+    return fd;
+  } catch (error) {
     await closeFile(fd);
+    throw error;
   }
 }
 

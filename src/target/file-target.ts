@@ -5,7 +5,11 @@
 // and from anywhere but the end abort() leads to `aborted`. complete() closes the gate to workers first, so the
 // metadata that it writes is the last; abort() closes it too, unlinks at once and closes the descriptors when the
 // last user is gone (see gate.ts): a write to a server that does not answer may take its time, and abort() does not
-// wait for it. Main thread only.
+// wait for it.
+//
+// From complete() on a device may hold a header that makes an image of it. An abort between then and commit() takes
+// it off again (`retract`), after the step that is in flight, which might write it yet. abort() waits for that for a
+// while, as the process may end then; if the storage answers later, it is done later. Main thread only.
 
 import { CowcatcherError } from "../errors.js";
 import { syncData, type TargetFile } from "./file.js";
@@ -15,6 +19,8 @@ import type { Target, TargetDescription } from "./target.js";
 const CLOSE_POLL_MS = 100;
 /** A write that hangs for longer keeps its descriptors until the process ends. */
 const CLOSE_WAIT_MS_MAX = 10 * 60_000;
+/** A last sync of ordinary storage takes less; a user who gives up a backup waits for no more. */
+const RETRACT_WAIT_MS_MAX = 2_000;
 
 export interface FileTargetParts {
   file: TargetFile;
@@ -24,7 +30,7 @@ export interface FileTargetParts {
   shared: SharedArrayBuffer;
   /** Writes the format's own metadata. Asks `checkOpen` now and then, which throws once the target is aborted. */
   writeMetadata(checkOpen: () => void): Promise<void>;
-  /** Where unlinking takes nothing away (a device): undoes what makes a complete target look like an image. */
+  /** Where unlinking takes nothing away (a device): undoes, on the medium, what makes it look like an image. */
   retract?: (() => Promise<void>) | undefined;
 }
 
@@ -38,6 +44,10 @@ export class FileTarget implements Target {
   #state: "open" | "completing" | "complete" | "committing" | "finished" | "aborted" = "open";
   /** complete(), commit() and abort() use the descriptors as a worker does. */
   #stepInFlight = false;
+  /** Fulfilled when the last step has ended, well or not. */
+  #stepEnd: Promise<void> = Promise.resolve();
+  #mustRetract = false;
+  #retracted: Promise<void> | null = null;
   #closed = false;
 
   constructor(parts: FileTargetParts) {
@@ -80,8 +90,10 @@ export class FileTarget implements Target {
 
   async #step(work: () => Promise<void>): Promise<void> {
     this.#stepInFlight = true;
+    const running = work();
+    this.#stepEnd = running.catch(() => {});
     try {
-      await work();
+      await running;
     } catch (error) {
       // What the abort led to is not the cause.
       this.#checkNotAborted();
@@ -92,9 +104,8 @@ export class FileTarget implements Target {
   }
 
   async abort(): Promise<void> {
-    const wasComplete = this.#state === "complete";
     if (!this.#abandon()) return;
-    if (wasComplete) await this.#retract();
+    if (this.#mustRetract) await atMost(RETRACT_WAIT_MS_MAX, (this.#retracted ??= this.#retract()));
     if (this.#isIdle()) await this.#closeDescriptors();
     else this.#closeWhenIdle();
   }
@@ -105,6 +116,8 @@ export class FileTarget implements Target {
 
   #abandon(): boolean {
     if (this.#state === "finished" || this.#closed) return false;
+    const mayBeImage = this.#state === "completing" || this.#state === "complete";
+    if (mayBeImage && this.#parts.retract !== undefined) this.#mustRetract = true;
     this.#state = "aborted";
     closeGate(this.#gate);
     this.#parts.file.unlink();
@@ -112,14 +125,16 @@ export class FileTarget implements Target {
   }
 
   async #retract(): Promise<void> {
+    await this.#stepEnd;
     this.#stepInFlight = true;
     // It is given up already; what fails here is not the cause.
     await this.#parts.retract?.().catch(() => {});
     this.#stepInFlight = false;
+    this.#mustRetract = false;
   }
 
   #isIdle(): boolean {
-    return !this.#stepInFlight && writesInFlight(this.#gate) === 0;
+    return !this.#stepInFlight && !this.#mustRetract && writesInFlight(this.#gate) === 0;
   }
 
   #closeWhenIdle(): void {
@@ -147,4 +162,13 @@ export class FileTarget implements Target {
   #misuse(problem: string): CowcatcherError {
     return new CowcatcherError({ code: "INTERNAL", object: this.name, problem });
   }
+}
+
+async function atMost(waitMs: number, work: Promise<void>): Promise<void> {
+  let timer: NodeJS.Timeout | undefined;
+  const over = new Promise<void>((resolve) => {
+    timer = setTimeout(resolve, waitMs);
+  });
+  await Promise.race([work, over]);
+  clearTimeout(timer);
 }

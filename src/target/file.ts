@@ -2,8 +2,8 @@
 //
 // A regular file is written as a temporary (see temporary.ts). Once it is complete and synced, commit() gives it its
 // final name and syncs the folder. Without --force the name is given by link(2), which fails where a file has
-// appeared since the check at the start; with it by rename(2). A block device is written in place: commit() has
-// nothing to do.
+// appeared since the check at the start; with it by rename(2), under the image locks of the file that goes: a program
+// may have opened that since the start. A block device is written in place: commit() has nothing to do.
 //
 // Main thread only. What touches the target's data is asynchronous, since this thread serves the guest too.
 
@@ -12,7 +12,7 @@ import { basename, dirname } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "../errors.js";
 import { closeFile, openFile, syncFileData } from "../image/fileio.js";
 import { acquireImageLock } from "../image/locks.js";
-import { existsError, type FileDestination, resolveDestination } from "./destination.js";
+import { existsError, type FileDestination, lockReplaced, resolveDestination } from "./destination.js";
 import type { TargetOptions } from "./target.js";
 import {
   createTemporary,
@@ -158,14 +158,32 @@ async function commitRegular(
   finalMode: number,
 ): Promise<void> {
   await takeOver(temporary.fd, destination.existing, finalMode);
+  const replaced = destination.existing === null ? null : await lockStillFree(name, destination.path);
   try {
     if (destination.existing !== null) await fs.promises.rename(temporary.path, destination.path);
-    else await giveNewName(temporary.path, destination.path);
+    else await giveNewName(temporary, destination.path);
   } catch (error) {
     throw errnoOf(error) === "EEXIST" ? existsError(name) : ioError("give the target its name", name, error);
+  } finally {
+    if (replaced !== null) await closeFile(replaced);
   }
   keepTemporary(temporary);
   await syncFolder(name, dirname(destination.path));
+}
+
+async function lockStillFree(name: string, path: string): Promise<number | null> {
+  try {
+    return await lockReplaced(name, path);
+  } catch (error) {
+    if (!(error instanceof CowcatcherError) || error.code !== "LOCKED") throw error;
+    throw new CowcatcherError({
+      code: "LOCKED",
+      object: name,
+      problem: `another program has opened this file since the backup began, so it was not replaced: ${error.problem}`,
+      hint: "end that program and make the backup again, or choose another target",
+      cause: error,
+    });
+  }
 }
 
 /** A replaced file's successor has its owner and mode, as if it had been written in place. */
@@ -179,7 +197,8 @@ function takeOver(fd: number, existing: fs.Stats | null, newMode: number): Promi
   });
 }
 
-async function giveNewName(from: string, to: string): Promise<void> {
+async function giveNewName(temporary: Temporary, to: string): Promise<void> {
+  const from = temporary.path;
   try {
     await fs.promises.link(from, to);
   } catch (error) {
@@ -189,8 +208,8 @@ async function giveNewName(from: string, to: string): Promise<void> {
     await fs.promises.rename(from, to);
     return;
   }
-  // An abort in between may have been quicker.
-  await fs.promises.rm(from, { force: true });
+  // An abort in between may have been quicker. A second name that stays is removed by the next backup.
+  await fs.promises.rm(from, { force: true }).catch(() => unlinkTemporary(temporary));
 }
 
 async function exists(path: string): Promise<boolean> {
@@ -207,11 +226,21 @@ async function syncFolder(name: string, folder: string): Promise<void> {
     await syncFileData(fd);
   } catch (error) {
     // Some file systems cannot sync a folder (EINVAL), and one that cannot be read (EACCES) may be written.
-    if (!["EINVAL", "EACCES", "ENOSYS"].includes(errnoOf(error) ?? ""))
-      throw ioError("sync the folder of", name, error);
+    if (!["EINVAL", "EACCES", "ENOSYS"].includes(errnoOf(error) ?? "")) throw nameNotSafe(name, error);
   } finally {
     if (fd !== undefined) await closeFile(fd);
   }
+}
+
+/** The file that stood there before is gone, so that taking the name away again would leave neither. */
+function nameNotSafe(name: string, cause: unknown): CowcatcherError {
+  const { problem, ...details } = ioError("sync its folder", name, cause).toDetails();
+  return new CowcatcherError({
+    ...details,
+    problem: `the backup is complete and has its name, which may not survive a crash of this machine: ${problem}`,
+    hint: "run sync, and look whether it is there before you rely on it",
+    cause,
+  });
 }
 
 async function closeAll(bufferedFd: number, dataFd: number): Promise<void> {

@@ -13,18 +13,30 @@
 // Zeroes: nothing is sent for what was zero before the copy; else WRITE_ZEROES, which may unmap, first in its fast form
 // where that is offered. A lost connection is made again and the write sent again by whoever called, up to
 // --target-retries (cow/drain.ts); the session only connects. The flush at the end retries by itself.
+//
+// A server that was lost may have crashed, and with it what it had acknowledged and not flushed. So each new connection
+// is asked for that first (nbd/unflushed.ts); where it is gone the backup fails: its data is in no one's hands any more.
 
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Completion } from "../image/device.js";
 import { NbdClient } from "../nbd/client.js";
 import { writeRange, type ZeroPolicy, zeroRange } from "../nbd/client-io.js";
 import { NbdSession } from "../nbd/client-session.js";
 import { ExtentReader, gatherZeroes } from "../nbd/extent-map.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/protocol.js";
+import { digestOfSample, UnflushedWrites } from "../nbd/unflushed.js";
+import { KiB, MiB } from "../units.js";
 import type { NbdTargetDescription, Target, TargetOptions, TargetWriter } from "./target.js";
 
 /** The drainer tries a write again as it does for files, with the job's policies; the session need not. */
 const CALLER_RETRIES = 0;
+/** Read back in a second or two after a reconnection; a flush more often would hold up the copy. */
+const UNFLUSHED_BOUNDS = {
+  unitBytes: 256 * KiB,
+  maxPieces: 16_384,
+  maxBytes: 512 * MiB,
+  digest: digestOfSample,
+};
 /** Zeroing what is zero is better than a question and answer for each of many holes in between. */
 const MAX_ZERO_RANGES = 8;
 
@@ -118,21 +130,28 @@ export class NbdTargetWriter implements TargetWriter {
   readonly #session: NbdSession;
   readonly #zeroes: ExtentReader | null;
   readonly #zeroPolicy: ZeroPolicy = { mayUnmap: true, fast: true };
+  readonly #unflushed = new UnflushedWrites(UNFLUSHED_BOUNDS);
   #hasWritten = false;
+  #isRelieving = false;
+  #flushFailure: CowcatcherError | undefined;
 
   constructor(description: NbdTargetDescription, isCancelled: () => boolean) {
     const { uri, exportBytes: sizeBytes, retries, zeroes } = description;
     this.#description = description;
     this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled });
     this.#zeroes = zeroes === null ? null : new ExtentReader(zeroes, false);
+    this.#session.whenReconnected = async (client) => {
+      const loss = await this.#unflushed.lostBy(client);
+      if (loss !== undefined) throw loss;
+    };
   }
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
     this.#checkRange(offsetBytes, lengthBytes);
     this.#hasWritten = true;
-    return this.#session.run(
+    return this.#change(
       (client) => writeRange(client, buffer, bufferOffset, lengthBytes, offsetBytes),
-      CALLER_RETRIES,
+      () => this.#unflushed.written(offsetBytes, lengthBytes, buffer, bufferOffset),
     );
   }
 
@@ -141,9 +160,40 @@ export class NbdTargetWriter implements TargetWriter {
     const ranges = this.#rangesToZero(offsetBytes, lengthBytes);
     if (ranges.length === 0) return undefined;
     this.#hasWritten = true;
-    return this.#session.run(async (client) => {
-      for (const [from, to] of ranges) await zeroRange(client, from, to - from, this.#zeroPolicy);
-    }, CALLER_RETRIES);
+    return this.#change(
+      async (client) => {
+        for (const [from, to] of ranges) await zeroRange(client, from, to - from, this.#zeroPolicy);
+      },
+      () => {
+        for (const [from, to] of ranges) this.#unflushed.zeroed(from, to - from);
+      },
+    );
+  }
+
+  async #change(work: (client: NbdClient) => Promise<void>, note: () => void): Promise<void> {
+    if (this.#flushFailure !== undefined) throw this.#flushFailure;
+    await this.#session.run(work, CALLER_RETRIES);
+    note();
+    if (this.#unflushed.isFull) this.#relieve();
+  }
+
+  async #flush(): Promise<void> {
+    const epoch = this.#unflushed.startFlush();
+    await this.#session.run((client) => client.flush());
+    this.#unflushed.flushed(epoch);
+  }
+
+  /** Beside the copy, so that what a crash could take stays bounded. A flush that failed once may succeed in vain. */
+  #relieve(): void {
+    if (this.#isRelieving) return;
+    this.#isRelieving = true;
+    this.#flush()
+      .catch((error: unknown) => {
+        this.#flushFailure = toCowcatcherError(error, this.#description.name);
+      })
+      .finally(() => {
+        this.#isRelieving = false;
+      });
   }
 
   /** What of the range was not zero before the copy; a few stretches, or one that takes in all of them. */
@@ -166,7 +216,8 @@ export class NbdTargetWriter implements TargetWriter {
 
   /** Waits until the server has stored what this worker wrote. @throws CowcatcherError: the backup fails. */
   async finish(): Promise<void> {
-    if (this.#hasWritten) await this.#session.run((client) => client.flush());
+    if (this.#hasWritten) await this.#flush();
+    if (this.#flushFailure !== undefined) throw this.#flushFailure;
     await this.#session.rest();
   }
 

@@ -11,8 +11,8 @@
 // header through libuv's pool, 1 MiB at a time, as this thread serves the guest meanwhile.
 //
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and
-// the new one is written after all else is synced, and wiped again if the target is given up then. A file needs
-// none of it: it has no name yet.
+// the new one is written after all else is synced, and wiped again if the target is given up then. Each wipe is synced:
+// after a crash no old header may come back over new clusters. A file needs none of it: it has no name yet.
 
 import { CowcatcherError } from "../errors.js";
 import { writeFully } from "../image/fileio.js";
@@ -120,8 +120,9 @@ async function prepareDevice(file: TargetFile, geometry: Qcow2Geometry): Promise
   await wipeHeader(file, geometry);
 }
 
-function wipeHeader({ name, bufferedFd }: TargetFile, { clusterBytes }: Qcow2Geometry): Promise<void> {
-  return writeFully(name, bufferedFd, Buffer.alloc(clusterBytes), 0, clusterBytes, 0);
+async function wipeHeader({ name, bufferedFd }: TargetFile, { clusterBytes }: Qcow2Geometry): Promise<void> {
+  await writeFully(name, bufferedFd, Buffer.alloc(clusterBytes), 0, clusterBytes, 0);
+  await syncData(name, bufferedFd);
 }
 
 class MetadataWriter {
@@ -151,6 +152,7 @@ class MetadataWriter {
     await this.#writeL1Table(checkOpen);
     checkOpen();
     if (!file.startsZeroed) await syncData(file.name, file.bufferedFd);
+    checkOpen();
     await this.#write(header, header.length, 0);
   }
 

@@ -1,9 +1,10 @@
-// npm run fuzz -- [--seed N] [--seconds S] [--only qcow2|nbd] [--case K]
+// npm run fuzz -- [--seed N] [--seconds S] [--only qcow2|nbd|nbd-client] [--case K]
 //
-// Attacks the parsers of what others made: images (qcow2.ts) and the NBD byte stream. Seeded: a finding is printed
+// Attacks the parsers of what others made: images (qcow2.ts), NBD clients and NBD servers. Seeded: a finding is printed
 // with the command that shows it again. Exit code 1 with findings, and a last line for scripts.
 
 import { parseArgs } from "node:util";
+import { fuzzNbdClient } from "./nbd-client-stream.js";
 import { fuzzNbdServer } from "./nbd-stream.js";
 import { fuzzQcow2 } from "./qcow2.js";
 
@@ -24,7 +25,11 @@ export interface FuzzSummary {
 
 type Fuzzer = (options: FuzzOptions) => Promise<FuzzSummary>;
 
-const FUZZERS: Record<string, Fuzzer> = { qcow2: fuzzQcow2, nbd: fuzzNbdServer };
+const FUZZERS: Record<string, Fuzzer> = {
+  qcow2: fuzzQcow2,
+  nbd: fuzzNbdServer,
+  "nbd-client": fuzzNbdClient,
+};
 
 const { values } = parseArgs({
   options: {

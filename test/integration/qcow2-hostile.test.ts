@@ -107,8 +107,8 @@ describe("a backing file name", () => {
   });
 
   it.each([
-    ["a".repeat(300), /ENAMETOOLONG/],
-    ["loop-a", /ELOOP/],
+    ["a".repeat(300), /the name is too long/],
+    ["loop-a", /too many symbolic links/],
   ])("that leads nowhere (%s) is an error in one line", async (name, problem) => {
     fs.symlinkSync("loop-b", path.join(folder, "loop-a"));
     fs.symlinkSync("loop-a", path.join(folder, "loop-b"));

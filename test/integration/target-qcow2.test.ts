@@ -537,4 +537,13 @@ describe.runIf(loopDevice !== null)("a block device full of old data", () => {
     await target.abort();
     expect(spawnSync("qemu-img", info).status).not.toBe(0);
   });
+
+  it("is no image any more when one is given up while it is completed", async () => {
+    const target = await createTarget(device());
+    const completion = target.complete();
+    const outcome = completion.catch((error: unknown) => error);
+    await target.abort();
+    expect(await outcome).toMatchObject({ code: "CANCELLED" });
+    expect(spawnSync("qemu-img", ["info", "-U", "-f", "qcow2", loopDevice ?? ""]).status).not.toBe(0);
+  });
 });

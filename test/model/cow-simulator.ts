@@ -57,6 +57,8 @@ const CHUNKS_PER_REGION = 2;
 const MAX_STEPS = 100_000;
 /** Turns of the event loop without any progress after which somebody waits for ever. */
 const STUCK_TURNS = 3_000;
+/** Of time that passes outside the simulation: a start in it is never late. */
+const START_LIMIT_MS = 600_000;
 
 interface Worker {
   steps: Generator<DrainStep, void, void>;
@@ -185,6 +187,7 @@ export class Simulation {
       format: "raw",
       probed: false,
       backing: null,
+      files: [],
       sizeBytes: this.geometry.sizeBytes,
       readOnly: false,
       clusterSizeBytes: 0,
@@ -452,7 +455,7 @@ export class Simulation {
   async #run(): Promise<Outcome> {
     for (let i = this.random.below(4); i > 0; i--) this.#guestRequest();
     let failed = false;
-    const starting = DiskNode.quiesceAll([this.node], () => this.#start());
+    const starting = DiskNode.quiesceAll([this.node], () => this.#start(), START_LIMIT_MS);
     starting.catch(() => {
       failed = true;
     });

@@ -253,7 +253,7 @@ export class SnapshotSimulation {
       spill: spills ? spill : undefined,
       source: interceptor,
     });
-    await DiskNode.quiesceAll([this.#node], () => this.#node.addInterceptor(interceptor));
+    await DiskNode.quiesceAll([this.#node], () => this.#node.addInterceptor(interceptor), 1e4);
     this.#disk.slowShare = random.pick([0, 0.3, 0.7]);
     if (fault === "bad read") {
       this.#disk.failingReads = 1 + random.below(12);

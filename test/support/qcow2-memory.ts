@@ -143,6 +143,7 @@ export class MemoryImage implements Image {
   readonly format = "raw";
   readonly probed = false;
   readonly backing = null;
+  readonly files = [];
   readonly readOnly = true;
   readonly clusterSizeBytes = 0;
   readonly sizeBytes: number;

@@ -125,6 +125,8 @@ export async function until(
 export interface ServerOptions {
   env?: Record<string, string>;
   args?: readonly string[];
+  /** Where it serves, in place of a Unix socket in its folder. */
+  listen?: readonly string[];
 }
 
 /** A running `serve`. */
@@ -143,9 +145,9 @@ export class Server {
   static async start(
     folder: string,
     images: readonly string[],
-    { env = {}, args = [] }: ServerOptions = {},
+    { env = {}, args = [], listen = ["--socket", join(folder, "nbd.sock")] }: ServerOptions = {},
   ): Promise<Server> {
-    const sockets = ["--socket", join(folder, "nbd.sock"), "--control", join(folder, "control.sock")];
+    const sockets = [...listen, "--control", join(folder, "control.sock")];
     const process = new Process(nodePath, [COWCATCHER_BIN, "serve", ...images, ...sockets, ...args], env);
     await process.line((line) => line.includes("listening"));
     return new Server(folder, process);

@@ -75,39 +75,53 @@ describe("backup", () => {
     expect(backup("--", "-c", "zstd")).toMatchObject({ source: "-c", job: { target: "zstd" } });
   });
 
-  it("takes every option", () => {
-    const args =
-      "-f raw -O qcow2 --sync full -b base.qcow2 -B qcow2 -w 8 --cluster-size 128K --cow-buffer-size 1G " +
-      "--on-buffer-full spill --spill-dir sub --spill-limit 2G --guest-timeout 500ms --rate-limit 50M " +
-      "--on-source-error ignore --on-target-error stop --target-retries 0 --on-cbw-error break-guest-write " +
-      "--direct --verify --force a b";
-    expect(backup(...args.split(" "))).toEqual({
+  const COPY_ARGS =
+    "-O qcow2 --sync full -b base.qcow2 -B qcow2 -w 8 --cluster-size 128K --rate-limit 50M --direct --verify " +
+    "--force --on-source-error ignore --on-target-error stop --target-retries 0";
+  const COPY_JOB = {
+    targetFormat: "qcow2",
+    force: true,
+    clusterSizeBytes: 131_072,
+    backingFile: "base.qcow2",
+    backingFormat: "qcow2",
+    workerCount: 8,
+    rateLimitBytes: 50 * MiB,
+    onSourceError: "ignore",
+    onTargetError: "stop",
+    targetRetries: 0,
+    direct: true,
+    verify: true,
+    sync: "full",
+    snapshotExport: false,
+  };
+
+  it("takes every option of an offline copy", () => {
+    expect(backup(...`-f raw ${COPY_ARGS} a b`.split(" "))).toEqual({
       mode: "offline",
       source: "a",
       sourceFormat: "raw",
-      job: {
-        target: "b",
-        targetFormat: "qcow2",
-        force: true,
-        clusterSizeBytes: 131_072,
-        backingFile: "base.qcow2",
-        backingFormat: "qcow2",
-        workerCount: 8,
-        cowBufferSizeBytes: GiB,
-        onBufferFull: "spill",
-        spillDir: resolve("sub"),
-        spillLimitBytes: 2 * GiB,
-        guestTimeoutMs: 500,
-        rateLimitBytes: 50 * MiB,
-        onCbwError: "break-guest-write",
-        onSourceError: "ignore",
-        onTargetError: "stop",
-        targetRetries: 0,
-        direct: true,
-        verify: true,
-        sync: "full",
-        snapshotExport: false,
-      },
+      job: { ...JOB_DEFAULTS, ...COPY_JOB, target: "b" },
+    });
+  });
+
+  it("takes every option of a live backup", () => {
+    const args =
+      "--control c --disk x --cow-buffer-size 1G --on-buffer-full spill --spill-dir sub --spill-limit 2G " +
+      "--guest-timeout 500ms --on-cbw-error break-guest-write";
+    const job = {
+      ...COPY_JOB,
+      target: resolve("b"),
+      cowBufferSizeBytes: GiB,
+      onBufferFull: "spill",
+      spillDir: resolve("sub"),
+      spillLimitBytes: 2 * GiB,
+      guestTimeoutMs: 500,
+      onCbwError: "break-guest-write",
+    };
+    expect(backup(...`${args} ${COPY_ARGS} b`.split(" "))).toEqual({
+      mode: "live",
+      control: resolve("c"),
+      disks: [{ disk: "x", job }],
     });
   });
 
@@ -129,7 +143,9 @@ describe("backup", () => {
   });
 
   it("keeps 0 as a buffer size", () => {
-    expect(offlineJob("--cow-buffer-size", "0", "a", "b").cowBufferSizeBytes).toBe(0);
+    expect(backup("--control", "c", "--cow-buffer-size", "0", "b")).toMatchObject({
+      disks: [{ job: { cowBufferSizeBytes: 0 } }],
+    });
   });
 
   it("makes live targets absolute, as the server's folder may be another", () => {

@@ -287,6 +287,8 @@ describe("jobs over the wire", () => {
     [{ sync: "fulll" }, /^Parameter 'sync' does not accept value 'fulll'$/],
     [{ speed: -1 }, /^Parameter 'speed' expects a non-negative value$/],
     [{ "buffer-size": -1 }, /^Parameter 'buffer-size' expects a non-negative value$/],
+    [{ "cbw-timeout-ms": 0 }, /^Parameter 'cbw-timeout-ms' expects a positive value$/],
+    [{ "cbw-timeout-ms": 2 ** 31 }, /^Parameter 'cbw-timeout-ms' expects a value of 2147483647 at most$/],
     [{ "auto-dismiss": "a" }, /^Invalid parameter type for 'auto-dismiss', expected: boolean$/],
     [
       { "x-perf": { "max-workers": "a" } },
@@ -305,7 +307,7 @@ describe("jobs over the wire", () => {
     [{ compress: false, "x-compression-level": 1 }, /need 'compress' true$/],
     [{ compress: true, "x-compression-type": "lzma" }, /does not accept value 'lzma'$/],
     [{ compress: true, "x-compression-type": "zlib", "x-compression-level": 10 }, /zlib has no level 10/],
-    [{ "on-target-error": "enospc" }, /'enospc' as 'on-target-error' is not supported/],
+    [{ "on-target-error": "enosp" }, /^Parameter 'on-target-error' does not accept value 'enosp'$/],
     [{ target: "" }, /file name/],
     [{ target: "a\0b" }, /NUL/],
     [{ __proto__: null, constructor: 1 }, /^Parameter 'constructor' is unexpected$/],

@@ -28,6 +28,8 @@ function makeNode(name: string) {
   return { image, node: new DiskNode(name, device as unknown as Image) };
 }
 
+/** Of a start that nothing is to hold up for long. */
+const LIMIT_MS = 10_000;
 const DATA = new Uint8Array(1);
 const writeTo = (node: DiskNode, offset: number): Completion => node.write(DATA, 0, 1, offset);
 
@@ -37,9 +39,13 @@ describe("quiesceAll", () => {
     image.slow = true;
     const before = writeTo(node, 1);
     let atT0: number[] | null = null;
-    const quiescing = DiskNode.quiesceAll([node], () => {
-      atT0 = [...image.written];
-    });
+    const quiescing = DiskNode.quiesceAll(
+      [node],
+      () => {
+        atT0 = [...image.written];
+      },
+      LIMIT_MS,
+    );
     await turns();
     const meanwhile = writeTo(node, 2);
     expect(image.pending.length).toBe(1);
@@ -55,7 +61,7 @@ describe("quiesceAll", () => {
     const { image, node } = makeNode("a");
     image.slow = true;
     const failing = Promise.resolve(writeTo(node, 1)).catch((error: Error) => error.message);
-    const quiescing = DiskNode.quiesceAll([node], () => "done");
+    const quiescing = DiskNode.quiesceAll([node], () => "done", LIMIT_MS);
     await turns();
     image.pending[0]?.fail();
     expect(await quiescing).toBe("done");
@@ -66,9 +72,13 @@ describe("quiesceAll", () => {
     const [a, b] = [makeNode("a"), makeNode("b")];
     const error = new Error("step");
     await expect(
-      DiskNode.quiesceAll([a.node, b.node], () => {
-        throw error;
-      }),
+      DiskNode.quiesceAll(
+        [a.node, b.node],
+        () => {
+          throw error;
+        },
+        LIMIT_MS,
+      ),
     ).rejects.toBe(error);
     expect(writeTo(a.node, 1)).toBeUndefined();
     expect(writeTo(b.node, 1)).toBeUndefined();
@@ -80,9 +90,9 @@ describe("quiesceAll", () => {
     const write = writeTo(a.node, 1);
     const order: string[] = [];
     const quiescing = [
-      DiskNode.quiesceAll([a.node, b.node], () => order.push("first")),
-      DiskNode.quiesceAll([b.node, a.node], () => order.push("second")),
-      DiskNode.quiesceAll([b.node], () => order.push("third")),
+      DiskNode.quiesceAll([a.node, b.node], () => order.push("first"), LIMIT_MS),
+      DiskNode.quiesceAll([b.node, a.node], () => order.push("second"), LIMIT_MS),
+      DiskNode.quiesceAll([b.node], () => order.push("third"), LIMIT_MS),
     ];
     await turns();
     a.image.pending[0]?.end();
@@ -98,9 +108,13 @@ describe("quiesceAll", () => {
     const writers = Array.from({ length: 4 }, async (_, i) => {
       while (!stop) await writeTo(node, i);
     });
-    const quiescing = DiskNode.quiesceAll([node], () => {
-      stop = true;
-    });
+    const quiescing = DiskNode.quiesceAll(
+      [node],
+      () => {
+        stop = true;
+      },
+      LIMIT_MS,
+    );
     for (let i = 0; i < 20; i++) {
       for (const { end } of image.pending.splice(0)) end();
       await turns(1);
@@ -109,6 +123,50 @@ describe("quiesceAll", () => {
     image.slow = false;
     for (const { end } of image.pending.splice(0)) end();
     await Promise.all(writers);
+  });
+});
+
+describe("a start that cannot have its instant", () => {
+  it("gives up when one disk's storage does not answer in time, and no guest waits any longer", async () => {
+    const [a, b] = [makeNode("a"), makeNode("b")];
+    b.image.slow = true;
+    const hung = writeTo(b.node, 1);
+    let hasRun = false;
+    const quiescing = DiskNode.quiesceAll([b.node, a.node], () => (hasRun = true), 30);
+    await turns();
+    const meanwhile = writeTo(a.node, 2);
+    expect(meanwhile).toBeInstanceOf(Promise);
+    await expect(quiescing).rejects.toMatchObject({
+      code: "GUEST_TIMEOUT",
+      object: "b",
+      message: expect.stringContaining("30 ms") as unknown,
+    });
+    await meanwhile;
+    expect(a.image.written).toEqual([2]);
+    expect(writeTo(a.node, 3)).toBeUndefined();
+    expect(hasRun).toBe(false);
+    // The storage is there again, and so is the next backup.
+    b.image.slow = false;
+    b.image.pending[0]?.end();
+    await hung;
+    expect(await DiskNode.quiesceAll([a.node, b.node], () => "T0", LIMIT_MS)).toBe("T0");
+  });
+
+  it("waits no longer for another group's start than for a write", async () => {
+    const [a, b] = [makeNode("a"), makeNode("b")];
+    b.image.slow = true;
+    const hung = writeTo(b.node, 1);
+    const first = DiskNode.quiesceAll([b.node], () => "first", LIMIT_MS);
+    await turns();
+    await expect(DiskNode.quiesceAll([a.node, b.node], () => "second", 30)).rejects.toMatchObject({
+      code: "GUEST_TIMEOUT",
+      object: "b",
+    });
+    expect(writeTo(a.node, 2)).toBeUndefined();
+    b.image.pending[0]?.end();
+    expect(await first).toBe("first");
+    await hung;
+    expect(await DiskNode.quiesceAll([a.node, b.node], () => "third", LIMIT_MS)).toBe("third");
   });
 });
 
@@ -130,9 +188,9 @@ describe("a write", () => {
       },
     } as unknown as Interceptor;
     const late = { beforeWrite: () => void asked.push("late") } as unknown as Interceptor;
-    await DiskNode.quiesceAll([node], () => node.addInterceptor(slow));
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(slow), LIMIT_MS);
     const write = writeTo(node, 1);
-    await DiskNode.quiesceAll([node], () => node.addInterceptor(late));
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(late), LIMIT_MS);
     letGo();
     await write;
     expect(asked).toEqual(["slow", "slow", "late"]);
@@ -150,7 +208,7 @@ describe("a write", () => {
         throw new Error("no capture");
       },
     } as unknown as Interceptor;
-    await DiskNode.quiesceAll([node], () => node.addInterceptor(failing));
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(failing), LIMIT_MS);
     await expect(writeTo(node, 1)).rejects.toThrow("no capture");
     expect(image.written).toEqual([]);
   });
@@ -180,9 +238,13 @@ describe("a trim or write of zeroes longer than a piece", () => {
         kind === "discard" ? node.discard(512, length) : node.writeZeroes(512, length, { mayUnmap: true });
       await turns();
       let piecesAtT0: number | undefined;
-      const quiescing = DiskNode.quiesceAll([node], () => {
-        piecesAtT0 = pieces.length;
-      });
+      const quiescing = DiskNode.quiesceAll(
+        [node],
+        () => {
+          piecesAtT0 = pieces.length;
+        },
+        LIMIT_MS,
+      );
       for (let piece = 0; piece < 3; piece++) {
         await turns();
         expect(piecesAtT0).toBeUndefined();
@@ -198,6 +260,67 @@ describe("a trim or write of zeroes longer than a piece", () => {
     },
   );
 
+  it("holds up nobody's short writes while T0 waits for it", async () => {
+    const { releases, node } = makeHugeNode();
+    const other = makeNode("other");
+    const clearing = node.discard(0, 2 * GiB);
+    await turns();
+    let isT0 = false;
+    const quiescing = DiskNode.quiesceAll([other.node, node], () => (isT0 = true), LIMIT_MS);
+    await turns();
+    expect(writeTo(other.node, 1)).toBeUndefined();
+    const short = node.discard(0, 4096);
+    expect(releases.length).toBe(2);
+    releases[1]?.();
+    await short;
+    releases[0]?.();
+    await turns();
+    expect(isT0).toBe(false);
+    releases[2]?.();
+    await Promise.all([clearing, quiescing]);
+    expect(isT0).toBe(true);
+  });
+
+  it("waits for T0 if it comes while one waits for another, so that these cannot put T0 off for ever", async () => {
+    const { pieces, releases, node } = makeHugeNode();
+    const first = node.discard(0, 2 * GiB);
+    await turns();
+    let piecesAtT0: number | undefined;
+    const quiescing = DiskNode.quiesceAll([node], () => (piecesAtT0 = pieces.length), LIMIT_MS);
+    await turns();
+    const second = node.discard(4 * GiB, 2 * GiB);
+    for (let piece = 0; piece < 4; piece++) {
+      await turns();
+      releases[piece]?.();
+    }
+    await Promise.all([first, quiescing, second]);
+    expect(piecesAtT0).toBe(2);
+    expect(pieces.length).toBe(4);
+  });
+
+  it("ends a start that waits for it beyond the limit", async () => {
+    const { pieces, releases, node } = makeHugeNode();
+    const first = node.discard(0, 2 * GiB);
+    await turns();
+    const quiescing = DiskNode.quiesceAll([node], () => "T0", 30);
+    const second = node.discard(4 * GiB, 2 * GiB);
+    await expect(quiescing).rejects.toMatchObject({
+      code: "GUEST_TIMEOUT",
+      object: "huge",
+      problem: expect.stringMatching(/trim.* 30 ms/) as unknown,
+    });
+    await turns();
+    expect(pieces).toEqual([
+      [0, GiB],
+      [4 * GiB, GiB],
+    ]);
+    for (let piece = 0; piece < 4; piece++) {
+      releases[piece]?.();
+      await turns();
+    }
+    await Promise.all([first, second]);
+  });
+
   it("passes the interceptors piece by piece, and begins only when the gate is open", async () => {
     const { pieces, releases, node } = makeHugeNode();
     const asked: number[] = [];
@@ -208,10 +331,14 @@ describe("a trim or write of zeroes longer than a piece", () => {
       },
     } as unknown as Interceptor);
     let clearing: Completion;
-    await DiskNode.quiesceAll([node], () => {
-      clearing = node.discard(0, 2 * GiB);
-      expect(pieces).toEqual([]);
-    });
+    await DiskNode.quiesceAll(
+      [node],
+      () => {
+        clearing = node.discard(0, 2 * GiB);
+        expect(pieces).toEqual([]);
+      },
+      LIMIT_MS,
+    );
     await turns();
     releases[0]?.();
     await turns();

@@ -140,6 +140,17 @@ describe("the spill's limit", () => {
     expect(shared.control[CTL_SPILL_BLOCKS]).toBe(0);
   });
 
+  it("is 8 TiB at most, as the blocks in it are counted in 32 bits", () => {
+    const { interceptor, broken, shared } = make({ bufferBytes: CLUSTER });
+    shared.control[CTL_SPILL_BLOCKS] = 2 ** 31 - 40;
+    expect(interceptor.beforeWrite(0, 2 * CLUSTER)).toBeUndefined();
+    expect(broken).toEqual([]);
+    expect(interceptor.beforeWrite(MiB, 2 * CLUSTER)).toBeUndefined();
+    expect(broken.map(({ problem }) => problem)).toEqual([
+      `the spill file has reached its limit of ${2 ** 43 - 4096} bytes`,
+    ]);
+  });
+
   it("is not passed by a single write", () => {
     const { interceptor, broken, shared } = make({ bufferBytes: CLUSTER, spillLimitBytes: CLUSTER });
     expect(interceptor.beforeWrite(0, 2 * CLUSTER)).toBeUndefined();
@@ -208,7 +219,7 @@ describe("a long trim", () => {
     let trimmed = false;
     const image = Object.assign(disk, { discard: () => void (trimmed = true) });
     const node = new DiskNode("disk", image as unknown as Image);
-    await DiskNode.quiesceAll([node], () => node.addInterceptor(interceptor));
+    await DiskNode.quiesceAll([node], () => node.addInterceptor(interceptor), 1e4);
     const trimming = node.discard(0, 40 * MiB);
     expect(shared.control[CTL_USED_BLOCKS] * BLOCK_BYTES).toBeLessThanOrEqual(4 * MiB);
     await turns(20);

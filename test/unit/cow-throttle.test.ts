@@ -1,5 +1,5 @@
 import fc from "fast-check";
-import { describe, expect, it } from "vitest";
+import { afterEach, describe, expect, it, vi } from "vitest";
 import { Drainer, type DrainStep } from "../../src/cow/drain.js";
 import { geometryOf } from "../../src/cow/geometry.js";
 import {
@@ -11,7 +11,7 @@ import {
   RUN_PAUSED,
   RUN_RUNNING,
 } from "../../src/cow/shared.js";
-import { bookTransfer } from "../../src/cow/throttle.js";
+import { bookTransfer, changeLimit } from "../../src/cow/throttle.js";
 
 const SECOND = 1_000_000_000n;
 const MiB = 1024 * 1024;
@@ -57,6 +57,43 @@ describe("bookTransfer", () => {
     bookTransfer(counters, 1000, 0n);
     expect(bookTransfer(counters, 1000, 100n * SECOND)).toBe(100n * SECOND);
     expect(bookTransfer(counters, 1000, 100n * SECOND)).toBe(101n * SECOND);
+  });
+
+  describe("while the limit is changed", () => {
+    afterEach(() => void vi.restoreAllMocks());
+
+    /** Runs `change` when a worker has computed its booking and is about to make it. */
+    function justBeforeBooking(change: () => void): void {
+      const compareExchange = Atomics.compareExchange.bind(Atomics);
+      const spy = vi.spyOn(Atomics, "compareExchange") as unknown as ReturnType<typeof vi.fn>;
+      spy.mockImplementationOnce((...parameters: Parameters<typeof compareExchange>) => {
+        change();
+        return compareExchange(...parameters);
+      });
+    }
+
+    it.each([
+      ["after a first booking", 1],
+      ["before any booking", 0],
+    ])("books at the new limit: %s", (_when, bookings) => {
+      const counters = countersOf(0n);
+      changeLimit(counters, 1);
+      for (let i = 0; i < bookings; i++) bookTransfer(counters, 1, SECOND);
+      justBeforeBooking(() => changeLimit(counters, MiB));
+      // At the old limit this transfer would take twelve days.
+      expect(bookTransfer(counters, MiB, 5n * SECOND)).toBe(5n * SECOND);
+      expect(bookTransfer(counters, MiB, 5n * SECOND)).toBe(6n * SECOND);
+    });
+
+    it("books nothing if there is no limit any more", () => {
+      const counters = countersOf(0n);
+      changeLimit(counters, 1);
+      bookTransfer(counters, MiB, SECOND);
+      justBeforeBooking(() => changeLimit(counters, 0));
+      expect(bookTransfer(counters, MiB, 2n * SECOND)).toBe(0n);
+      changeLimit(counters, 1);
+      expect(bookTransfer(counters, 1, 3n * SECOND)).toBe(3n * SECOND);
+    });
   });
 
   it("takes limits of one byte and of eight exbibytes", () => {

@@ -6,7 +6,7 @@ import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LiveHost } from "../../src/backup/live-host.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
-import { CTL_RUN, RUN_ABORTING, type SharedBuffers } from "../../src/cow/shared.js";
+import { CNT_DONE_BYTES, CTL_RUN, RUN_ABORTING, type SharedBuffers } from "../../src/cow/shared.js";
 import { CowcatcherError } from "../../src/errors.js";
 import type { Image } from "../../src/image/device.js";
 import type { Target } from "../../src/target/target.js";
@@ -16,6 +16,7 @@ interface FakeTask {
   ready: () => void;
   port: MessagePort;
   end: (result: unknown) => void;
+  shared: SharedBuffers;
 }
 
 class FakePool extends EventEmitter {
@@ -23,13 +24,11 @@ class FakePool extends EventEmitter {
   /** Workers that come up by themselves; the others when the test lets them. */
   static startsWorkers = Infinity;
   readonly tasks: FakeTask[] = [];
-  #destroyed: () => void = () => {};
-  readonly gone = new Promise<void>((resolve) => {
-    this.#destroyed = resolve;
-  });
-  holdDestroy = false;
+  isDestroyed = false;
+  /** No task ends any more. */
+  isStuck = false;
 
-  constructor() {
+  constructor(readonly maxThreads: number) {
     super();
     FakePool.made.push(this);
   }
@@ -37,6 +36,7 @@ class FakePool extends EventEmitter {
   run(task: { port: MessagePort; shared: SharedBuffers }): Promise<unknown> {
     return new Promise((resolve) => {
       const end = (result: unknown) => {
+        if (this.isStuck) return;
         task.port.close();
         resolve(result);
       };
@@ -45,19 +45,15 @@ class FakePool extends EventEmitter {
         else void untilAborted(new Int32Array(task.shared.control)).then(() => end({}));
       });
       const ready = () => task.port.postMessage({ kind: "ready" });
-      this.tasks.push({ ready, port: task.port, end });
+      this.tasks.push({ ready, port: task.port, end, shared: task.shared });
       if (FakePool.startsWorkers-- > 0) ready();
     });
   }
 
   destroy(): Promise<void> {
-    if (!this.holdDestroy) this.#destroyed();
+    this.isDestroyed = true;
     for (const { end } of this.tasks) end({});
-    return this.gone;
-  }
-
-  letGo(): void {
-    this.#destroyed();
+    return this.isStuck ? new Promise(() => {}) : Promise.resolve();
   }
 }
 
@@ -108,8 +104,8 @@ class FakeTarget implements Target {
 
 // The factory runs before the classes above exist, its functions after.
 vi.mock("piscina", () => ({
-  Piscina: function () {
-    return new FakePool();
+  Piscina: function ({ maxThreads }: { maxThreads: number }) {
+    return new FakePool(maxThreads);
   },
 }));
 vi.mock("../../src/target/create.js", () => ({
@@ -118,7 +114,10 @@ vi.mock("../../src/target/create.js", () => ({
 
 const released: string[] = [];
 let freezeError: Error | null = null;
+/** Of a guest's write, while it lasts. */
+let writing: Promise<void> | undefined;
 let host: LiveHost;
+let nodes: Map<string, DiskNode>;
 let disks: ColdDisk[];
 
 function nodeOf(name: string, disk: ColdDisk): DiskNode {
@@ -128,6 +127,8 @@ function nodeOf(name: string, disk: ColdDisk): DiskNode {
     readOnly: false,
     clusterSizeBytes: 0,
     backing: null,
+    files: [],
+    write: () => writing,
     freeze: () => {
       if (freezeError !== null && name === "b") throw freezeError;
       return {
@@ -144,16 +145,15 @@ beforeEach(() => {
   FakeTarget.made = [];
   FakePool.startsWorkers = Infinity;
   freezeError = null;
+  writing = undefined;
   released.length = 0;
   disks = [new ColdDisk(4 * MiB), new ColdDisk(4 * MiB)];
   const [a, b] = disks as [ColdDisk, ColdDisk];
-  host = new LiveHost(
-    new Map([
-      ["a", nodeOf("a", a)],
-      ["b", nodeOf("b", b)],
-    ]),
-    () => undefined,
-  );
+  nodes = new Map([
+    ["a", nodeOf("a", a)],
+    ["b", nodeOf("b", b)],
+  ]);
+  host = new LiveHost(nodes, () => undefined);
 });
 
 afterEach(() => host.close());
@@ -223,17 +223,36 @@ describe("preparing", () => {
   });
 });
 
+describe("a start", () => {
+  it("gives up where the storage of one of its disks does not answer within the shortest of its guests' limits", async () => {
+    let answer: () => void = () => undefined;
+    writing = new Promise((resolve) => (answer = resolve));
+    const hung = nodes.get("b")?.write(new Uint8Array(1), 0, 1, 0);
+    const orders = [order("a", { guestTimeoutMs: 30 }), order("b", { guestTimeoutMs: 1e9 })];
+    await expect(host.startBackups(orders)).rejects.toMatchObject({ code: "GUEST_TIMEOUT" });
+    expect(host.jobs()).toEqual([]);
+    expect(FakeTarget.made.map(({ calls }) => calls)).toEqual([["abort"], ["abort"]]);
+    writing = undefined;
+    expect(nodes.get("a")?.write(new Uint8Array(1), 0, 1, 0)).toBeUndefined();
+    answer();
+    await hung;
+    const { job } = await start("b");
+    expect(job.status).toBe("running");
+  });
+});
+
 describe("cancel", () => {
   it("when the copy has just ended removes the target instead of finishing it", async () => {
     const { job, pool, target } = await start("a");
-    pool.holdDestroy = true;
+    // All is copied, and the run is giving its threads back.
+    const givingBack = vi.spyOn(pool, "off").mockImplementation(() => {
+      job.cancel();
+      expect(job.status).toBe("aborting");
+      return pool;
+    });
     for (const { end } of pool.tasks) end({});
-    await turns();
-    // All is copied, and the threads are on their way out.
-    job.cancel();
-    expect(job.status).toBe("aborting");
-    pool.letGo();
     await untilStatus(job, "concluded");
+    expect(givingBack).toHaveBeenCalledOnce();
     expect(job.error?.code).toBe("CANCELLED");
     expect(target.calls).toEqual(["abort"]);
   });
@@ -302,4 +321,89 @@ describe("many jobs", () => {
     expect(count()).toBe(before);
     expect(host.jobs()).toEqual([]);
   });
+
+  async function complete(): Promise<FakePool> {
+    const { job, pool } = await start("a");
+    for (const { end } of pool.tasks) end({});
+    await untilStatus(job, "concluded");
+    expect(job.error).toBeUndefined();
+    host.dismiss(job.id);
+    return pool;
+  }
+
+  /** What the pool's last job of two workers shares. */
+  function sharedOf(pool: FakePool): SharedBuffers {
+    const task = pool.tasks.at(-1);
+    if (task === undefined) throw new Error("no task");
+    return task.shared;
+  }
+
+  it("have the same threads and tables, zero at the start, and counters of their own", async () => {
+    const { job, pool } = await start("a");
+    const first = sharedOf(pool);
+    new Int32Array(first.chunkWords).fill(7);
+    new Uint8Array(first.clusterStates).fill(3);
+    new BigInt64Array(first.counters)[CNT_DONE_BYTES] = 1234n;
+    for (const { end } of pool.tasks) end({});
+    await untilStatus(job, "concluded");
+    host.dismiss(job.id);
+
+    const second = sharedOf((await start("a")).pool);
+    expect(FakePool.made.length).toBe(1);
+    expect(second.slots).toBe(first.slots);
+    expect(tablesOf(second).every((table) => tablesOf(first).includes(table))).toBe(true);
+    expect(new Set(tablesOf(second)).size).toBe(tablesOf(second).length);
+    for (const table of tablesOf(second))
+      expect(new Uint8Array(table).every((byte) => byte === 0)).toBe(true);
+    expect(second.control).not.toBe(first.control);
+    expect(job.progress().bytesDone).toBe(1234);
+  });
+
+  it("side by side have tables of their own", async () => {
+    const first = sharedOf((await start("a")).pool);
+    const second = sharedOf((await start("b")).pool);
+    expect(FakePool.made.length).toBe(2);
+    expect(tablesOf(second).some((table) => tablesOf(first).includes(table))).toBe(false);
+  });
+
+  it("get new threads after one has died, and the broken pool is destroyed", async () => {
+    const pool = await complete();
+    pool.emit("error", new Error("an idle thread died"));
+    expect(pool.isDestroyed).toBe(true);
+    expect(await complete()).not.toBe(pool);
+  });
+
+  it("get neither the threads nor the tables that a worker was left behind with", async () => {
+    const { job, pool } = await start("a");
+    const first = sharedOf(pool);
+    // One of the two sits in a call that does not return: its end is not reported.
+    pool.isStuck = true;
+    job.cancel();
+    await vi.waitFor(() => expect(job.status).toBe("concluded"), { timeout: 10_000 });
+    host.dismiss(job.id);
+    const { pool: next } = await start("a");
+    expect(next).not.toBe(pool);
+    expect(tablesOf(sharedOf(next)).some((table) => tablesOf(first).includes(table))).toBe(false);
+  });
+
+  it("that bring new memory get new threads, in the place of the old ones", async () => {
+    const pool = await complete();
+    const [larger] = await host.startBackups([order("a", { cowBufferSizeBytes: 4 * MiB })]);
+    expect(larger?.status).toBe("running");
+    expect(pool.isDestroyed).toBe(true);
+    expect(FakePool.made.length).toBe(2);
+  });
+
+  it("of fewer workers use a pool of more", async () => {
+    const pool = await complete();
+    await host.startBackups([order("a", { workerCount: 1 })]);
+    expect(FakePool.made).toEqual([pool]);
+  });
 });
+
+/** All that the threads of a job share but the control words, the counters and the buffer. */
+function tablesOf(shared: SharedBuffers): SharedArrayBuffer[] {
+  const { clusterStates, chunkWords, chunkHeads, urgentRing, regionStates, captureNext, captureInfo } =
+    shared;
+  return [clusterStates, chunkWords, chunkHeads, urgentRing, regionStates, captureNext, captureInfo];
+}

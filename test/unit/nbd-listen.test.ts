@@ -117,10 +117,23 @@ describe("systemd", () => {
     const [listener] = await systemdListeners(environment, inherited);
     expect(environment).toEqual({ OTHER: "x" });
     expect(listener?.address).toBe(`127.0.0.1:${port}`);
+    expect(listener?.place).toEqual({ host: "127.0.0.1", port });
     const accepted = new Promise<Socket>((resolve) => listener?.serve({ accept: resolve }));
     const client = connect(port, "127.0.0.1");
     (await accepted).destroy();
     client.destroy();
+    await listener?.close();
+  });
+
+  test.runIf(libc !== null)("a Unix socket passed as a descriptor is known by its path", async () => {
+    const opener = createServer();
+    await new Promise<void>((resolve) => opener.listen(path, resolve));
+    const { fd } = (opener as unknown as { _handle: { fd: number } })._handle;
+    const inherited = koffi.load("libc.so.6").func("int dup(int fd)")(fd) as number;
+    const environment = { LISTEN_PID: String(process.pid), LISTEN_FDS: "1" };
+    const [listener] = await systemdListeners(environment, inherited);
+    expect(listener?.place).toEqual({ path });
+    opener.close();
     await listener?.close();
   });
 

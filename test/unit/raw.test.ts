@@ -128,6 +128,34 @@ describe.each(SCRATCH_ROOTS)("raw image in %s", (root) => {
     });
   });
 
+  it.runIf(libc !== null)("sees what became a hole, or data, since it last looked", async () => {
+    const image = await openWith({ root, content: Buffer.alloc(8 * MiB, 1) });
+    await image.flush();
+    /** Where zero and data take turns, from 0 on. */
+    const borders = () => {
+      const found: number[] = [];
+      let wasZero = false;
+      for (let at = 0; at < 8 * MiB;) {
+        const { lengthBytes, zero } = image.blockStatus(at, 8 * MiB - at);
+        if (zero !== wasZero) found.push(at / MiB);
+        wasZero = zero;
+        at += lengthBytes;
+      }
+      return found;
+    };
+    expect(borders()).toEqual([]);
+    await image.discard(4 * MiB, MiB);
+    expect(borders()).toEqual([4, 5]);
+    await image.writeZeroes(MiB, MiB, { mayUnmap: true });
+    expect(borders()).toEqual([1, 2, 4, 5]);
+    await image.write(Buffer.alloc(MiB, 2), 0, MiB, MiB);
+    await image.flush();
+    expect(borders()).toEqual([4, 5]);
+    await image.write(Buffer.alloc(MiB, 2), 0, MiB, 4 * MiB);
+    await image.flush();
+    expect(borders()).toEqual([]);
+  });
+
   it.runIf(libc !== null)("tells an empty 16 TiB range in one step", async () => {
     const size = root === "/dev/shm" ? 2 ** 42 : 2 ** 43;
     const image = await openWith({ root, content: new Uint8Array(0) });

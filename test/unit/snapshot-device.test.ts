@@ -2,9 +2,11 @@
 import { describe, expect, it } from "vitest";
 import { geometryOf } from "../../src/cow/geometry.js";
 import { Interceptor } from "../../src/cow/interceptor.js";
+import { allocatePages } from "../../src/cow/page-memory.js";
 import { createSharedState } from "../../src/cow/shared.js";
 import { SnapshotDevice } from "../../src/cow/snapshot-device.js";
 import type { BlockDevice, BlockStatus, Completion } from "../../src/image/device.js";
+import { GiB } from "../../src/units.js";
 import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
 
 const SIZE_BYTES = 4 * MiB;
@@ -35,10 +37,11 @@ class HoleDisk implements Pick<
   }
 }
 
-function makeSnapshot() {
+/** @param slots may be longer than what is used of it: memory goes from job to job. */
+function makeSnapshot(slots = new SharedArrayBuffer(MiB)) {
   const disk = new HoleDisk();
   const image = disk as unknown as BlockDevice;
-  const shared = createSharedState(geometryOf(SIZE_BYTES), new SharedArrayBuffer(MiB), MiB);
+  const shared = createSharedState(geometryOf(SIZE_BYTES), slots, MiB);
   const interceptor = new Interceptor({
     shared,
     image,
@@ -97,6 +100,12 @@ describe("status", () => {
     expect(interceptor.beforeWrite(10_000, 20_000)).toBeUndefined();
     const held = device.blockStatus(2 * BLOCK_BYTES, MiB - 2 * BLOCK_BYTES);
     expect(held).toMatchObject({ zero: true, data: false, lengthBytes: 6 * BLOCK_BYTES });
+  });
+
+  it.each([3, 4])("of changed data is data, also with a buffer of %i GiB", (gibibytes) => {
+    const { device, punch } = makeSnapshot(allocatePages(gibibytes * GiB, "test"));
+    punch(0, BLOCK_BYTES);
+    expect(device.blockStatus(0, MiB)).toMatchObject({ zero: false, data: true, lengthBytes: BLOCK_BYTES });
   });
 
   it("is an error once the snapshot is over", () => {

@@ -8,7 +8,6 @@ import { pageAlignedMemory } from "../../src/image/fileio.js";
 import { acquireImageLock } from "../../src/image/locks.js";
 import { libc } from "../../src/native/libc.js";
 import { createTarget } from "../../src/target/create.js";
-import { sameFile } from "../../src/target/destination.js";
 import { enterGate, leaveGate } from "../../src/target/gate.js";
 import { NullWriter } from "../../src/target/null.js";
 import type { RawTargetDescription, Target, TargetOptions } from "../../src/target/target.js";
@@ -306,17 +305,6 @@ describe("a target's place", () => {
 
   it("takes no backing file for raw", async () => {
     expect((await refusal(createTarget(options({ backingFile: "base.img" })))).code).toBe("USAGE");
-  });
-
-  it("is the same file by another name", async () => {
-    fs.writeFileSync(path, "");
-    fs.linkSync(path, join(folder, "hard"));
-    fs.symlinkSync(path, join(folder, "soft"));
-    fs.writeFileSync(join(folder, "other"), "");
-    expect(await sameFile(path, join(folder, "hard"))).toBe(true);
-    expect(await sameFile(path, join(folder, "soft"))).toBe(true);
-    expect(await sameFile(path, join(folder, "other"))).toBe(false);
-    expect(await sameFile(path, join(folder, "none"))).toBe(false);
   });
 });
 

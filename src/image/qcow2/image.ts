@@ -22,6 +22,7 @@ import type {
   Completion,
   FrozenSource,
   Image,
+  ImageFile,
   Qcow2SourceDescription,
   WriteZeroesOptions,
 } from "../device.js";
@@ -222,6 +223,11 @@ export class Qcow2Image implements Image {
   /** The file that holds the guest's clusters, as errors and `map` call it. */
   get dataName(): string {
     return this.externalData?.file.name ?? this.path;
+  }
+
+  get files(): readonly ImageFile[] {
+    const data = this.externalData?.file;
+    return data === undefined ? [this.file] : [this.file, data];
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
