@@ -21,7 +21,7 @@ import { formatFigure, markdownTable, median } from "./lib/statistics.js";
 
 const HELP = `npm run bench:nbd -- [options]
   --rounds N             interleaved rounds (5)
-  --size SIZE            of the image (2G)
+  --size SIZE            of the image (4G)
   --dir DIR              where the images stand (the temporary folder)
   --cell "WORD WORD"     only cells whose name holds these words; may be repeated
   --out DIR              results: nbd.md, nbd.json (bench/results)`;
@@ -61,7 +61,7 @@ interface CellResult {
 const { values } = parseArgs({
   options: {
     rounds: { type: "string", default: "5" },
-    size: { type: "string", default: "2G" },
+    size: { type: "string", default: "4G" },
     dir: { type: "string", default: tmpdir() },
     cell: { type: "string", multiple: true, default: [] },
     out: { type: "string", default: "bench/results" },

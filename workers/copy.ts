@@ -1,6 +1,6 @@
 // A worker of a backup: one endless task, and in a server one after another (copy-threads.ts). It opens its doors to
-// source and target, the first one prefaults the buffer, it says that it is ready, and from T0 on takes chunks until none
-// is left. On the data path it meets the main thread only in shared memory; its port carries what happens once: ready,
+// source and target, prefaults its share of the buffer, says that it is ready, and from T0 on takes chunks until none is
+// left. On the data path it meets the main thread only in shared memory; its port carries what happens once: ready,
 // begin, stopped for an error.
 
 import { once } from "node:events";
@@ -18,12 +18,11 @@ import { toCowcatcherError } from "../src/errors.js";
 import type { SourceDescription, SourceReader } from "../src/image/device.js";
 import { openSource } from "../src/image/reader.js";
 import { libc } from "../src/native/libc.js";
-import { MiB } from "../src/units.js";
+import { isForBlocking } from "../src/nbd/blocking-reader.js";
+import { parseNbdUri } from "../src/nbd/uri.js";
 import type { TargetWriter } from "../src/target/target.js";
 import { openTarget } from "../src/target/writer.js";
 
-const PREFAULT_TURN_BYTES = 2 * MiB;
-const PREFAULT_REST_FROM_MS = 0.2;
 /** Waiters look again after this time, so that a thread that died cannot hold the others. */
 const RECHECK_MS = 250;
 /** The same for a thread in which others are to go on: how long it blocks, and how long until it looks again. */
@@ -42,7 +41,7 @@ export default async function copy(task: CopyTask): Promise<CopyResult> {
     const shared = new SharedState(task.shared);
     const chunkBuffer = keptPages(0, shared.geometry.chunkBytes, task.target.name);
     chunkBuffer.fill(0);
-    if (task.workerIndex === 0) prefault(shared);
+    prefault(shared, task.workerIndex, task.workerCount);
     send(port, { kind: "ready" });
     const [command] = (await once(port, "message")) as [WorkerCommand];
     // Not before: a thread that waits for a processor in the middle of a page fault holds up whoever maps memory.
@@ -57,22 +56,12 @@ export default async function copy(task: CopyTask): Promise<CopyResult> {
   }
 }
 
-/**
- * Touches the slots, so that no capture pays for a page fault. The kernel clears the pages, at half a second of a
- * processor for each GiB, while the guest is at work: so one thread does it, and rests as long as it works. Four at a
- * time, and at once, took a guest three quarters of its writes for a second.
- */
-function prefault({ slots, bufferBlockCount, control }: SharedState): void {
-  const turnBlocks = PREFAULT_TURN_BYTES / BLOCK_BYTES;
-  for (let first = 0; first < bufferBlockCount; first += turnBlocks) {
-    const startMs = performance.now();
-    const end = Math.min(first + turnBlocks, bufferBlockCount);
-    for (let block = first; block < end; block++) Atomics.store(slots, block * BLOCK_BYTES, 0);
-    const state = Atomics.load(control, CTL_RUN);
-    if (state === RUN_ABORTING) return;
-    const tookMs = performance.now() - startMs;
-    // Memory that was touched before takes no time, and needs no rest.
-    if (tookMs >= PREFAULT_REST_FROM_MS) Atomics.wait(control, CTL_RUN, state, tookMs);
+/** Touches this worker's share of the slots, so that no capture pays for a page fault. */
+function prefault(shared: SharedState, workerIndex: number, workerCount: number): void {
+  const share = Math.ceil(shared.bufferBlockCount / workerCount);
+  const end = Math.min((workerIndex + 1) * share, shared.bufferBlockCount);
+  for (let block = workerIndex * share; block < end; block++) {
+    Atomics.store(shared.slots, block * BLOCK_BYTES, 0);
   }
 }
 
@@ -85,7 +74,7 @@ async function copyAll(
   const isAborting = (): boolean => Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING;
   const { reader, writer } = withFaults(
     process.env[FAULTS_VARIABLE],
-    openSource(source, isAborting),
+    openSource(source, isAborting, task.target.format !== "nbd"),
     openTarget(task.target, isAborting),
     {
       control: shared.control,
@@ -110,7 +99,7 @@ async function copyAll(
 }
 
 /**
- * A chunk buffer for each chunk that this worker has in hand at a time: one, unless source or target is a server,
+ * A chunk buffer for each chunk that this worker has in hand at a time: one, unless source or target is a server
  * whose answers take their time whatever the processor does.
  */
 function laneBuffers(
@@ -121,6 +110,9 @@ function laneBuffers(
 ): Uint8Array[] {
   const buffers = [chunkBuffer];
   if (source.format !== "nbd" && target.format !== "nbd") return buffers;
+  // Such a source is read by blocking calls, best into memory that is in the cache still.
+  if (target.format !== "nbd" && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri)))
+    return buffers;
   const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(LANES_OF_ALL_WORKERS / workerCount)));
   while (buffers.length < laneCount) {
     buffers.push(keptPages(buffers.length, geometry.chunkBytes, target.name));

@@ -22,10 +22,12 @@ const BOUNCE_BYTES = 64 * KiB;
 /**
  * Opens the reader for a description, and those of its backing chain. Any thread; the reader stays there.
  * @param isCancelled asked while an NBD server's answer is awaited; true ends the wait
+ * @param mayBlock the thread waits for no other server meanwhile
  */
 export function openSource(
   description: SourceDescription,
   isCancelled: () => boolean = () => false,
+  mayBlock = true,
 ): SourceReader {
   switch (description.format) {
     case "raw":
@@ -33,10 +35,11 @@ export function openSource(
     case "null":
       return new NullSourceReader(description.sizeBytes);
     case "nbd":
-      return new NbdSourceReader(description, isCancelled);
+      return new NbdSourceReader(description, isCancelled, mayBlock);
     case "qcow2": {
       const { backing } = description;
-      return new Qcow2SourceReader(description, backing === null ? null : openSource(backing, isCancelled));
+      const below = backing === null ? null : openSource(backing, isCancelled, mayBlock);
+      return new Qcow2SourceReader(description, below);
     }
   }
 }

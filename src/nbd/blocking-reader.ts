@@ -7,8 +7,8 @@
 // (client-session.ts), which has the words, the retries and the errors. Reading twice does no harm.
 //
 // A read's pieces are in flight together. One that waits blocks its thread, in slices of TIMEOUT_MS, so that
-// cancelling is noticed: this is for Unix sockets, where the way there and back is no time, and for a thread that has
-// nothing else to do. One thread.
+// cancelling is noticed: this is for Unix sockets, where the way there and back is no time, and for a thread that waits for
+// no other server. (To keep a second read in flight meanwhile was no faster.) One thread.
 // Specification: doc/proto.md of NetworkBlockDevice/nbd, "Transmission phase".
 
 import type { Socket } from "node:net";
@@ -44,8 +44,22 @@ const HOLE_BYTES = 12;
 /** The header of a piece of data: what is read of a reply before it is known what it is. */
 const STAGING_BYTES = STRUCTURED_REPLY_HEADER_BYTES + OFFSET_BYTES;
 
+/** Not documented; where it does not look like this, there is no blocking reader. */
 interface SocketWithHandle {
-  _handle?: { fd?: unknown } | null;
+  _handle?: { fd?: number; readStop?: () => unknown } | null;
+}
+
+/** Nothing reads or writes the socket through Node from here on; it only closes it. -1: that cannot be. */
+function takeDescriptor({ _handle: handle }: SocketWithHandle): number {
+  if (typeof handle?.fd !== "number" || typeof handle.readStop !== "function") return -1;
+  // A socket that is paused goes on reading until its queue is full.
+  handle.readStop();
+  return handle.fd;
+}
+
+/** The server is on this machine, and its socket is its own. */
+export function isForBlocking(address: NbdAddress): boolean {
+  return "path" in address && address.tls === undefined;
 }
 
 export class BlockingReader {
@@ -91,16 +105,15 @@ export class BlockingReader {
     sizeBytes: number,
     isCancelled: () => boolean,
   ): Promise<BlockingReader | null> {
-    if (libc === null || !("path" in address) || address.tls !== undefined) return null;
+    if (libc === null || !isForBlocking(address)) return null;
     const connection = await openConnection(address, name, { isCancelled, structured: true, contexts: [] });
     const { socket, info } = connection;
-    const fd = (socket as unknown as SocketWithHandle)._handle?.fd;
+    const fd = takeDescriptor(socket as unknown as SocketWithHandle);
     const fits = info.sizeBytes === sizeBytes && info.minimumBlockBytes <= PIECE_BYTES;
-    if (typeof fd !== "number" || fd < 0 || !fits || socket.readableLength > 0) {
+    if (fd < 0 || !fits || socket.readableLength > 0) {
       socket.destroy();
       return null;
     }
-    // Nothing reads or writes it through Node from here on; it only closes it.
     libc.makeBlocking(fd, TIMEOUT_MS);
     return new BlockingReader(libc, socket, fd, connection, isCancelled);
   }

@@ -26,12 +26,16 @@ export class NbdSourceReader implements SourceReader {
   #opening: Promise<void> | undefined;
   #isClosed = false;
 
-  /** @param isCancelled asked while an answer is awaited; true ends the wait */
-  constructor(description: NbdSourceDescription, isCancelled: () => boolean) {
+  /**
+   * @param isCancelled asked while an answer is awaited; true ends the wait
+   * @param mayBlock the thread waits for no other server meanwhile
+   */
+  constructor(description: NbdSourceDescription, isCancelled: () => boolean, mayBlock: boolean) {
     const { uri, sizeBytes, retries, zeroes } = description;
     this.sizeBytes = sizeBytes;
     this.#uri = uri;
     this.#isCancelled = isCancelled;
+    if (!mayBlock) this.#blocking = null;
     this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled });
     this.#zeroes = zeroes === null ? null : new ExtentReader(zeroes, false);
   }
