@@ -10,6 +10,8 @@ export interface ChartSeries {
 const WIDTH = 840;
 const HEIGHT = 380;
 const MARGIN = { top: 48, right: 20, bottom: 76, left: 76 };
+/** The names need more room than the axes. */
+const LEGEND_LEFT = 16;
 const COLOURS = ["#c2410c", "#0f766e", "#a16207", "#1d4ed8", "#7e22ce"];
 const TICKS = 5;
 
@@ -62,7 +64,7 @@ function drawSeries(
 ): string[] {
   const colour = COLOURS[index % COLOURS.length];
   const path = points.map(({ x, y }, at) => `${at === 0 ? "M" : "L"}${toX(x)} ${toY(y)}`).join("");
-  const legendX = MARGIN.left + (index * (WIDTH - MARGIN.left - MARGIN.right)) / count;
+  const legendX = LEGEND_LEFT + (index * (WIDTH - LEGEND_LEFT)) / count;
   const legendY = HEIGHT - 14;
   return [
     `<path d="${path}" fill="none" stroke="${colour}" stroke-width="2"/>`,
