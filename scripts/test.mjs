@@ -32,9 +32,9 @@ function readCounts() {
   }
 }
 
-/** A minute of the fuzzer with a new seed, which it prints; only in a whole run. Counts as one test. */
+/** A minute of each of the three fuzzers with a new seed, which is printed; only in a whole run. Counts as one test. */
 function runFuzz() {
-  const seconds = process.env.FUZZ_SECONDS ?? "60";
+  const seconds = process.env.FUZZ_SECONDS ?? "180";
   if (seconds === "0") return { passed: 0, failed: 0 };
   const args = ["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds];
   const { status } = spawnSync(process.execPath, args, { stdio: "inherit" });
