@@ -13,7 +13,8 @@
 
 import type { Socket } from "node:net";
 import { EAGAIN, EINTR, libc, type Libc } from "../native/libc.js";
-import { KiB, roundDown } from "../units.js";
+import { roundDown } from "../units.js";
+import { PIECE_BYTES } from "./client-io.js";
 import { openConnection } from "./client.js";
 import {
   NBD_CMD_DISC,
@@ -33,7 +34,6 @@ import {
 } from "./protocol.js";
 import type { NbdAddress } from "./uri.js";
 
-const PIECE_BYTES = 256 * KiB;
 const PIECES_IN_FLIGHT = 16;
 /** How long a system call waits before it is asked whether to give up. */
 const TIMEOUT_MS = 100;
@@ -77,6 +77,8 @@ export class BlockingReader {
   readonly #positions = new Float64Array(PIECES_IN_FLIGHT);
   readonly #lengths = new Float64Array(PIECES_IN_FLIGHT);
   #round = 0;
+  /** The chunk in hand is its request's last. */
+  #isDone = false;
 
   private constructor(
     native: Libc,
@@ -222,8 +224,6 @@ export class BlockingReader {
     if (isDone) this.#lengths[index] = 0;
     return index;
   }
-
-  #isDone = false;
 
   /** @returns bytes of the request that this chunk covers; -1: it must not be */
   #receivePayload(
