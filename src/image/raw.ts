@@ -1,7 +1,7 @@
 // Raw images: regular files and block devices, byte for byte.
 //
-// Main thread. What the page cache can do at once is done at once: a read of up to SYNC_READ_LIMIT_BYTES that
-// preadv2(RWF_NOWAIT) can serve, a write of up to SYNC_LIMIT_BYTES. A read that would wait for the disk goes to libuv's pool, and so do requests so
+// Main thread. What the page cache can do at once is done at once: a read that preadv2(RWF_NOWAIT) can serve, a
+// write of up to SYNC_LIMIT_BYTES. A read that would wait for the disk goes to libuv's pool, and so do requests so
 // large that copying them would hold up the event loop. With O_DIRECT everything goes to the pool (direct.ts).
 // On tmpfs RWF_NOWAIT is unknown, but nothing there ever waits: reads are plain preads.
 //
@@ -40,8 +40,6 @@ import { ProbeGuard } from "./probeguard.js";
 
 /** Copying this much takes well under a millisecond. */
 const SYNC_LIMIT_BYTES = 1 * MiB;
-/** Larger reads are worth the way to another thread: whoever asks for so much asks for more, and sends meanwhile. */
-const SYNC_READ_LIMIT_BYTES = 128 * KiB;
 /** Up to here zeroes are written, rather than asked of fallocate: on older kernels that waits for dirty pages. */
 const WRITTEN_ZEROES_BYTES = 64 * KiB;
 /** One fallocate call; between two the event loop runs. */
@@ -131,7 +129,7 @@ export class RawImage implements Image {
       return this.directFile.read(buffer, bufferOffset, lengthBytes, offsetBytes);
     }
     let done = 0;
-    if (lengthBytes <= SYNC_READ_LIMIT_BYTES) {
+    if (lengthBytes <= SYNC_LIMIT_BYTES) {
       if (this.isInMemory) return this.readNow(buffer, bufferOffset, lengthBytes, offsetBytes);
       done = this.readCached(buffer, bufferOffset, lengthBytes, offsetBytes);
       if (done === lengthBytes) return undefined;
