@@ -4,18 +4,21 @@
 // open them. An offline copy that starts its threads first has both at the same time.
 
 import { Piscina } from "piscina";
-import { allBootsOver, expectBoots } from "./thread-boots.js";
+import { type Boots, bootsOver, expectBoots } from "./thread-boots.js";
 
 const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
 /** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
 export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
 
-/** Threads that boot while the caller goes on. The caller destroys the pool. */
+const bootsOf = new WeakMap<Piscina, Boots>();
+
+/** Threads that boot while the caller goes on. The caller ends the pool by `endPool`. */
 export function createCopyPool(
   workerCount: number,
   { file = WORKER_FILE, heap = WORKER_HEAP } = {},
 ): Piscina {
-  return new Piscina({
+  const boots = expectBoots(workerCount);
+  const pool = new Piscina({
     filename: file.href,
     minThreads: workerCount,
     maxThreads: workerCount,
@@ -23,9 +26,21 @@ export function createCopyPool(
     // A thread that is kept goes on with its events after a task: sockets and ports are closed in them.
     atomics: "disabled",
     resourceLimits: heap,
-    workerData: expectBoots(workerCount),
+    workerData: boots.counter,
     recordTiming: false,
   });
+  bootsOf.set(pool, boots);
+  return pool;
+}
+
+/**
+ * Ends the pool's threads, those that boot once they have. Settles when they are gone, which for one that sits in a
+ * system call may be never. Never rejects.
+ */
+export async function endPool(pool: Piscina): Promise<void> {
+  const boots = bootsOf.get(pool);
+  if (boots !== undefined) await bootsOver(boots);
+  await pool.destroy().catch(() => undefined);
 }
 
 let early: { pool: Piscina; workerCount: number } | undefined;
@@ -43,13 +58,6 @@ export function takeCopyPool(workerCount: number): Piscina {
   const taken = early;
   early = undefined;
   if (taken?.workerCount === workerCount) return taken.pool;
-  if (taken !== undefined) dropCopyPool(taken.pool);
+  if (taken !== undefined) void endPool(taken.pool);
   return createCopyPool(workerCount);
-}
-
-/** Ends threads that no one has used, which may still be booting. Returns at once. */
-export function dropCopyPool(pool: Piscina): void {
-  void allBootsOver()
-    .then(() => pool.destroy())
-    .catch(() => undefined);
 }

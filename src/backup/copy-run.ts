@@ -31,7 +31,7 @@ import type { SourceDescription } from "../image/device.js";
 import type { Target } from "../target/target.js";
 import type { ExtentMap } from "../nbd/extent-map.js";
 import { markClean } from "./incremental.js";
-import { createCopyPool } from "./copy-pool.js";
+import { createCopyPool, endPool } from "./copy-pool.js";
 import type { CopyThreads } from "./copy-threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
 import type { JobOptions } from "./options.js";
@@ -213,11 +213,10 @@ export class CopyRun {
       threads.giveBack(this.#pool);
       return;
     }
-    // Settles when the threads are gone, which for one that sits in a system call may be never. After an offline copy
-    // that went well nothing of theirs is used again, and the process need not wait for them.
-    const destroyed = this.#pool.destroy().catch(() => {});
+    // After an offline copy that went well nothing of the threads is used again, and the process need not wait for them.
+    const ended = endPool(this.#pool);
     if (live || this.#firstError)
-      await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+      await Promise.race([ended, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
   }
 
   readonly #onPoolError = (error: unknown): void => this.abort(workerError(error));

@@ -15,7 +15,7 @@
 // before it, or more jobs run at a time than buffer-store.ts keeps memory for.
 
 import type { Piscina } from "piscina";
-import { createCopyPool, WORKER_HEAP } from "./copy-pool.js";
+import { createCopyPool, endPool, WORKER_HEAP } from "./copy-pool.js";
 
 /** Idle: those of four jobs of four workers. One pool is kept whatever its size. */
 const KEPT_THREADS_MAX = 16;
@@ -37,7 +37,7 @@ export class CopyThreads {
     if (kept !== undefined) {
       this.#forget(kept);
       if (!memoryIsNew) return kept;
-      end(kept);
+      void endPool(kept);
     }
     return this.#create(workerCount);
   }
@@ -45,7 +45,7 @@ export class CopyThreads {
   /** Every task that the pool was given has ended, and its threads live. */
   giveBack(pool: Piscina): void {
     if (this.#closing || this.#broken.has(pool)) {
-      end(pool);
+      void endPool(pool);
       return;
     }
     this.#idle.unshift(pool);
@@ -54,14 +54,14 @@ export class CopyThreads {
       threadCount += kept.maxThreads;
       if (index === 0 || threadCount <= KEPT_THREADS_MAX) continue;
       this.#forget(kept);
-      end(kept);
+      void endPool(kept);
     }
   }
 
   /** Ends the idle threads; those that are given back later end then. */
   close(): void {
     this.#closing = true;
-    for (const pool of this.#idle) end(pool);
+    for (const pool of this.#idle) void endPool(pool);
     this.#idle = [];
   }
 
@@ -72,7 +72,7 @@ export class CopyThreads {
       this.#broken.add(pool);
       if (!this.#idle.includes(pool)) return;
       this.#forget(pool);
-      end(pool);
+      void endPool(pool);
     });
     return pool;
   }
@@ -80,8 +80,4 @@ export class CopyThreads {
   #forget(pool: Piscina): void {
     this.#idle = this.#idle.filter((other) => other !== pool);
   }
-}
-
-function end(pool: Piscina): void {
-  void pool.destroy().catch(() => undefined);
 }

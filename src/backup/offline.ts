@@ -8,7 +8,7 @@ import type { ImageFormat } from "../image/format.js";
 import { NbdImage } from "../nbd/device.js";
 import { createTarget } from "../target/create.js";
 import { openBacking } from "./backing-check.js";
-import { dropCopyPool, takeCopyPool } from "./copy-pool.js";
+import { endPool, takeCopyPool } from "./copy-pool.js";
 import { CopyRun } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
 import type { JobOptions } from "./options.js";
@@ -45,7 +45,7 @@ export async function startOfflineCopy(request: OfflineCopyRequest): Promise<Off
   try {
     return await startWithPool(request, pool);
   } catch (error) {
-    dropCopyPool(pool);
+    void endPool(pool);
     throw error;
   }
 }

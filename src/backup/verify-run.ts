@@ -14,7 +14,7 @@ import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../cow/shared.js";
 import { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { formatBytes } from "../units.js";
-import { createCopyPool } from "./copy-pool.js";
+import { createCopyPool, endPool } from "./copy-pool.js";
 import { ABORT_GRACE_MS, workerError } from "./copy-run.js";
 import type { CopyThreads } from "./copy-threads.js";
 import { CONTROL_WORDS, type VerifyResult, type VerifyTask } from "./verify-task.js";
@@ -85,9 +85,7 @@ export class VerifyRun {
       this.#threads.giveBack(this.#pool);
       return;
     }
-    // Settles when the threads are gone, which for one that sits in a system call may be never.
-    const destroyed = this.#pool.destroy().catch(() => {});
-    await Promise.race([destroyed, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+    await Promise.race([endPool(this.#pool), delay(ABORT_GRACE_MS, undefined, { ref: false })]);
   }
 
   readonly #onPoolError = (error: unknown): void => this.cancel(workerError(error));

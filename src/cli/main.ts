@@ -4,7 +4,7 @@ import { ioError, toCowcatcherError } from "../errors.js";
 import type { CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
 import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
-import { allBootsOver } from "../backup/thread-boots.js";
+import { endProcess, mayEndProcess } from "../backup/thread-boots.js";
 import { errorLine, reportError } from "./report.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
@@ -23,7 +23,7 @@ process.on("uncaughtException", (thrown: unknown) => {
   const error = toCowcatcherError(thrown);
   if (context === undefined) process.stderr.write(`${errorLine(error)}\n`);
   else reportError(error, context.output, context.logger);
-  process.exit(EXIT.failed);
+  endProcess(EXIT.failed);
 });
 
 const argv = process.argv.slice(2);
@@ -45,10 +45,10 @@ await new Promise<void>((resolve) => {
     resolve();
   });
 });
-await allBootsOver();
-if (lostOutput === undefined || exitCode !== EXIT.done) process.exit(exitCode);
+await mayEndProcess();
+if (lostOutput === undefined || exitCode !== EXIT.done) endProcess(exitCode);
 process.stderr.write(`${errorLine(ioError("write", "standard output", lostOutput))}\n`);
-process.exit(EXIT.failed);
+endProcess(EXIT.failed);
 
 /** By the look of it: what is guessed wrong costs some milliseconds, no more. */
 function isOfflineCopy([command, ...rest]: readonly string[]): boolean {
