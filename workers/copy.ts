@@ -61,6 +61,8 @@ function prefault(shared: SharedState, workerIndex: number, workerCount: number)
   const share = Math.ceil(shared.bufferBlockCount / workerCount);
   const end = Math.min((workerIndex + 1) * share, shared.bufferBlockCount);
   for (let block = workerIndex * share; block < end; block++) {
+    // The start may be cancelled: what is left of the buffer is nobody's then.
+    if (Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING) return;
     Atomics.store(shared.slots, block * BLOCK_BYTES, 0);
   }
 }

@@ -59,6 +59,10 @@ export interface CopyRunOptions {
   /** `slots` have not been touched by a job before. */
   slotsAreNew?: boolean | undefined;
   live: boolean;
+  /** Ends the run when it is aborted before T0. */
+  signal?: AbortSignal | undefined;
+  /** Before `ended` settles: a worker may still touch the shared tables and, if it was not ready yet, the buffer. */
+  onLeftBehind?: (() => void) | undefined;
   /** Most workers that the source is fit for; undefined: any number. */
   workerLimit?: number | undefined;
   /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
@@ -118,8 +122,14 @@ export class CopyRun {
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
     const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
     if (options.dirty) markClean(shared, options.dirty);
+    if (options.signal?.aborted) {
+      spill?.close();
+      options.signal.throwIfAborted();
+    }
     const run = new CopyRun(options, shared, spill);
     run.setSpeed(job.rateLimitBytes);
+    const cancel = (): void => run.abort(workerError(options.signal?.reason));
+    options.signal?.addEventListener("abort", cancel, { once: true });
     try {
       await run.#startWorkers();
     } catch (error) {
@@ -145,7 +155,8 @@ export class CopyRun {
     }
     void this.#watch(tasks);
     const allReady = Promise.all(ready);
-    if (this.#options.live) await allReady;
+    // One that is left behind says nothing any more.
+    if (this.#options.live) await Promise.race([allReady, this.ended]);
     // A worker that fails before it is ready fails its task, and with it the run.
     else allReady.catch(() => {});
   }
@@ -197,6 +208,7 @@ export class CopyRun {
     );
     const areAlive = await Promise.race([all, this.#abandoned]);
     this.#leftBehind = areAlive === undefined;
+    if (this.#leftBehind) this.#options.onLeftBehind?.();
     if (this.#consequence !== undefined) this.abort(this.#consequence);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();

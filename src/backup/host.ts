@@ -59,8 +59,10 @@ export interface JobHost {
   /** Jobs that have not been dismissed, oldest first. */
   jobs(): readonly BackupJob[];
   /**
-   * Starts all at one T0, or none. Resolves after T0; a job that fails later says so by its status.
-   * @throws CowcatcherError: NOT_FOUND (disk), BUSY (disk or id in use), EXISTS, IO, … Nothing is left behind then.
+   * Starts all at one T0, or none. Resolves after T0; a job that fails later says so by its status. Before T0 the jobs
+   * are listed as `created`; when one of them is cancelled then, all are.
+   * @throws CowcatcherError: NOT_FOUND (disk), BUSY (disk or id in use), EXISTS, IO, CANCELLED, … Nothing is left behind
+   *   then, but for what a hanging system call has yet to yield: that goes when it returns.
    */
   startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]>;
   /** Forgets a concluded job. */

@@ -1,4 +1,5 @@
-// What LiveHost needs of a job besides what everybody sees of it: its start with others at one T0, and its end.
+// What LiveHost and JobStart need of a job besides what everybody sees of it: its start with others at one T0, and its
+// end.
 
 import type { DiskNode } from "../cow/disk-node.js";
 import type { BufferStore } from "./buffer-store.js";
@@ -17,21 +18,27 @@ export interface HostedJobParts {
   threads: CopyThreads;
   /** Undefined where nothing could offer a T0 view. */
   publisher?: SnapshotPublisher | undefined;
+  /** Aborted when the start is cancelled; never after T0. */
+  signal: AbortSignal;
   /** Called synchronously at each change of status. */
   onStatus(job: BackupJob, status: JobStatus): void;
 }
 
-export interface HostedJob extends BackupJob {
-  /** Fulfilled when the job is concluded and everything of it is cleaned up. */
+/** In the list of jobs: one from its T0 on, or what stands for it before. */
+export interface ListedJob extends BackupJob {
+  /** Fulfilled when the job is concluded and everything of it is cleaned up, or given up. */
   readonly concluded: Promise<void>;
+  /** Forgets the job: only JobHost.dismiss. */
+  dismiss(): void;
+  /** The process ends now: what must not stay behind goes. */
+  abortSync(): void;
+}
+
+export interface HostedJob extends ListedJob {
   /** @throws CowcatcherError what has failed since the job was prepared. */
   checkReady(): void;
   /** The step at T0: synchronous, with no guest write in flight. */
   start(): void;
   /** Before T0, or when start() has thrown: the group does not start. */
   abandon(): Promise<void>;
-  /** Forgets the job: only JobHost.dismiss. */
-  dismiss(): void;
-  /** The process ends now: what must not stay behind goes. */
-  abortSync(): void;
 }

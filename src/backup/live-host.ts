@@ -1,17 +1,18 @@
 // The disks that `serve` has open and the jobs on them: the engine's side of JobHost. Main thread.
 
-import { DiskNode } from "../cow/disk-node.js";
+import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import type { NbdPlace } from "../nbd/place.js";
 import { BufferStore } from "./buffer-store.js";
 import { CopyThreads } from "./copy-threads.js";
 import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "./host.js";
-import type { HostedJob } from "./hosted-job.js";
+import type { HostedJob, ListedJob } from "./hosted-job.js";
+import { JobStart } from "./job-start.js";
 import { LiveJob } from "./live-job.js";
 import type { SnapshotPublisher } from "./snapshot.js";
 import { SnapshotJob } from "./snapshot-job.js";
 import { TableStore } from "./table-store.js";
-import { type TargetClaim, TargetClaims } from "./target-claims.js";
+import { TargetClaims } from "./target-claims.js";
 import type { InUse } from "./target-guard.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
@@ -19,9 +20,9 @@ const MAX_JOBS = 64;
 
 export class LiveHost implements JobHost {
   readonly #nodes: ReadonlyMap<string, DiskNode>;
-  readonly #jobs = new Map<string, HostedJob>();
-  /** Ids and disks of jobs that are being prepared. */
-  readonly #reserved = new Set<string>();
+  readonly #jobs = new Map<string, ListedJob>();
+  /** Under way, or cancelled and not undone yet. */
+  readonly #starts = new Set<JobStart>();
   readonly #listeners = new Set<JobStatusListener>();
   readonly #buffers = new BufferStore();
   readonly #tables = new TableStore();
@@ -60,46 +61,37 @@ export class LiveHost implements JobHost {
   }
 
   async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
-    const reservations = this.#reserve(requests);
-    const prepared: HostedJob[] = [];
-    const claims: TargetClaim[] = [];
-    try {
-      for (const request of requests) claims.push(await this.#targets.claim(request, this.#inUseBy(request)));
-      for (const { id, disk, options } of requests) {
-        const Job = options.sync === "none" ? SnapshotJob : LiveJob;
-        prepared.push(
-          await Job.prepare({
-            id,
-            node: this.#node(disk),
-            options,
-            buffers: this.#buffers,
-            tables: this.#tables,
-            threads: this.#threads,
-            publisher: this.#publisher,
-            onStatus: (job, status) => this.#changed(job, status),
-          }),
-        );
-      }
-      const nodes = requests.map(({ disk }) => this.#node(disk));
-      const step = (): void => {
-        this.#refuseIfClosing();
-        for (const job of prepared) job.checkReady();
-        for (const job of prepared) this.#jobs.set(job.id, job);
-        for (const job of prepared) this.#changed(job, "created");
-        for (const job of prepared) job.start();
-      };
-      const limitMs = Math.min(...requests.map(({ options }) => options.guestTimeoutMs));
-      await DiskNode.quiesceAll(nodes, step, limitMs);
-      for (const [index, job] of prepared.entries()) void job.concluded.then(() => claims[index]?.release());
-      return prepared;
-    } catch (error) {
-      for (const job of prepared) job.cancel();
-      await Promise.all(prepared.map((job) => this.#undo(job)));
-      await Promise.all(claims.map((claim) => claim.release()));
-      throw error;
-    } finally {
-      for (const name of reservations) this.#reserved.delete(name);
-    }
+    this.#refuseIfClosing();
+    const start = new JobStart({
+      requests,
+      nodeOf: (disk) => this.#node(disk),
+      claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
+      prepare: (request, signal) => this.#prepare(request, signal),
+      list: (job) => this.#jobs.set(job.id, job),
+      forget: (job) => {
+        this.#jobs.delete(job.id);
+        job.dismiss();
+      },
+      dismiss: (id) => this.dismiss(id),
+      onStatus: (job, status) => this.#changed(job, status),
+    });
+    this.#accept(start);
+    return start.run(() => this.#starts.delete(start));
+  }
+
+  #prepare({ id, disk, options }: BackupRequest, signal: AbortSignal): Promise<HostedJob> {
+    const Job = options.sync === "none" ? SnapshotJob : LiveJob;
+    return Job.prepare({
+      id,
+      node: this.#node(disk),
+      options,
+      buffers: this.#buffers,
+      tables: this.#tables,
+      threads: this.#threads,
+      publisher: this.#publisher,
+      signal,
+      onStatus: (job, status) => this.#changed(job, status),
+    });
   }
 
   /** What the target must not be, nor be built on. */
@@ -108,47 +100,46 @@ export class LiveHost implements JobHost {
     return { images, listeners: this.#places };
   }
 
-  /** One of the group could not start: the others, started or not, end without a trace. */
-  async #undo(job: HostedJob): Promise<void> {
-    if (job.status !== "created") {
-      await job.concluded;
-      this.dismiss(job.id);
-      return;
-    }
-    this.#jobs.delete(job.id);
-    await job.abandon();
-  }
-
-  /** Takes the ids and disks, so that two requests that are prepared side by side cannot have the same. */
-  #reserve(requests: readonly BackupRequest[]): string[] {
-    this.#refuseIfClosing();
-    const names: string[] = [];
+  /** Lists its jobs, whose ids and disks are taken from now on. */
+  #accept(start: JobStart): void {
+    const listed: ListedJob[] = [];
     try {
-      for (const { id, disk } of requests) {
-        this.#node(disk);
-        this.#reserveOne(`id ${id}`, names, this.#jobs.has(id), id, "a job with this id is there already");
-        const running = [...this.#jobs.values()].some((job) => job.disk === disk && isActive(job.status));
-        this.#reserveOne(`disk ${disk}`, names, running, disk, "the disk has a backup running already");
+      for (const job of start.jobs) {
+        this.#refuseTaken(job);
+        this.#jobs.set(job.id, job);
+        listed.push(job);
       }
-      if (this.#jobs.size + requests.length > MAX_JOBS) {
-        throw new CowcatcherError({
-          code: "LIMIT",
-          object: "jobs",
-          problem: `more than ${MAX_JOBS} jobs`,
-          hint: "dismiss those that have concluded",
-        });
-      }
-      return names;
+      this.#refuseTooMany();
     } catch (error) {
-      for (const name of names) this.#reserved.delete(name);
+      for (const { id } of listed) this.#jobs.delete(id);
       throw error;
     }
+    this.#starts.add(start);
+    for (const job of start.jobs) this.#changed(job, "created");
   }
 
-  #reserveOne(name: string, names: string[], taken: boolean, object: string, problem: string): void {
-    if (taken || this.#reserved.has(name)) throw new CowcatcherError({ code: "BUSY", object, problem });
-    this.#reserved.add(name);
-    names.push(name);
+  #refuseTaken({ id, disk }: ListedJob): void {
+    const refuse = (object: string, problem: string): never => {
+      throw new CowcatcherError({ code: "BUSY", object, problem });
+    };
+    if (this.#jobs.has(id)) refuse(id, "a job with this id is there already");
+    const isBusy = [...this.#jobs.values()].some((job) => job.disk === disk && isActive(job.status));
+    if (isBusy) refuse(disk, "the disk has a backup running already");
+  }
+
+  #refuseTooMany(): void {
+    let jobCount = this.#jobs.size;
+    for (const { leftBehindCount } of this.#starts) jobCount += leftBehindCount;
+    if (jobCount <= MAX_JOBS) return;
+    const hangs = jobCount > this.#jobs.size;
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: "jobs",
+      problem: `more than ${MAX_JOBS} jobs`,
+      hint: hangs
+        ? "some were cancelled whose storage does not answer yet: see to it"
+        : "dismiss those that have concluded",
+    });
   }
 
   #refuseIfClosing(): void {
@@ -199,6 +190,7 @@ export class LiveHost implements JobHost {
   }
 
   readonly #atExit = (): void => {
+    for (const start of this.#starts) start.abortSync();
     for (const job of this.#jobs.values()) if (isActive(job.status)) job.abortSync();
   };
 }

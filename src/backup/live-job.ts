@@ -72,7 +72,7 @@ export class LiveJob implements HostedJob {
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<LiveJob> {
-    const { options, node, buffers, publisher, threads } = parts;
+    const { options, node, buffers, publisher, threads, signal } = parts;
     const target = await createTarget({
       path: options.target,
       format: options.targetFormat,
@@ -84,15 +84,26 @@ export class LiveJob implements HostedJob {
       force: options.force,
       direct: options.direct,
       targetRetries: options.targetRetries,
+      isCancelled: () => signal.aborted,
     });
     let lease: BufferLease | undefined;
     const tables = parts.tables.lease();
     let snapshot: Snapshot | null = null;
+    let isLeftBehind = false;
     try {
+      signal.throwIfAborted();
       const bufferBytes = bufferSizeOf(options, node, target);
       lease = buffers.take(bufferBytes);
       // Its loss is its readers' business: the backup goes on.
-      const viewParts = { node, options, buffers, tables: parts.tables, publisher, onBroken: () => {} };
+      const viewParts = {
+        node,
+        options,
+        buffers,
+        tables: parts.tables,
+        publisher,
+        signal,
+        onBroken: () => {},
+      };
       if (options.snapshotExport) snapshot = await Snapshot.prepare(viewParts);
       const run = await CopyRun.prepare({
         job: options,
@@ -105,6 +116,8 @@ export class LiveJob implements HostedJob {
         allocateTable: tables.allocate,
         threads,
         live: true,
+        signal,
+        onLeftBehind: () => (isLeftBehind = true),
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
       });
@@ -112,7 +125,10 @@ export class LiveJob implements HostedJob {
       return job;
     } catch (error) {
       await snapshot?.end();
-      lease?.release();
+      if (!isLeftBehind) {
+        lease?.release();
+        tables.release();
+      }
       await target.abort();
       throw error;
     }
@@ -154,7 +170,9 @@ export class LiveJob implements HostedJob {
     await this.#run.ended.catch(() => {});
     await this.#snapshot?.end();
     this.#frozen?.release();
-    this.#releaseMemory();
+    // A worker that was left behind may still be at its share of the buffer, and would write zeroes into what another
+    // job captures there.
+    if (!this.#run.leftBehind) this.#releaseMemory();
     await this.#target.abort();
   }
 

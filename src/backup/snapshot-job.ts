@@ -43,13 +43,14 @@ export class SnapshotJob implements HostedJob {
   /** @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<SnapshotJob> {
     refuseOptions(parts.options);
-    const { node, options, buffers, tables, publisher } = parts;
+    const { node, options, buffers, tables, publisher, signal } = parts;
     const snapshot = await Snapshot.prepare({
       node,
       options,
       buffers,
       tables,
       publisher,
+      signal,
       onBroken: (error) => job.#end(error),
     });
     const job: SnapshotJob = new SnapshotJob(parts, snapshot);

@@ -40,6 +40,8 @@ export interface SnapshotParts {
   buffers: BufferStore;
   tables: TableStore;
   publisher: SnapshotPublisher | undefined;
+  /** Ends its preparation. */
+  signal: AbortSignal;
   /** The snapshot is lost; called once, when the guest goes on already. */
   onBroken(error: CowcatcherError): void;
 }
@@ -85,7 +87,7 @@ export class Snapshot {
 
   /** All that takes time before T0. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: SnapshotParts): Promise<Snapshot> {
-    const { node, options, buffers, publisher } = parts;
+    const { node, options, buffers, publisher, signal } = parts;
     if (publisher === undefined) {
       throw new CowcatcherError({
         code: "UNSUPPORTED",
@@ -104,7 +106,7 @@ export class Snapshot {
         false,
         tables.allocate,
       );
-      await prefault(shared);
+      await prefault(shared, signal);
       const spills = options.onBufferFull === "spill";
       const spill = spills ? await openSpillFile(options.spillDir, options.target) : null;
       return new Snapshot(parts, publisher, shared, lease, tables, spill);
@@ -201,11 +203,12 @@ function bufferSizeOf({ cowBufferSizeBytes }: JobOptions): number {
 }
 
 /** Touches the slots, so that no capture pays for a page fault; piecemeal, so that no guest waits for it. */
-async function prefault({ slots, bufferBlockCount }: SharedState): Promise<void> {
+async function prefault({ slots, bufferBlockCount }: SharedState, signal: AbortSignal): Promise<void> {
   const end = bufferBlockCount * BLOCK_BYTES;
   for (let from = 0; from < end; from += PREFAULT_BYTES) {
     const to = Math.min(from + PREFAULT_BYTES, end);
     for (let at = from; at < to; at += BLOCK_BYTES) Atomics.store(slots, at, 0);
     await new Promise((resolve) => setImmediate(resolve));
+    signal.throwIfAborted();
   }
 }

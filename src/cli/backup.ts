@@ -1,6 +1,7 @@
 // `backup`: an offline copy in this process, or a live one in the server that has the disk open, watched from here.
 
 import { randomBytes } from "node:crypto";
+import { setTimeout as delay } from "node:timers/promises";
 import { startOfflineCopy } from "../backup/offline.js";
 import { ControlClient } from "../control/client.js";
 import { listJobs, startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
@@ -15,6 +16,7 @@ import { onInterrupt } from "./signals.js";
 import { printSummary } from "./summary.js";
 
 const UPDATE_MS = 200;
+const CANCEL_RETRY_MS = 50;
 
 export const runBackup: RunBackup = (settings, context) =>
   settings.mode === "offline" ? runOfflineCopy(settings, context) : runLive(settings, context);
@@ -87,14 +89,28 @@ async function runLive(settings: LiveBackupSettings, context: CommandContext): P
   const client = await ControlClient.connect(settings.control);
   const view = await createProgressView(context.output);
   const orders: BackupOrder[] = [];
+  let isStarting = false;
   const cancelAll = async (): Promise<void> => {
-    for (const { id } of orders) await client.execute("job-cancel", { id }).catch(() => undefined);
+    const [first] = orders;
+    if (isStarting && first !== undefined) await cancelStart(settings.control, first.id, () => isStarting);
+    else for (const { id } of orders) await client.execute("job-cancel", { id }).catch(() => undefined);
   };
   const removeHandlers = onInterrupt(context, { onFirst: cancelAll });
   try {
     const names = await diskNames(client);
     orders.push(...settings.disks.map((disk) => orderOf(disk, names)));
-    await startBackup(client, orders, { grouped: true });
+    if (context.interruptedBy !== undefined) throw interrupted(context.interruptedBy, context);
+    try {
+      isStarting = true;
+      await startBackup(client, orders, { grouped: true });
+    } catch (error) {
+      const isOurs = error instanceof CowcatcherError && error.code === "CANCELLED";
+      throw isOurs && context.interruptedBy !== undefined
+        ? interrupted(context.interruptedBy, context)
+        : error;
+    } finally {
+      isStarting = false;
+    }
     if (context.interruptedBy !== undefined) await cancelAll();
     const snapshots = await snapshotExports(client);
     const infos = orders.map((order) => infoOf(order, names, snapshots.get(order.id)));
@@ -109,6 +125,27 @@ async function runLive(settings: LiveBackupSettings, context: CommandContext): P
   } finally {
     view.stop();
     removeHandlers();
+    client.close();
+  }
+}
+
+/**
+ * Cancels jobs that wait for their T0, all by one. The connection that started them has no part in it: until the start is
+ * answered the server takes nothing else from there. Nor does this one come after it for certain, so a job that is not
+ * there yet is asked for again.
+ */
+async function cancelStart(control: string, id: string, isStarting: () => boolean): Promise<void> {
+  const client = await ControlClient.connect(control);
+  try {
+    while (isStarting()) {
+      const isCancelled = await client.execute("job-cancel", { id }).then(
+        () => true,
+        () => false,
+      );
+      if (isCancelled) return;
+      await delay(CANCEL_RETRY_MS);
+    }
+  } finally {
     client.close();
   }
 }

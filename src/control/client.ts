@@ -11,8 +11,8 @@ import { ANSWER_LIMITS, errorFromAnswer, isJsonObject } from "./qmp.js";
 import type { JsonObject } from "./qmp.js";
 
 const CONNECT_MS = 10_000;
-/** Starting a backup waits for the guest's requests in flight, so it may take longer than a disk's time-out. */
-const COMMAND_MS = 120_000;
+/** Long enough for what a busy server does besides. */
+export const COMMAND_MS = 120_000;
 
 const SERVE_HINT = "is `cowcatcher serve --control` running there?";
 

@@ -6,7 +6,9 @@
 //   failure   BLOCK_JOB_ERROR, aborting, BLOCK_JOB_COMPLETED with `error`, concluded
 //   cancelled aborting, BLOCK_JOB_CANCELLED, concluded
 //   stop      BLOCK_JOB_ERROR, paused
-// then `null`, when the job is dismissed. The engine calls the listener synchronously, so an event leaves before
+// `created` comes before all of them, when the request is accepted. A job that is cancelled before its T0 goes from there to
+// aborting as above, one that cannot be started to `null`; both dismiss themselves, as their start is answered by an error.
+// Then `null`, when the job is dismissed. The engine calls the listener synchronously, so an event leaves before
 // anything that follows it; only dismissing waits for the engine to be done with its own change.
 //
 // Grouped: the first member that fails or is cancelled cancels the others. (QEMU also holds members that are ready

@@ -8,16 +8,19 @@
 import { resolve as resolvePath } from "node:path";
 import { CowcatcherError } from "../errors.js";
 import type { JobStatus } from "../backup/host.js";
+import { JOB_DEFAULTS } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { argumentsFromBackup } from "./backup-arguments.js";
 import type { BackupOrder } from "./backup-arguments.js";
-import type { ControlClient, ControlEvent } from "./client.js";
+import { COMMAND_MS, type ControlClient, type ControlEvent } from "./client.js";
 import { errorFromWire, isJsonObject, progressFromWire } from "./qmp.js";
 import type { JsonObject } from "./qmp.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
 
 const POLL_MS = 200;
+/** The longest time of a timer. */
+const TIMER_MS_MAX = 2 ** 31 - 1;
 
 export interface JobSummary {
   id: string;
@@ -48,7 +51,8 @@ const endedJobs = new WeakMap<ControlClient, Map<string, JobResult>>();
 
 /**
  * Starts backups, several at one T0, or none. Returns after T0. Relative paths are resolved in this process's
- * folder, not the server's.
+ * folder, not the server's. Until it returns the server takes no other command from this client; to cancel what it starts
+ * takes another one.
  * @throws CowcatcherError as JobHost.startBackups does.
  */
 export async function startBackup(
@@ -58,19 +62,26 @@ export async function startBackup(
 ): Promise<void> {
   const forget = keepLastEvents(client, new Set(orders.map(({ id }) => id)));
   const requests = orders.map((order) => argumentsFromBackup(withAbsolutePaths(order)));
+  const limits = { timeoutMs: startLimitMs(orders) };
   try {
     const [only] = requests;
     if (requests.length === 1 && only !== undefined) {
-      await client.execute("drive-backup", only);
+      await client.execute("drive-backup", only, limits);
     } else {
       const actions = requests.map((data) => ({ type: "drive-backup", data }));
       const properties = { "completion-mode": grouped ? "grouped" : "individual" };
-      await client.execute("transaction", { actions, properties });
+      await client.execute("transaction", { actions, properties }, limits);
     }
   } catch (error) {
     forget();
     throw error;
   }
+}
+
+/** The server waits for the guests' writes in flight for as long as they may take; who gave up before left it a job. */
+function startLimitMs(orders: readonly BackupOrder[]): number {
+  const guestMs = orders.map(({ options }) => options.guestTimeoutMs ?? JOB_DEFAULTS.guestTimeoutMs);
+  return Math.min(COMMAND_MS + Math.max(0, ...guestMs), TIMER_MS_MAX);
 }
 
 /**

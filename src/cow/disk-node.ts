@@ -14,7 +14,7 @@
 //   4. the step; open all gates
 //
 // Storage that does not answer would hold up the guests of all the disks. So all of it has one limit, a guest
-// write's own; then the gates open and the start has failed.
+// write's own; then the gates open and the start has failed. So they do at once when the start is cancelled.
 
 import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../image/device.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
@@ -178,18 +178,26 @@ export class DiskNode implements BlockDevice {
    * Runs `step` synchronously at a moment at which no write is in flight on any of the disks: one T0 for all.
    * Guest writes that come meanwhile wait, for as long as the local writes in flight take and at most limitMs. What
    * `step` throws is thrown on, with the gates open again.
-   * @throws CowcatcherError GUEST_TIMEOUT naming the disk that had no such moment within limitMs; `step` has not run.
+   * @param signal ends the wait when it is aborted: up to the very turn of `step`, which does not run then
+   * @throws CowcatcherError GUEST_TIMEOUT naming the disk that had no such moment within limitMs; the signal's reason.
+   *   `step` has not run.
    */
-  static async quiesceAll<T>(nodes: readonly DiskNode[], step: () => T, limitMs: number): Promise<T> {
+  static async quiesceAll<T>(
+    nodes: readonly DiskNode[],
+    step: () => T,
+    limitMs: number,
+    signal?: AbortSignal,
+  ): Promise<T> {
     // In one order for everybody, so that two groups that share disks cannot wait for each other.
     const inOrder = [...nodes].sort((a, b) => (a.nodeName < b.nodeName ? -1 : 1));
     const openers: (() => void)[] = [];
-    const deadline = new Deadline(limitMs);
+    const deadline = new Deadline(limitMs, signal);
     try {
       for (const node of inOrder) openers.push(await node.#closeToLongRequests(deadline));
       for (const node of inOrder) await node.#longRequestsOver(deadline);
       for (const node of inOrder) openers.push(node.#writes.close());
       for (const node of inOrder) await node.#writesOver(deadline);
+      signal?.throwIfAborted();
       return step();
     } finally {
       deadline.clear();
@@ -237,25 +245,33 @@ class Traffic {
   }
 }
 
-/** One limit for several waits one after another. */
+/** One limit for several waits one after another, and the signal that ends them. */
 class Deadline {
   readonly #limitMs: number;
+  readonly #signal: AbortSignal | undefined;
   readonly #timer: NodeJS.Timeout;
-  readonly #passed: Promise<boolean>;
+  readonly #over: Promise<boolean>;
+  #end: () => void = () => {};
 
-  constructor(limitMs: number) {
+  constructor(limitMs: number, signal: AbortSignal | undefined) {
+    signal?.throwIfAborted();
     this.#limitMs = Math.min(limitMs, TIMER_MS_MAX);
-    let pass: (passed: boolean) => void = () => {};
-    this.#passed = new Promise((resolve) => {
-      pass = resolve;
+    this.#signal = signal;
+    this.#over = new Promise((resolve) => {
+      this.#end = () => resolve(true);
     });
-    this.#timer = setTimeout(() => pass(true), this.#limitMs);
+    this.#timer = setTimeout(this.#end, this.#limitMs);
+    signal?.addEventListener("abort", this.#end);
   }
 
-  /** @throws CowcatcherError GUEST_TIMEOUT if the limit comes first; `problem` is what has lasted so long. */
+  /**
+   * @throws CowcatcherError GUEST_TIMEOUT if the limit comes first; `problem` is what has lasted so long. The signal's
+   *   reason if that does.
+   */
   async within(wait: Promise<void>, object: string, problem: string, hint: string): Promise<void> {
-    const isPassed = await Promise.race([wait, this.#passed]);
-    if (isPassed !== true) return;
+    const isOver = await Promise.race([wait, this.#over]);
+    this.#signal?.throwIfAborted();
+    if (isOver !== true) return;
     throw new CowcatcherError({
       code: "GUEST_TIMEOUT",
       object,
@@ -266,5 +282,6 @@ class Deadline {
 
   clear(): void {
     clearTimeout(this.#timer);
+    this.#signal?.removeEventListener("abort", this.#end);
   }
 }

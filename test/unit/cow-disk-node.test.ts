@@ -126,6 +126,82 @@ describe("quiesceAll", () => {
   });
 });
 
+describe("a start that is given up", () => {
+  const reason = new Error("cancelled");
+
+  it("while a write is in flight: the guests go on at once, and the step does not run", async () => {
+    const [a, b] = [makeNode("a"), makeNode("b")];
+    b.image.slow = true;
+    const hung = writeTo(b.node, 1);
+    const abort = new AbortController();
+    let hasRun = false;
+    const quiescing = DiskNode.quiesceAll([a.node, b.node], () => (hasRun = true), LIMIT_MS, abort.signal);
+    await turns();
+    const meanwhile = writeTo(a.node, 2);
+    expect(meanwhile).toBeInstanceOf(Promise);
+    abort.abort(reason);
+    await expect(quiescing).rejects.toBe(reason);
+    await meanwhile;
+    b.image.slow = false;
+    expect(writeTo(b.node, 3)).toBeUndefined();
+    b.image.pending[0]?.end();
+    await hung;
+    expect(hasRun).toBe(false);
+    expect(await DiskNode.quiesceAll([a.node, b.node], () => "next", LIMIT_MS)).toBe("next");
+  });
+
+  it("while it waits for another start: that one goes on", async () => {
+    const { image, node } = makeNode("a");
+    image.slow = true;
+    const write = writeTo(node, 1);
+    const first = DiskNode.quiesceAll([node], () => "first", LIMIT_MS);
+    const abort = new AbortController();
+    const second = DiskNode.quiesceAll([node], () => "second", LIMIT_MS, abort.signal);
+    await turns();
+    abort.abort(reason);
+    await expect(second).rejects.toBe(reason);
+    const meanwhile = writeTo(node, 2);
+    expect(image.pending.length).toBe(1);
+    image.slow = false;
+    image.pending[0]?.end();
+    expect(await first).toBe("first");
+    await Promise.all([write, meanwhile]);
+  });
+
+  it("before it begins closes no gate", async () => {
+    const { node } = makeNode("a");
+    const quiescing = DiskNode.quiesceAll([node], () => "run", LIMIT_MS, AbortSignal.abort(reason));
+    expect(writeTo(node, 1)).toBeUndefined();
+    await expect(quiescing).rejects.toBe(reason);
+  });
+
+  it("in the turns in which the last write ends runs its step, or throws; nothing in between", async () => {
+    const ran: boolean[] = [];
+    for (let steps = 0; steps < 20; steps++) {
+      const { image, node } = makeNode("a");
+      image.slow = true;
+      const write = writeTo(node, 1);
+      const abort = new AbortController();
+      let hasRun = false;
+      const quiescing = DiskNode.quiesceAll([node], () => (hasRun = true), LIMIT_MS, abort.signal);
+      await turns();
+      image.pending[0]?.end();
+      for (let i = 0; i < steps; i++) await Promise.resolve();
+      const ranBefore = hasRun;
+      abort.abort(reason);
+      const result = await quiescing.catch((error: unknown) => error);
+      expect(result).toBe(ranBefore ? true : reason);
+      expect(hasRun).toBe(ranBefore);
+      image.slow = false;
+      expect(writeTo(node, 2)).toBeUndefined();
+      await write;
+      ran.push(hasRun);
+    }
+    expect(ran[0]).toBe(false);
+    expect(ran.at(-1)).toBe(true);
+  });
+});
+
 describe("a start that cannot have its instant", () => {
   it("gives up when one disk's storage does not answer in time, and no guest waits any longer", async () => {
     const [a, b] = [makeNode("a"), makeNode("b")];

@@ -38,7 +38,7 @@ function intercept(bufferBytes: number): Interceptor {
     image,
     openSpill: () => new SpillFile({ path: join(folder, "spill"), fd: spillFd }, geometry),
     spillLimitBytes: DISK_BYTES,
-    policy: { onBufferFull: "spill", onCbwError: "break-snapshot", guestTimeoutMs: 1_000 },
+    policy: { onBufferFull: "spill", onCbwError: "break-snapshot", guestTimeoutMs: 1e9 },
     onBroken: (error) => {
       throw error;
     },

@@ -3,6 +3,7 @@
 import { EventEmitter } from "node:events";
 import type { MessagePort } from "node:worker_threads";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { UNDO_GRACE_MS } from "../../src/backup/job-start.js";
 import { LiveHost } from "../../src/backup/live-host.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
@@ -11,6 +12,8 @@ import { CowcatcherError } from "../../src/errors.js";
 import type { Image } from "../../src/image/device.js";
 import type { Target } from "../../src/target/target.js";
 import { ColdDisk, MiB, turns } from "../support/cow-engine.js";
+
+const WAIT_MS = 60_000;
 
 interface FakeTask {
   ready: () => void;
@@ -67,6 +70,9 @@ async function untilAborted(control: Int32Array): Promise<void> {
 
 class FakeTarget implements Target {
   static made: FakeTarget[] = [];
+  /** Targets that were asked for, and what making one waits for. */
+  static askedCount = 0;
+  static making: Promise<void> = Promise.resolve();
   readonly granularityBytes = 1;
   readonly description = { format: "null", name: "target" } as const;
   readonly unfinishedPath = null;
@@ -104,12 +110,18 @@ class FakeTarget implements Target {
 
 // The factory runs before the classes above exist, its functions after.
 vi.mock("piscina", () => ({
-  Piscina: function ({ maxThreads }: { maxThreads: number }) {
+  Piscina: function ({ maxThreads, workerData }: { maxThreads: number; workerData: SharedArrayBuffer }) {
+    // All have booted: whoever ends the pool need not wait for it.
+    Atomics.add(new Int32Array(workerData), 0, maxThreads);
     return new FakePool(maxThreads);
   },
 }));
 vi.mock("../../src/target/create.js", () => ({
-  createTarget: ({ path }: { path: string }) => Promise.resolve(new FakeTarget(path)),
+  async createTarget({ path }: { path: string }) {
+    FakeTarget.askedCount++;
+    await FakeTarget.making;
+    return new FakeTarget(path);
+  },
 }));
 
 const released: string[] = [];
@@ -143,6 +155,8 @@ function nodeOf(name: string, disk: ColdDisk): DiskNode {
 beforeEach(() => {
   FakePool.made = [];
   FakeTarget.made = [];
+  FakeTarget.askedCount = 0;
+  FakeTarget.making = Promise.resolve();
   FakePool.startsWorkers = Infinity;
   freezeError = null;
   writing = undefined;
@@ -180,14 +194,14 @@ async function start(disk: string) {
 }
 
 async function untilStatus(job: { status: string }, status: string): Promise<void> {
-  await vi.waitFor(() => expect(job.status).toBe(status), { interval: 1 });
+  await vi.waitFor(() => expect(job.status).toBe(status), { interval: 1, timeout: WAIT_MS });
 }
 
 describe("preparing", () => {
   it("fails with a typed error when the system gives no thread, and does not end the process", async () => {
     FakePool.startsWorkers = 0;
     const starting = host.startBackups([order("a")]).catch((error: unknown) => error);
-    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(2));
+    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(2), { timeout: WAIT_MS });
     FakePool.made[0]?.emit("error", new Error("ERR_WORKER_INIT_FAILED: EAGAIN"));
     const error = (await starting) as CowcatcherError;
     expect(error).toBeInstanceOf(CowcatcherError);
@@ -201,7 +215,7 @@ describe("preparing", () => {
     FakePool.startsWorkers = 2;
     const starting = host.startBackups([order("a"), order("b")]).catch((error: unknown) => error);
     // The first of the two is ready, the second still comes up.
-    await vi.waitFor(() => expect(FakePool.made.length).toBe(2), { interval: 0 });
+    await vi.waitFor(() => expect(FakePool.made.length).toBe(2), { interval: 0, timeout: WAIT_MS });
     FakePool.made[0]?.tasks[0]?.end({ error: death });
     await turns();
     for (const { ready } of FakePool.made[1]?.tasks ?? []) ready();
@@ -238,6 +252,102 @@ describe("a start", () => {
     await hung;
     const { job } = await start("b");
     expect(job.status).toBe("running");
+  });
+});
+
+describe("a start that is cancelled", () => {
+  /** With workers that come up when the test lets them. */
+  async function startSlowly(disk: string) {
+    FakePool.startsWorkers = 0;
+    const starting = host.startBackups([order(disk)]).catch((error: unknown) => error);
+    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(2), { interval: 1, timeout: WAIT_MS });
+    FakePool.startsWorkers = Infinity;
+    const [job] = host.jobs();
+    const [pool] = FakePool.made;
+    if (job === undefined || pool === undefined) throw new Error("not listed");
+    expect(job).toMatchObject({ id: `job-${disk}`, status: "created" });
+    return { job, pool, starting };
+  }
+
+  it("while its workers come up leaves threads, buffer and tables to the next job", async () => {
+    const { job, pool, starting } = await startSlowly("a");
+    job.cancel();
+    expect(job.status).toBe("aborting");
+    expect(await starting).toMatchObject({ code: "CANCELLED", object: "target-of-a" });
+    expect(job.status).toBe("null");
+    expect(host.jobs()).toEqual([]);
+    expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
+    const first = sharedOf(pool);
+    const second = sharedOf((await start("a")).pool);
+    expect(FakePool.made).toEqual([pool]);
+    expect(second.slots).toBe(first.slots);
+    expect(tablesOf(second).every((table) => tablesOf(first).includes(table))).toBe(true);
+  });
+
+  it("with a worker that does not leave, leaves nothing that this one could still write to", async () => {
+    const { job, pool, starting } = await startSlowly("a");
+    pool.isStuck = true;
+    job.cancel();
+    expect(await starting).toMatchObject({ code: "CANCELLED" });
+    // Cleaned up later, when the run has given the worker up.
+    await vi.waitFor(() => expect(FakeTarget.made[0]?.calls).toEqual(["abort"]), { timeout: WAIT_MS });
+    const first = sharedOf(pool);
+    const next = await start("a");
+    const second = sharedOf(next.pool);
+    expect(next.pool).not.toBe(pool);
+    expect(second.slots).not.toBe(first.slots);
+    expect(tablesOf(second).some((table) => tablesOf(first).includes(table))).toBe(false);
+  });
+
+  it("by the server's end is undone before that", async () => {
+    const { job, starting } = await startSlowly("a");
+    await host.close();
+    expect(job.status).toBe("null");
+    expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
+    expect(await starting).toMatchObject({ code: "CANCELLED" });
+    await expect(host.startBackups([order("b")])).rejects.toMatchObject({ code: "BUSY" });
+  });
+
+  it("frees its disk and its id at once, and takes both until then", async () => {
+    const { job, starting } = await startSlowly("a");
+    await expect(host.startBackups([order("a")])).rejects.toMatchObject({ code: "BUSY", object: "job-a" });
+    const again = { ...order("a"), id: "other" };
+    await expect(host.startBackups([again])).rejects.toMatchObject({ code: "BUSY", object: "a" });
+    expect(host.jobs()).toEqual([job]);
+    job.cancel();
+    await starting;
+    expect((await start("a")).job.status).toBe("running");
+  });
+
+  it("counts against the limit of jobs while its target hangs, which stays claimed for so long", async () => {
+    let answer: () => void = () => undefined;
+    FakeTarget.making = new Promise((resolve) => (answer = resolve));
+    vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] });
+    try {
+      for (let i = 0; i < 64; i++) {
+        // A target of no name is not claimed.
+        const target = i === 0 ? "hung" : "null:";
+        const starting = host.startBackups([order("a", { target })]).catch((error: unknown) => error);
+        while (FakeTarget.askedCount <= i) await turns(1);
+        host.jobs()[0]?.cancel();
+        await vi.advanceTimersByTimeAsync(UNDO_GRACE_MS);
+        expect(await starting).toMatchObject({ code: "CANCELLED" });
+      }
+    } finally {
+      vi.useRealTimers();
+    }
+    expect(host.jobs()).toEqual([]);
+    await expect(host.startBackups([order("a", { target: "another" })])).rejects.toMatchObject({
+      code: "LIMIT",
+      hint: expect.stringContaining("does not answer") as unknown,
+    });
+    answer();
+    const isFree = async () => {
+      const [job] = await host.startBackups([order("a", { target: "hung" })]);
+      expect(job?.status).toBe("running");
+    };
+    await vi.waitFor(isFree, { interval: 1, timeout: WAIT_MS });
+    expect(FakeTarget.made.filter(({ calls }) => calls.includes("abort"))).toHaveLength(64);
   });
 });
 
@@ -331,13 +441,6 @@ describe("many jobs", () => {
     return pool;
   }
 
-  /** What the pool's last job of two workers shares. */
-  function sharedOf(pool: FakePool): SharedBuffers {
-    const task = pool.tasks.at(-1);
-    if (task === undefined) throw new Error("no task");
-    return task.shared;
-  }
-
   it("have the same threads and tables, zero at the start, and counters of their own", async () => {
     const { job, pool } = await start("a");
     const first = sharedOf(pool);
@@ -369,6 +472,7 @@ describe("many jobs", () => {
   it("get new threads after one has died, and the broken pool is destroyed", async () => {
     const pool = await complete();
     pool.emit("error", new Error("an idle thread died"));
+    await turns();
     expect(pool.isDestroyed).toBe(true);
     expect(await complete()).not.toBe(pool);
   });
@@ -379,7 +483,7 @@ describe("many jobs", () => {
     // One of the two sits in a call that does not return: its end is not reported.
     pool.isStuck = true;
     job.cancel();
-    await vi.waitFor(() => expect(job.status).toBe("concluded"), { timeout: 10_000 });
+    await vi.waitFor(() => expect(job.status).toBe("concluded"), { timeout: WAIT_MS });
     host.dismiss(job.id);
     const { pool: next } = await start("a");
     expect(next).not.toBe(pool);
@@ -390,6 +494,7 @@ describe("many jobs", () => {
     const pool = await complete();
     const [larger] = await host.startBackups([order("a", { cowBufferSizeBytes: 4 * MiB })]);
     expect(larger?.status).toBe("running");
+    await turns();
     expect(pool.isDestroyed).toBe(true);
     expect(FakePool.made.length).toBe(2);
   });
@@ -400,6 +505,13 @@ describe("many jobs", () => {
     expect(FakePool.made).toEqual([pool]);
   });
 });
+
+/** What the pool's last job shares. */
+function sharedOf(pool: FakePool): SharedBuffers {
+  const task = pool.tasks.at(-1);
+  if (task === undefined) throw new Error("no task");
+  return task.shared;
+}
 
 /** All that the threads of a job share but the control words, the counters and the buffer. */
 function tablesOf(shared: SharedBuffers): SharedArrayBuffer[] {
