@@ -1,5 +1,6 @@
 // Breaks the copy-before-write engine on purpose, one rule at a time, and shows that the model test notices:
-// npm run test:mutants. Each mutant is a copy of the project's sources with one line changed.
+// npm run test:mutants. Each mutant is a copy of the project's sources with one line changed. An argument chooses
+// those whose rule has it: npm run test:mutants -- spill
 import { spawnSync } from "node:child_process";
 import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -90,6 +91,24 @@ const MUTANTS = [
     to: "hole = extent.zero;",
   },
   {
+    rule: "3: top: a cluster of which the top layer has a part is copied whole",
+    file: "src/cow/drain.ts",
+    from: 'if (part.lengthBytes < lengthBytes) return "both";',
+    to: 'if (part.lengthBytes < lengthBytes) return "below";',
+  },
+  {
+    rule: "3: top: what lies below is not written",
+    file: "src/cow/drain.ts",
+    from: "this.#copied[i] = this.#taken[i] && !isBelow ? 1 : 0;",
+    to: "this.#copied[i] = this.#taken[i] ?? 0;",
+  },
+  {
+    rule: "3: top: an empty region of several layers is looked at by cluster",
+    file: "src/cow/drain.ts",
+    from: 'if (layers === "own") {',
+    to: 'if (layers !== "below") {',
+  },
+  {
     rule: "3: slots are given back when they have been copied",
     file: "src/cow/drain.ts",
     from: "blockCount += count;\n      last = capture;",
@@ -137,8 +156,9 @@ const MUTANTS = [
   },
 ];
 
+const chosen = process.argv[2] ?? "";
 let survivors = 0;
-for (const mutant of MUTANTS) {
+for (const mutant of MUTANTS.filter(({ rule }) => rule.includes(chosen))) {
   const directory = mkdtempSync(join(process.cwd(), ".mutant-"));
   try {
     for (const part of ["src", "test", "package.json", "tsconfig.json", "vitest.config.ts"]) {

@@ -9,7 +9,8 @@ import type { MessagePort } from "node:worker_threads";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy-task.js";
 import { FAULTS_VARIABLE, withFaults } from "../src/backup/faults.js";
 import { bootIsOver } from "../src/backup/thread-boots.js";
-import { Drainer, type DrainStep } from "../src/cow/drain.js";
+import { Drainer } from "../src/cow/drain.js";
+import type { DrainStep } from "../src/cow/drain-io.js";
 import { BLOCK_BYTES } from "../src/cow/geometry.js";
 import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
@@ -134,6 +135,7 @@ function drainerOf(
     reader,
     writer,
     zeroUnitBytes: task.zeroUnitBytes,
+    topOnly: task.topOnly,
     spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
     chunkBuffer,
     onSourceError: task.onSourceError,

@@ -20,7 +20,7 @@ import {
 
 type BackedTarget = Pick<TargetOptions, "path" | "backingFile" | "backingFormat">;
 
-/** @throws CowcatherError as openBacking */
+/** @throws CowcatcherError as openBacking */
 export async function checkBacking(target: BackedTarget): Promise<void> {
   const backing = await openBacking(target);
   await backing?.close();
@@ -28,7 +28,7 @@ export async function checkBacking(target: BackedTarget): Promise<void> {
 
 /**
  * @returns the chain that the target builds on, to be closed when the job is over; null if it builds on none
- * @throws CowcatherError USAGE without a name or a format, for a target that is in its own backing chain, and for a
+ * @throws CowcatcherError USAGE without a name or a format, for a target that is in its own backing chain, and for a
  *   backing file that a guest may write; what openImage throws.
  */
 export async function openBacking(

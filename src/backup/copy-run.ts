@@ -29,8 +29,7 @@ import { changeLimit } from "../cow/throttle.js";
 import { CowcatcherError, messageOf } from "../errors.js";
 import type { SourceDescription } from "../image/device.js";
 import type { Target } from "../target/target.js";
-import type { ExtentMap } from "../nbd/extent-map.js";
-import { markClean } from "./incremental.js";
+import { type DirtyRuns, markClean } from "./incremental.js";
 import { createCopyPool, endPool } from "./copy-pool.js";
 import type { CopyThreads } from "./copy-threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
@@ -66,7 +65,7 @@ export interface CopyRunOptions {
   /** Most workers that the source is fit for; undefined: any number. */
   workerLimit?: number | undefined;
   /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
-  dirty?: ExtentMap | null | undefined;
+  dirty?: DirtyRuns | undefined;
   /** A worker has paused the job for an error under the policy `stop`. */
   onStopped?: ((error: CowcatcherError) => void) | undefined;
   /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
@@ -167,6 +166,7 @@ export class CopyRun {
       shared: this.shared.buffers,
       target: target.description,
       spill: this.spill === null ? null : { path: this.spill.path, fd: this.spill.fd },
+      topOnly: job.sync === "top",
       zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
       onSourceError: job.onSourceError,
       onTargetError: job.onTargetError,

@@ -13,6 +13,7 @@ export interface CopyTask {
   shared: SharedBuffers;
   target: TargetDescription;
   spill: SpillDescription | null;
+  topOnly: boolean;
   zeroUnitBytes: number;
   onSourceError: OnIoError;
   onTargetError: OnIoError;

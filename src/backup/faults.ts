@@ -252,6 +252,11 @@ class FaultyReader implements SourceReader {
     return this.inner.extent(offsetBytes, lengthBytes);
   }
 
+  allocation(offsetBytes: number, lengthBytes: number): { lengthBytes: number; allocated: boolean } {
+    this.strikes.strike("source-read", "read", this.name, offsetBytes, lengthBytes);
+    return this.inner.allocation?.(offsetBytes, lengthBytes) ?? { lengthBytes, allocated: true };
+  }
+
   close(): void {
     this.inner.close();
   }

@@ -6,19 +6,44 @@
 // a region that is not dirty must not be. Main thread, before the workers start.
 
 import { CNT_DONE_BYTES, DONE, REGION_CHUNKED, REGION_HOLE, type SharedState } from "../cow/shared.js";
+import { readImageBitmap } from "../image/bitmaps.js";
+import type { Image } from "../image/device.js";
+import { NbdImage } from "../nbd/device.js";
 import { type ExtentMap, ExtentReader } from "../nbd/extent-map.js";
 
+/** The run of bytes from offsetBytes on, at most lengthBytes, that are all dirty or all clean. */
+export type DirtyRuns = (offsetBytes: number, lengthBytes: number) => { lengthBytes: number; dirty: boolean };
+
+/**
+ * What the bitmap calls dirty: an export's own, which was asked for when it was opened, or an image's.
+ * @throws CowcatcherError as readImageBitmap
+ */
+export function dirtyRuns(image: Image, bitmap: string): DirtyRuns {
+  if (!(image instanceof NbdImage)) {
+    const persistent = readImageBitmap(image, bitmap);
+    return (offsetBytes, lengthBytes) => persistent.run(offsetBytes, lengthBytes);
+  }
+  return runsOfMap(image.dirty ?? { runs: new SharedArrayBuffer(0), runCount: 0 });
+}
+
 /** What the map does not know is dirty: to copy too much is no harm. */
-export function markClean(shared: SharedState, dirty: ExtentMap): void {
+export function runsOfMap(map: ExtentMap): DirtyRuns {
+  const reader = new ExtentReader(map, true);
+  return (offsetBytes, lengthBytes) => {
+    const run = reader.extentAt(offsetBytes, lengthBytes);
+    return { lengthBytes: run.lengthBytes, dirty: run.flag };
+  };
+}
+
+export function markClean(shared: SharedState, runAt: DirtyRuns): void {
   const { sizeBytes, clusterBytes, chunkBytes, chunksPerRegion } = shared.geometry;
   const regionBytes = chunkBytes * chunksPerRegion;
   shared.regionStates.fill(REGION_CHUNKED);
-  const reader = new ExtentReader(dirty, true);
   let cleanBytes = 0;
   for (let at = 0; at < sizeBytes;) {
-    const { lengthBytes, flag } = reader.extentAt(at, sizeBytes - at);
+    const { lengthBytes, dirty } = runAt(at, sizeBytes - at);
     const end = at + lengthBytes;
-    if (!flag) {
+    if (!dirty) {
       const firstCluster = Math.ceil(at / clusterBytes);
       const endCluster = wholeUnits(end, clusterBytes, sizeBytes);
       if (endCluster > firstCluster) {

@@ -14,6 +14,7 @@ import { SnapshotJob } from "./snapshot-job.js";
 import { TableStore } from "./table-store.js";
 import { TargetClaims } from "./target-claims.js";
 import type { InUse } from "./target-guard.js";
+import { withBackingOf } from "./top-layer.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
 const MAX_JOBS = 64;
@@ -60,8 +61,12 @@ export class LiveHost implements JobHost {
     return [...this.#jobs.values()];
   }
 
-  async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
+  async startBackups(asked: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
     this.#refuseIfClosing();
+    const requests = asked.map((request) => ({
+      ...request,
+      options: withBackingOf(this.#node(request.disk).image, request.options),
+    }));
     const start = new JobStart({
       requests,
       nodeOf: (disk) => this.#node(disk),

@@ -16,6 +16,8 @@ export interface MeasuredTarget {
   /** Of a qcow2 target, in bytes. */
   clusterSizeBytes: number;
   hasBacking: boolean;
+  /** Only what the image's own layer allocates is copied (sync mode `top`). */
+  topOnly: boolean;
 }
 
 export interface Measure {
@@ -33,18 +35,19 @@ export async function measureTarget(image: Image, target: MeasuredTarget): Promi
   const { clusterBytes } = planGeometry(target.path, sizeBytes, target.clusterSizeBytes);
   const diskBytes = roundUp(sizeBytes, clusterBytes);
   const fullyAllocatedBytes = planFullImage(diskBytes, clusterBytes);
-  const dataBytes = target.hasBacking ? diskBytes : await dataClusterBytes(image, clusterBytes);
+  const isWhole = target.hasBacking && !target.topOnly;
+  const dataBytes = isWhole ? diskBytes : await dataClusterBytes(image, clusterBytes, target.topOnly);
   return { requiredBytes: fullyAllocatedBytes - diskBytes + dataBytes, fullyAllocatedBytes };
 }
 
 /** Bytes of the target's clusters in which the source has data. */
-async function dataClusterBytes(image: Image, clusterBytes: number): Promise<number> {
+async function dataClusterBytes(image: Image, clusterBytes: number, topOnly: boolean): Promise<number> {
   let bytes = 0;
   for (let offset = 0; offset < image.sizeBytes;) {
     const pending = image.blockStatus(offset, image.sizeBytes - offset);
     const status = pending instanceof Promise ? await pending : pending;
     let end = offset + status.lengthBytes;
-    if (status.data && status.present && !status.zero) {
+    if (status.data && status.present && !status.zero && !(topOnly && status.depth > 0)) {
       end = roundUp(end, clusterBytes);
       bytes += end - offset + (offset % clusterBytes);
     }

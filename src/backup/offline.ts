@@ -11,9 +11,11 @@ import { openBacking } from "./backing-check.js";
 import { endPool, takeCopyPool } from "./copy-pool.js";
 import { CopyRun } from "./copy-run.js";
 import { Finishing } from "./finishing.js";
+import { dirtyRuns } from "./incremental.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 import { refuseImageAsTarget } from "./target-guard.js";
+import { withBackingOf } from "./top-layer.js";
 
 export interface OfflineCopyRequest {
   source: string;
@@ -62,7 +64,8 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
   });
   let backing: Image | null = null;
   try {
-    const job: JobOptions = { ...request.job, targetFormat: request.job.targetFormat ?? image.format };
+    const targetFormat = request.job.targetFormat ?? image.format;
+    const job = withBackingOf(image, { ...request.job, targetFormat });
     await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
     // Before the workers connect: a server may take one connection at a time.
     const remote = nbdLayerOf(image);
@@ -86,7 +89,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         bufferBytes: 0,
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
-        dirty: remote?.dirty,
+        dirty: job.bitmap === undefined ? undefined : dirtyRuns(image, job.bitmap),
         onStopped,
       });
       const frozen = image.freeze();

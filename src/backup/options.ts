@@ -13,8 +13,11 @@ export type OnCbwError = (typeof ON_CBW_ERROR)[number];
 export const ON_IO_ERROR = ["report", "ignore", "stop"] as const;
 /** `enospc`, which only the control socket has: stop where there is no space left, else report. */
 export type OnIoError = (typeof ON_IO_ERROR)[number] | "enospc";
-/** `none`: nothing is copied; the job only keeps the disk's T0 view readable (snapshot-job.ts). */
-export const SYNC_MODES = ["full", "none"] as const;
+/**
+ * `top`: without what the image's backing chain provides (top-layer.ts). `none`: nothing is copied; the job only keeps
+ * the disk's T0 view readable (snapshot-job.ts).
+ */
+export const SYNC_MODES = ["full", "top", "none"] as const;
 export type SyncMode = (typeof SYNC_MODES)[number];
 
 export interface JobOptions {
@@ -28,7 +31,7 @@ export interface JobOptions {
   /** Of a qcow2 target's clusters; undefined: none. */
   compression?: Compression | undefined;
   workerCount: number;
-  /** Incremental, from an NBD export of QEMU's: only what this dirty bitmap calls dirty is copied. */
+  /** Incremental: only what this dirty bitmap, of the image or of QEMU's export, calls dirty is copied. */
   bitmap?: string | undefined;
   /** 0: no buffer; a guest write waits until the target has the old data. */
   cowBufferSizeBytes: number;

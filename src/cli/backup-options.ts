@@ -111,7 +111,7 @@ export interface BackupFlags extends CopyFlags {
 
 const WORKER_BOUNDS = { min: 1, max: 64 };
 const RETRY_BOUNDS = { min: 0, max: 1000 };
-const SYNC_MODES = ["full", "top", "incremental", "none"];
+const SYNC_MODES = ["full", "top", "incremental", "none"] as const;
 const BITMAP_MODES = ["on-success", "never", "always"];
 const MIN_CLUSTER_BYTES = 512;
 const MAX_CLUSTER_BYTES = 2 * MiB;
@@ -135,7 +135,7 @@ export function addBackupOptions(command: Command): Command {
     .addOption(
       choiceOption(
         "--bitmap-mode <MODE>",
-        "the bitmap afterwards: never changed here, as it is the export's (never)",
+        "the bitmap afterwards: it is never changed here, so give never (an export: never)",
         BITMAP_MODES,
       ),
     )
@@ -258,24 +258,19 @@ function separateCompress(args: readonly string[]): string[] {
 function syncOption(): Option {
   return new Option(
     "--sync <MODE>",
-    "full; incremental, with --bitmap; none: only keep the disk's snapshot readable, see below (full)",
-  ).argParser((text): SyncMode | "incremental" => {
-    if (text === "full" || text === "none" || text === "incremental") return text;
-    if (SYNC_MODES.includes(text)) {
-      throw unsupported(
-        "--sync",
-        `'${text}' is not supported in this version`,
-        "give full, none or incremental",
-      );
-    }
-    throw usageError("--sync", `'${text}' is not known`, `give ${listWords(SYNC_MODES)}`);
+    "full; top: without what SOURCE's backing file provides; incremental, with --bitmap; none: see below (full)",
+  ).argParser((text) => {
+    const mode = SYNC_MODES.find((known) => known === text);
+    if (mode === undefined)
+      throw usageError("--sync", `'${text}' is not known`, `give ${listWords(SYNC_MODES)}`);
+    return mode;
   });
 }
 
 function bitmapOption(): Option {
   return new Option(
     "--bitmap <NAME>",
-    "incremental: copy what this dirty bitmap of SOURCE, an NBD export, calls dirty; needs -b and -B",
+    "incremental: copy what this dirty bitmap of SOURCE calls dirty; needs -b and -B",
   ).argParser((text) => parseText(text, "--bitmap"));
 }
 

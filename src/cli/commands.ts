@@ -110,9 +110,8 @@ const NBD_NOTES =
   "no --force is asked for, what a larger export has behind the disk's end stays, and a backup that fails or is\n" +
   "interrupted leaves a mixture of old and new there. A lost connection is made again: a source's up to 5 times, a\n" +
   "target's up to --target-retries times.\n" +
-  "With --bitmap NAME a QEMU export's dirty bitmap says what is copied, into an overlay of --backing-file; clearing\n" +
-  "the bitmap is QEMU's business. Not supported in this version: --sync top, bitmaps of image files\n" +
-  "and of served disks.";
+  "With --bitmap NAME a dirty bitmap of the qcow2 image or of QEMU's export says what is copied, into an overlay of\n" +
+  "--backing-file; clearing the bitmap is QEMU's business. Not supported in this version: bitmaps of served disks.";
 
 function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
@@ -123,6 +122,7 @@ function addBackup(program: Command, run: RunCommand): void {
       "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away. Without --control no one\n" +
       "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
       "What is about the guest's writes (the buffer, the spill, --guest-timeout, --on-cbw-error) goes with it alone.\n" +
+      "With --sync top the backup holds what SOURCE's own layer does, and builds on what SOURCE builds on (or on -b).\n" +
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +

@@ -2,6 +2,7 @@
 import { checkBacking } from "../backup/backing-check.js";
 import { measureTarget } from "../backup/measure.js";
 import { refuseImageAsTarget } from "../backup/target-guard.js";
+import { withBackingOf } from "../backup/top-layer.js";
 import { openImage } from "../image/open.js";
 import { checkCompression } from "../image/qcow2/compress.js";
 import { resolveDestination } from "../target/destination.js";
@@ -14,16 +15,17 @@ export async function runDryRun(
   settings: OfflineBackupSettings,
   { output }: CommandContext,
 ): Promise<number> {
-  const { source, sourceFormat, snapshot, job } = settings;
-  if (job.target === NULL_TARGET) throw usageError("--dry-run", "null: stores nothing", "name a target");
+  const { source, sourceFormat, snapshot, job: given } = settings;
+  if (given.target === NULL_TARGET) throw usageError("--dry-run", "null: stores nothing", "name a target");
   const image = await openImage(source, {
     format: sourceFormat,
     readOnly: true,
     snapshot,
-    bitmap: job.bitmap,
+    bitmap: given.bitmap,
   });
   try {
-    const format = job.targetFormat ?? image.format;
+    const format = given.targetFormat ?? image.format;
+    const job = withBackingOf(image, { ...given, targetFormat: format });
     await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
     if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);
     await checkBacking({ ...job, path: job.target });
@@ -38,6 +40,7 @@ export async function runDryRun(
       format,
       clusterSizeBytes: job.clusterSizeBytes,
       hasBacking: job.backingFile !== undefined,
+      topOnly: job.sync === "top",
     });
     if (output.json) {
       printJsonDocument(output, { required: requiredBytes, "fully-allocated": fullyAllocatedBytes });

@@ -2,13 +2,11 @@
 //
 // The rule: only of images that are served read-only. cowcatcher does not record guest writes in bitmaps, and marks
 // them as out of date when it opens an image for writing, so a bitmap of a disk that a guest writes would soon lie.
-// A bitmap is looked for in the image, then in its backing files, as QEMU does.
 
+import { hasBitmap, noBitmap, readImageBitmap } from "../image/bitmaps.js";
 import type { Image } from "../image/device.js";
-import { Qcow2Image } from "../image/qcow2/image.js";
 import { NBD_META_DIRTY_BITMAP_PREFIX, NBD_STATE_DIRTY } from "../nbd/protocol.js";
 import type { StatusContext } from "../nbd/export.js";
-import { CowcatcherError } from "../errors.js";
 
 /**
  * The contexts of each image: those of the named bitmaps that it has.
@@ -17,38 +15,15 @@ import { CowcatcherError } from "../errors.js";
  */
 export function bitmapContexts(images: readonly Image[], names: readonly string[]): StatusContext[][] {
   for (const name of names) {
-    if (images.some((image) => ownerOf(image, name) !== undefined)) continue;
-    throw new CowcatcherError({
-      code: "NOT_FOUND",
-      object: images.map((image) => image.name).join(", "),
-      problem: `has no bitmap '${name}'`,
-      hint: "cowcatcher info lists an image's bitmaps",
-    });
+    if (!images.some((image) => hasBitmap(image, name))) throw noBitmap(images, name);
   }
   return images.map((image) =>
-    names.flatMap((name) => {
-      const owner = ownerOf(image, name);
-      return owner === undefined ? [] : [contextOf(image, owner, name)];
-    }),
+    names.filter((name) => hasBitmap(image, name)).map((name) => contextOf(image, name)),
   );
 }
 
-function ownerOf(image: Image, name: string): Qcow2Image | undefined {
-  for (let layer: Image | null = image; layer !== null; layer = layer.backing) {
-    if (layer instanceof Qcow2Image && layer.bitmapNames().includes(name)) return layer;
-  }
-  return undefined;
-}
-
-function contextOf(image: Image, owner: Qcow2Image, name: string): StatusContext {
-  if (owner.sizeBytes !== image.sizeBytes) {
-    throw new CowcatcherError({
-      code: "UNSUPPORTED",
-      object: owner.name,
-      problem: `bitmap '${name}' is of a disk of another size than ${image.name}`,
-    });
-  }
-  const bitmap = owner.readBitmap(name);
+function contextOf(image: Image, name: string): StatusContext {
+  const bitmap = readImageBitmap(image, name);
   return {
     name: `${NBD_META_DIRTY_BITMAP_PREFIX}${name}`,
     status(offsetBytes, lengthBytes) {

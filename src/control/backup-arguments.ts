@@ -5,7 +5,7 @@
 
 import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
-import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR } from "../backup/options.js";
+import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR, SYNC_MODES } from "../backup/options.js";
 import type { JobOptions, OnIoError } from "../backup/options.js";
 import { IMAGE_FORMATS, isImageFormat } from "../image/format.js";
 import type { ImageFormat } from "../image/format.js";
@@ -122,7 +122,7 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     backingFile: args["x-backing-file"],
     backingFormat: args["x-backing-format"],
     compression: compressionFrom(args),
-    sync: args.sync === "none" ? "none" : "full",
+    sync: SYNC_MODES.find((mode) => mode === args.sync),
   };
   const present = Object.entries(given).filter(([, value]) => value !== undefined);
   return {
@@ -166,7 +166,7 @@ function ioPolicy(policy: (typeof ON_ERROR)[number] | undefined): OnIoError | un
 }
 
 function refuseUnsupported(args: DriveBackupArguments): void {
-  if (args.sync !== "full" && args.sync !== "none") throw notSupported(`Sync mode '${args.sync}'`);
+  if (!SYNC_MODES.some((mode) => mode === args.sync)) throw notSupported(`Sync mode '${args.sync}'`);
   if (args.bitmap !== undefined) throw notSupported("Parameter 'bitmap'");
   if (args["bitmap-mode"] !== undefined) throw notSupported("Parameter 'bitmap-mode'");
   if (args["discard-source"] === true) throw notSupported("'discard-source'");

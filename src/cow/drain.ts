@@ -22,26 +22,29 @@
 // copied alone, so that slots come free as fast as the target allows. In a job without a buffer the guest waits
 // for exactly its clusters, so there too nothing else is taken.
 //
+// With QEMU's sync mode `top` the backup has only what the source's top layer allocated at T0. A cluster that shows
+// what lies below it goes through the same states, as its captures must be given back; it is neither read nor
+// written, so that the target shows what it builds on itself.
+//
 // End. The sweep takes every chunk once and whatever state its clusters are in, so when the sweep is past the last
 // chunk nothing is left but chunks that a worker holds: a worker that finds no chunk is finished. Entries still in
 // the urgent ring then are chunks that the sweep has drained.
 //
-// The work is a generator that yields wherever it would block and between any two steps that another thread may
+// The work is a generator (its steps: drain-io.ts) that yields wherever it would block and between any two steps that another thread may
 // come between. A worker thread drives it with Atomics.wait (workers/copy.ts); the model test drives many of
 // them in one thread, in every order that a seeded scheduler finds.
 
 import { CowcatcherError } from "../errors.js";
-import type { Completion, SourceReader } from "../image/device.js";
+import type { SourceReader } from "../image/device.js";
 import { copyBytes } from "../native/libc.js";
 import type { TargetWriter } from "../target/target.js";
-import type { OnIoError } from "../backup/options.js";
+import { DrainIo, type DrainIoOptions, type DrainStep, type Steps } from "./drain-io.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import {
   CAPTURED,
   captureLength,
   captureStart,
   CNT_DONE_BYTES,
-  CNT_RATE_NEXT_NS,
   CNT_WRITTEN_BYTES,
   CTL_IGNORED_ERRORS,
   CTL_RUN,
@@ -64,55 +67,36 @@ import {
   SPILLED,
 } from "./shared.js";
 import type { SpillFile } from "./spill.js";
-import { bookTransfer } from "./throttle.js";
 import { endOfData, isZero } from "./zero.js";
 
-/** Why a worker's generator paused. */
-export type DrainStep =
-  /** Others may run here; go on at once. */
-  | { kind: "step" }
-  /** Go on when `words[index]` no longer is `value` (or was notified). */
-  | { kind: "wait"; words: Int32Array; index: number; value: number }
-  /** Go on at this monotonic time (ns), or earlier: who sleeps looks again whether it is time. */
-  | { kind: "sleep"; untilNs: bigint }
-  /** Go on when the promise is fulfilled; throw its reason into the generator. */
-  | { kind: "promise"; promise: Promise<void> };
-
-export interface DrainOptions {
+export interface DrainOptions extends DrainIoOptions {
   shared: SharedState;
   reader: SourceReader;
   writer: TargetWriter;
   /** Unit in which zeroes are left out of the target, in bytes. */
   zeroUnitBytes: number;
   spill: SpillFile | null;
+  /** Leaves out what the source's backing chain provides (sync mode `top`). */
+  topOnly: boolean;
   /** Page-aligned, at least a chunk long, this worker's own. */
   chunkBuffer: Uint8Array;
-  onSourceError: OnIoError;
-  onTargetError: OnIoError;
-  targetRetries: number;
-  /** Called before the job pauses for an error under the policy `stop`. */
-  onStop(error: CowcatcherError): void;
-  /** Monotonic clock in nanoseconds. */
-  now(): bigint;
 }
 
 const STEP: DrainStep = { kind: "step" };
-/** First wait before a failed target write is tried again; doubled each time up to the longest. */
-const RETRY_FIRST_MS = 100;
-const RETRY_LONGEST_MS = 5_000;
 /** Captured blocks between two stretches to be read are read over (and overlaid) up to this many: a page-cache
  *  read of 32 KiB costs about as much as a second system call. */
 const READ_OVER_BLOCKS = 8;
 
-type Steps<T> = Generator<DrainStep, T, void>;
-
 export class Drainer {
   readonly #options: DrainOptions;
   readonly #shared: SharedState;
+  readonly #io: DrainIo;
   readonly #unbuffered: boolean;
   readonly #halfBufferBlocks: number;
-  /** Of the chunk in hand: which clusters are ours, which blocks captures cover, which blocks are known zero. */
+  /** Of the chunk in hand: which clusters are ours, which of these are copied (the same array where all are), */
   readonly #taken: Uint8Array;
+  readonly #copied: Uint8Array;
+  /** which blocks captures cover, which blocks are known zero. */
   readonly #covered: Uint8Array;
   readonly #zero: Uint8Array;
   /** Whether #zero may have any. */
@@ -125,10 +109,12 @@ export class Drainer {
   constructor(options: DrainOptions) {
     this.#options = options;
     this.#shared = options.shared;
+    this.#io = new DrainIo(options.shared, options);
     const { clustersPerChunk, blocksPerChunk } = options.shared.geometry;
     this.#unbuffered = options.shared.bufferBlockCount === 0;
     this.#halfBufferBlocks = options.shared.bufferBlockCount / 2;
     this.#taken = new Uint8Array(clustersPerChunk);
+    this.#copied = options.topOnly ? new Uint8Array(clustersPerChunk) : this.#taken;
     this.#covered = new Uint8Array(blocksPerChunk);
     this.#zero = new Uint8Array(blocksPerChunk);
     this.#spillBitmap = new Uint8Array(blocksPerChunk / 8);
@@ -187,21 +173,27 @@ export class Drainer {
     const start = region * regionBytes;
     const length = Math.min(regionBytes, geometry.sizeBytes - start);
     let hole = false;
+    let layers: "own" | "below" | "both" = "own";
     yield STEP;
     try {
-      const extent = this.#options.reader.extent(start, length);
-      hole = extent.zero && extent.lengthBytes >= length;
+      if (this.#options.topOnly) layers = this.#layersOf(start, length);
+      if (layers === "own") {
+        const extent = this.#options.reader.extent(start, length);
+        hole = extent.zero && extent.lengthBytes >= length;
+      }
     } catch (error) {
       // The sweep meets it again, chunk by chunk and under the source's error policy.
       if (!(error instanceof CowcatcherError)) throw error;
     } finally {
+      const isDone = hole || layers === "below";
       // Whatever failed, no guest write may wait for this region for ever.
-      Atomics.store(regionStates, region, hole ? REGION_HOLE : REGION_CHUNKED);
+      Atomics.store(regionStates, region, isDone ? REGION_HOLE : REGION_CHUNKED);
       Atomics.notify(regionStates, region);
     }
+    if (layers === "below") Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
     if (!hole) return;
     yield STEP;
-    yield* this.#toTarget(() => this.#options.writer.writeZeroes(start, length));
+    yield* this.#io.toTarget(() => this.#options.writer.writeZeroes(start, length));
     Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
   }
 
@@ -214,6 +206,7 @@ export class Drainer {
     shared.release(chunk, QUEUED, 0);
     if (takenBytes === 0) return;
     yield STEP;
+    if (this.#options.topOnly) yield* this.#leaveOutBelow(chunk);
     yield* this.#readMissing(chunk);
     yield STEP;
     if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
@@ -332,10 +325,37 @@ export class Drainer {
     return this.#taken[Math.floor((blockInChunk * BLOCK_BYTES) / this.#shared.geometry.clusterBytes)] === 1;
   }
 
+  /** Of our clusters, copies those of which the source's top layer allocates a part. */
+  *#leaveOutBelow(chunk: number): Steps<void> {
+    const { clusterBytes, clustersPerChunk } = this.#shared.geometry;
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    const length = this.#shared.chunkLengthBytes(chunk);
+    for (let i = 0; i < clustersPerChunk; i++) {
+      let isBelow = false;
+      if (this.#taken[i]) {
+        const from = i * clusterBytes;
+        const lengthBytes = Math.min(clusterBytes, length - from);
+        yield* this.#io.fromSource(() => {
+          isBelow = this.#layersOf(base + from, lengthBytes) === "below";
+          return undefined;
+        });
+      }
+      this.#copied[i] = this.#taken[i] && !isBelow ? 1 : 0;
+    }
+  }
+
+  /** Which layers provide [start, +lengthBytes): the source's own, those below it, or both. */
+  #layersOf(start: number, lengthBytes: number): "own" | "below" | "both" {
+    const part = this.#options.reader.allocation?.(start, lengthBytes);
+    if (part === undefined) return "own";
+    if (part.lengthBytes < lengthBytes) return "both";
+    return part.allocated ? "own" : "below";
+  }
+
   *#readMissing(chunk: number): Steps<void> {
     const { clusterBytes } = this.#shared.geometry;
     const length = this.#shared.chunkLengthBytes(chunk);
-    for (const [from, to] of runsOf(this.#taken)) {
+    for (const [from, to] of runsOf(this.#copied)) {
       yield* this.#readRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
     }
   }
@@ -359,7 +379,7 @@ export class Drainer {
       }
       const start = position;
       let readEnd = end;
-      const error = yield* this.#fromSource(() => {
+      const error = yield* this.#io.fromSource(() => {
         readEnd = end;
         const extent = reader.extent(base + start, end - start);
         readEnd = start + extent.lengthBytes;
@@ -466,7 +486,7 @@ export class Drainer {
     const { clusterBytes, clustersPerChunk } = geometry;
     const length = this.#shared.chunkLengthBytes(chunk);
     for (let i = 0; i < clustersPerChunk; i++) {
-      if (!this.#taken[i]) continue;
+      if (!this.#copied[i]) continue;
       const from = i * clusterBytes;
       const to = Math.min(from + clusterBytes, length);
       if (this.#unitIsZero(from, to)) continue;
@@ -477,7 +497,7 @@ export class Drainer {
   *#writeTaken(chunk: number): Steps<void> {
     const { clusterBytes } = this.#shared.geometry;
     const length = this.#shared.chunkLengthBytes(chunk);
-    for (const [from, to] of runsOf(this.#taken)) {
+    for (const [from, to] of runsOf(this.#copied)) {
       yield* this.#writeRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
     }
   }
@@ -497,10 +517,10 @@ export class Drainer {
       }
       const length = position - start;
       if (zero) {
-        yield* this.#toTarget(() => writer.writeZeroes(base + start, length));
+        yield* this.#io.toTarget(() => writer.writeZeroes(base + start, length));
       } else {
-        yield* this.#waitForRate(length);
-        yield* this.#toTarget(() => writer.write(chunkBuffer, start, length, base + start));
+        yield* this.#io.waitForRate(length);
+        yield* this.#io.toTarget(() => writer.write(chunkBuffer, start, length, base + start));
         Atomics.add(this.#shared.counters, CNT_WRITTEN_BYTES, BigInt(length));
       }
       yield STEP;
@@ -526,94 +546,11 @@ export class Drainer {
     return false;
   }
 
-  *#waitForRate(lengthBytes: number): Steps<void> {
-    const { counters, control } = this.#shared;
-    let start = bookTransfer(counters, lengthBytes, this.#options.now());
-    while (start > this.#options.now()) {
-      yield { kind: "sleep", untilNs: start };
-      if (Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
-      // Only another limit, with which the schedule begins afresh, makes a booking void: a pause does not.
-      if (Atomics.load(counters, CNT_RATE_NEXT_NS) < start) {
-        start = bookTransfer(counters, lengthBytes, this.#options.now());
-      }
-    }
-  }
-
-  /** Runs one read under the source's error policy: the error if it may be passed over. */
-  *#fromSource(read: () => Completion): Steps<CowcatcherError | undefined> {
-    for (;;) {
-      try {
-        const pending = read();
-        if (pending) yield { kind: "promise", promise: pending };
-        return undefined;
-      } catch (error) {
-        if (!(error instanceof CowcatcherError)) throw error;
-        const policy = policyFor(error, this.#options.onSourceError);
-        if (policy === "report") throw error;
-        if (policy === "ignore") return error;
-        if (!(yield* this.#stopFor(error))) throw error;
-      }
-    }
-  }
-
-  /** Runs one write under the target's error policy, after its retries. */
-  *#toTarget(write: () => Completion): Steps<void> {
-    let attempt = 0;
-    for (;;) {
-      if (Atomics.load(this.#shared.control, CTL_RUN) === RUN_ABORTING) return;
-      try {
-        const pending = write();
-        if (pending) yield { kind: "promise", promise: pending };
-        return;
-      } catch (error) {
-        if (!(error instanceof CowcatcherError)) throw error;
-        // A full target stays full until somebody acts: trying again would only delay the news.
-        if (error.code === "IO" && attempt < this.#options.targetRetries) {
-          yield* this.#backOff(attempt++);
-          continue;
-        }
-        const policy = policyFor(error, this.#options.onTargetError);
-        if (policy === "report") throw error;
-        if (policy === "ignore") {
-          Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
-          return;
-        }
-        if (!(yield* this.#stopFor(error))) throw error;
-        attempt = 0;
-      }
-    }
-  }
-
-  *#backOff(attempt: number): Steps<void> {
-    const waitMs = Math.min(RETRY_FIRST_MS * 2 ** attempt, RETRY_LONGEST_MS);
-    const untilNs = this.#options.now() + BigInt(waitMs) * 1_000_000n;
-    while (this.#options.now() < untilNs && Atomics.load(this.#shared.control, CTL_RUN) !== RUN_ABORTING) {
-      yield { kind: "sleep", untilNs };
-    }
-  }
-
-  /** Pauses the job until somebody resumes it; false if it was aborted instead. */
-  *#stopFor(error: CowcatcherError): Steps<boolean> {
-    const { control } = this.#shared;
-    this.#options.onStop(error);
-    for (;;) {
-      const state = Atomics.load(control, CTL_RUN);
-      if (state === RUN_ABORTING) return false;
-      if (state !== RUN_PAUSED) return true;
-      yield { kind: "wait", words: control, index: CTL_RUN, value: RUN_PAUSED };
-    }
-  }
-
   #spillFile(): SpillFile {
     if (this.#options.spill === null)
       throw new Error("a chunk is marked as spilled in a job without a spill file");
     return this.#options.spill;
   }
-}
-
-function policyFor({ code }: CowcatcherError, policy: OnIoError): OnIoError {
-  if (policy !== "enospc") return policy;
-  return code === "NO_SPACE" ? "stop" : "report";
 }
 
 function bitOf(bitmap: Uint8Array, index: number): number {

@@ -83,13 +83,19 @@ it.each(SOURCES)("%s, to raw and to qcow2 with every size of cluster", async (so
     // qemu-img refuses these too.
     if (image.sizeBytes > 128 * GiB && clusterSizeBytes === 512) continue;
     const format = "qcow2";
-    const ours = await measureTarget(image, { path, format, clusterSizeBytes, hasBacking: false });
+    const ours = await measureTarget(image, {
+      path,
+      format,
+      clusterSizeBytes,
+      hasBacking: false,
+      topOnly: false,
+    });
     const theirs = await measured(source, "-O", "qcow2", "-o", `cluster_size=${clusterSizeBytes}`);
     expect([clusterSizeBytes, ours.requiredBytes, ours.fullyAllocatedBytes]).toEqual([
       ...[clusterSizeBytes, theirs.required, theirs["fully-allocated"]],
     ]);
   }
-  const raw = { path, format: "raw", clusterSizeBytes: 64 * KiB, hasBacking: false } as const;
+  const raw = { path, format: "raw", clusterSizeBytes: 64 * KiB, hasBacking: false, topOnly: false } as const;
   const ours = await measureTarget(image, raw);
   const theirs = await measured(source, "-O", "raw");
   expect([ours.requiredBytes, ours.fullyAllocatedBytes]).toEqual([

@@ -9,7 +9,8 @@
 //     cluster is DONE (a worker has it in its own buffer);
 //  2. with every write to the target held up, the guest's writes all end (unless there is no buffer to put the old
 //     data in and the policy is to wait);
-//  3. the target has every byte as at T0, and was given each byte once;
+//  3. the target has every byte as at T0, and was given each byte once; where the copy is of the top layer alone, every
+//     byte of the clusters that this layer has a block of, and no other byte;
 //  5. at T0 no write is in flight in the image.
 // (4, the target's name, is the target's own business: test/integration.) Besides: the disk holds what the guest
 // wrote; nothing of the buffer or the spill is left in use; nobody waits for ever.
@@ -18,7 +19,8 @@ import { closeSync, mkdtempSync, openSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { DiskNode } from "../../src/cow/disk-node.js";
-import { Drainer, type DrainStep } from "../../src/cow/drain.js";
+import { Drainer } from "../../src/cow/drain.js";
+import type { DrainStep } from "../../src/cow/drain-io.js";
 import { BLOCK_BYTES, SLOT_BYTES, type Geometry } from "../../src/cow/geometry.js";
 import { Interceptor } from "../../src/cow/interceptor.js";
 import {
@@ -100,6 +102,8 @@ export class Simulation {
   stepCount = 0;
   #nesting = 0;
   readonly #holes: Uint8Array;
+  /** Blocks that the image's own layer provides at T0, in a copy of that layer alone; null: all are copied. */
+  readonly #own: Uint8Array | null;
   readonly #spillFd: number;
   readonly #policy: OnBufferFull;
   readonly #bufferBytes: number;
@@ -142,6 +146,7 @@ export class Simulation {
     this.disk = new Uint8Array(sizeBytes);
     this.#holes = new Uint8Array(Math.ceil(sizeBytes / BLOCK_BYTES));
     this.#fillDisk();
+    this.#own = this.#layOut();
     this.expectedDisk = this.disk.slice();
     // What the target holds before must not pass for a zero that was written.
     this.target = new Uint8Array(sizeBytes).fill(0xee);
@@ -158,6 +163,19 @@ export class Simulation {
       const fill = hole ? 0 : this.random.below(256);
       this.disk.fill(fill, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES);
     }
+  }
+
+  /** By a sequence of its own, so that a seed's schedule does not depend on it. */
+  #layOut(): Uint8Array | null {
+    const random = new Random(this.seed + 0x5eed);
+    if (random.chance(0.6)) return null;
+    const own = new Uint8Array(this.#holes.length);
+    for (let block = 0; block < own.length;) {
+      const end = block + 1 + random.below(random.pick([2, 8, 40]));
+      own.fill(random.below(2), block, end);
+      block = end;
+    }
+    return own;
   }
 
   /** The guest's disk: bytes in memory, some reads cold, some writes asynchronous. */
@@ -299,6 +317,7 @@ export class Simulation {
         shared: this.shared,
         reader: this.#reader(),
         writer: this.#writer(),
+        topOnly: this.#own !== null,
         zeroUnitBytes: BLOCK_BYTES,
         spill: this.#spill(),
         chunkBuffer,
@@ -327,7 +346,19 @@ export class Simulation {
         }
         return { lengthBytes: Math.min(end, offset + length) - offset, zero };
       },
+      ...(this.#own === null ? {} : { allocation: this.#allocationOf(this.#own) }),
       close: () => {},
+    };
+  }
+
+  #allocationOf(own: Uint8Array): NonNullable<SourceReader["allocation"]> {
+    return (offset, length) => {
+      const bit = own[Math.floor(offset / BLOCK_BYTES)];
+      let end = offset;
+      while (end < offset + length && own[Math.floor(end / BLOCK_BYTES)] === bit) {
+        end = (Math.floor(end / BLOCK_BYTES) + 1) * BLOCK_BYTES;
+      }
+      return { lengthBytes: Math.min(end, offset + length) - offset, allocated: bit === 1 };
     };
   }
 
@@ -589,10 +620,14 @@ export class Simulation {
     this.#checkDisk();
     if (this.broken !== null) return this.#outcome("broken");
     const t0 = this.snapshot as Uint8Array;
-    const missing = this.targetWritten.indexOf(0);
+    const isWanted = this.#wantedClusters();
+    const wanted = (at: number): boolean => isWanted[Math.floor(at / CLUSTER_BYTES)] === true;
+    const missing = this.targetWritten.findIndex((written, at) => written === 0 && wanted(at));
     if (missing >= 0)
       throw new InvariantError(`3: byte ${missing} never reached the target (seed ${this.seed})`);
-    const different = t0.findIndex((byte, at) => this.target[at] !== byte);
+    const surplus = this.targetWritten.findIndex((written, at) => written === 1 && !wanted(at));
+    if (surplus >= 0) throw new InvariantError(`3: byte ${surplus} is of a lower layer (seed ${this.seed})`);
+    const different = t0.findIndex((byte, at) => wanted(at) && this.target[at] !== byte);
     if (different >= 0) throw new InvariantError(`3: byte ${different} is not as at T0 (seed ${this.seed})`);
     const used = this.shared.control[CTL_USED_BLOCKS];
     if (used !== 0)
@@ -601,6 +636,15 @@ export class Simulation {
     if (spilled !== 0)
       throw new InvariantError(`${spilled} blocks are still in the spill (seed ${this.seed})`);
     return this.#outcome("complete");
+  }
+
+  #wantedClusters(): boolean[] {
+    const own = this.#own;
+    const blocks = CLUSTER_BYTES / BLOCK_BYTES;
+    return Array.from(
+      { length: this.geometry.clusterCount },
+      (_, cluster) => own === null || own.subarray(cluster * blocks, (cluster + 1) * blocks).includes(1),
+    );
   }
 
   #checkDisk(): void {

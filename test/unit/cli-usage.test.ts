@@ -83,11 +83,6 @@ const USAGE: [string, string, number?][] = [
     "--spill-limit: does not go with 'cancel' (give --on-buffer-full spill)",
   ],
   ["backup --sync all a b", "--sync: 'all' is not known (give full, top, incremental or none)"],
-  [
-    "backup --sync top a b",
-    "--sync: 'top' is not supported in this version (give full, none or incremental)",
-    1,
-  ],
   ["backup --sync incremental a b", "--sync: incremental needs --bitmap (give its name)"],
   [
     "backup --sync none a b",
@@ -128,8 +123,12 @@ const USAGE: [string, string, number?][] = [
   ],
   [
     "backup --bitmap b0 a b",
-    "--bitmap: the dirty bitmaps of image files are not supported (export the image with the bitmap: qemu-nbd -B NAME)",
+    "--bitmap-mode: 'on-success' would change the image (give never, and afterwards run: qemu-img bitmap --clear IMAGE NAME)",
     1,
+  ],
+  [
+    "backup --bitmap b0 --bitmap-mode never --snapshot s -b f -B raw a b",
+    "--bitmap: does not go with --snapshot (a bitmap tells of the disk as it is)",
   ],
   [
     "backup --bitmap b0 nbd://h/x b.qcow2",

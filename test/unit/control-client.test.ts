@@ -58,10 +58,10 @@ describe("against the server", () => {
       object: path,
     });
     await expect(
-      client.execute("drive-backup", { device: "disk", target: "/b/a", sync: "top" }),
+      client.execute("drive-backup", { device: "disk", target: "/b/a", sync: "bitmap" }),
     ).rejects.toMatchObject({
       code: "UNSUPPORTED",
-      problem: "Sync mode 'top' is not supported by this version",
+      problem: "Sync mode 'bitmap' is not supported by this version",
     });
     const both = [client.execute("query-version"), client.execute("job-pause", { id: "x" })];
     const [version, pause] = await Promise.allSettled(both);

@@ -282,7 +282,7 @@ describe("jobs over the wire", () => {
   });
 
   it.each([
-    [{ sync: "top" }, /^Sync mode 'top' is not supported by this version$/],
+    [{ sync: "bitmap", bitmap: "b" }, /^Sync mode 'bitmap' is not supported by this version$/],
     [{ sync: "incremental", bitmap: "b" }, /^Sync mode 'incremental'/],
     [{ sync: "fulll" }, /^Parameter 'sync' does not accept value 'fulll'$/],
     [{ speed: -1 }, /^Parameter 'speed' expects a non-negative value$/],

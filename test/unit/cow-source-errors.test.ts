@@ -1,6 +1,7 @@
 // What --on-source-error ignore leaves out of a backup: the blocks that cannot be read, and nothing else.
 import { describe, expect, it } from "vitest";
-import { Drainer, type DrainStep } from "../../src/cow/drain.js";
+import { Drainer } from "../../src/cow/drain.js";
+import type { DrainStep } from "../../src/cow/drain-io.js";
 import { geometryOf } from "../../src/cow/geometry.js";
 import {
   createSharedState,
@@ -71,6 +72,7 @@ function copy({ badBlocks, fails = "read", extentBytes = SIZE_BYTES, hasOffset =
       writeZeroes: (offset, length) => void target.fill(0, offset, offset + length),
       close: () => undefined,
     },
+    topOnly: false,
     zeroUnitBytes: BLOCK_BYTES,
     spill: null,
     chunkBuffer: new Uint8Array(MiB),

@@ -1,6 +1,7 @@
 import fc from "fast-check";
 import { afterEach, describe, expect, it, vi } from "vitest";
-import { Drainer, type DrainStep } from "../../src/cow/drain.js";
+import { Drainer } from "../../src/cow/drain.js";
+import type { DrainStep } from "../../src/cow/drain-io.js";
 import { geometryOf } from "../../src/cow/geometry.js";
 import {
   CNT_RATE_LIMIT,
@@ -129,6 +130,7 @@ describe("a worker under a limit", () => {
         writeZeroes: () => undefined,
         close: () => undefined,
       },
+      topOnly: false,
       zeroUnitBytes: 4096,
       spill: null,
       chunkBuffer: new Uint8Array(MiB),

@@ -29,6 +29,7 @@ function drainerOf(shared: SharedState): Drainer {
       close: () => undefined,
     },
     writer: { write: () => undefined, writeZeroes: () => undefined, close: () => undefined },
+    topOnly: false,
     zeroUnitBytes: BLOCK_BYTES,
     spill: null,
     chunkBuffer: new Uint8Array(MiB),

@@ -124,6 +124,7 @@ describe("a worker", () => {
       shared,
       reader: readerOf(source),
       writer: writerTo(copy),
+      topOnly: false,
       zeroUnitBytes: BLOCK_BYTES,
       spill: null,
       // What an earlier chunk left there must reach neither the target nor a digest.

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { markClean } from "../../src/backup/incremental.js";
+import { markClean, runsOfMap } from "../../src/backup/incremental.js";
 import { geometryOf } from "../../src/cow/geometry.js";
 import {
   CNT_DONE_BYTES,
@@ -69,7 +69,7 @@ describe("an incremental copy", () => {
     const geometry = geometryOf(size);
     const shared = createSharedState(geometry, new SharedArrayBuffer(0), 0, false);
     // Dirty: the last byte of cluster 0 and the first of cluster 1; one byte of the disk's last, short cluster.
-    markClean(shared, mapOf([65_535, false], [65_537, true], [size - 1, false], [size, true]));
+    markClean(shared, runsOfMap(mapOf([65_535, false], [65_537, true], [size - 1, false], [size, true])));
     const left = [...shared.clusterStates].flatMap((state, cluster) => (state === DONE ? [] : [cluster]));
     expect(left).toEqual([0, 1, geometry.clusterCount - 1]);
     expect([...shared.regionStates]).toEqual([REGION_CHUNKED, REGION_HOLE, REGION_CHUNKED]);
@@ -79,7 +79,7 @@ describe("an incremental copy", () => {
   it("copies what the map does not know, and nothing where nothing is dirty", () => {
     const states = (map: ExtentMap): number[] => {
       const shared = createSharedState(geometryOf(200_000), new SharedArrayBuffer(0), 0, false);
-      markClean(shared, map);
+      markClean(shared, runsOfMap(map));
       return [...shared.clusterStates].map((state) => (state === DONE ? 1 : 0));
     };
     expect(states(mapOf([65_536, false]))).toEqual([1, 0, 0, 0]);

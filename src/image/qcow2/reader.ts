@@ -97,6 +97,20 @@ export class Qcow2SourceReader implements SourceReader {
     return { lengthBytes: count, zero: isZero };
   }
 
+  allocation(offsetBytes: number, lengthBytes: number): { lengthBytes: number; allocated: boolean } {
+    let count = 0;
+    let allocated = true;
+    while (count < lengthBytes) {
+      const runBytes = this.mapRun(offsetBytes + count, lengthBytes - count);
+      const { kind } = this.run;
+      const isAllocated = kind !== ClusterKind.Unallocated && kind !== ClusterKind.UnallocatedHosted;
+      if (count > 0 && isAllocated !== allocated) break;
+      allocated = isAllocated;
+      count += runBytes;
+    }
+    return { lengthBytes: count, allocated };
+  }
+
   close(): void {
     this.decompressor.close();
     this.backing?.close();
