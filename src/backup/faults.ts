@@ -290,6 +290,10 @@ class FaultyWriter implements TargetWriter {
     return this.inner.writeZeroes(offsetBytes, lengthBytes);
   }
 
+  settle(): Completion {
+    return this.inner.settle?.();
+  }
+
   async finish(): Promise<void> {
     await this.inner.finish?.();
   }

@@ -138,7 +138,7 @@ export class Drainer {
         continue;
       }
       const next = yield* this.#nextOfSweep();
-      if (next < 0) return;
+      if (next < 0) return yield* this.#settle();
       yield STEP;
       yield* this.#copyChunk(next, false);
     }
@@ -520,11 +520,17 @@ export class Drainer {
         yield* this.#io.toTarget(() => writer.writeZeroes(base + start, length));
       } else {
         yield* this.#io.waitForRate(length);
+        yield* this.#settle();
         yield* this.#io.toTarget(() => writer.write(chunkBuffer, start, length, base + start));
         Atomics.add(this.#shared.counters, CNT_WRITTEN_BYTES, BigInt(length));
       }
       yield STEP;
     }
+  }
+
+  *#settle(): Steps<void> {
+    const { writer } = this.#options;
+    if (writer.settle) yield* this.#io.toTarget(() => writer.settle?.());
   }
 
   /** Whether [from, to) is zero; if it is not, its blocks that were only noted as zero are cleared for writing. */

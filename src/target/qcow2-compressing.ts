@@ -86,6 +86,10 @@ export class CompressingWriter implements TargetWriter {
     return undefined;
   }
 
+  settle(): Completion {
+    return this.#plain.settle();
+  }
+
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
     return this.#plain.writeZeroes(offsetBytes, lengthBytes);
   }

@@ -117,6 +117,12 @@ export interface TargetWriter {
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   /** The range reads as zeroes afterwards. Costs nothing where it does already. */
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion;
+  /**
+   * Makes up for what the last write put off. Called before the next write, so that its failures are told apart from
+   * that one's, and after the last. What it gives up on after an error that the caller passes over is lost.
+   * @throws as write
+   */
+  settle?(): Completion;
   /** After this worker's last write: what must be done through its own door for the data to be stored for good. */
   finish?(): Promise<void>;
   close(): void;

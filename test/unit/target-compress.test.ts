@@ -234,6 +234,7 @@ describe("a batch that fails", () => {
       expect(words[NEXT_FREE]).toBe(used);
     });
     void writer.write(disk, 0, sizeBytes, 0);
+    void writer.settle?.();
     writer.close();
     await finishAndCompare(disk);
   });
@@ -243,6 +244,7 @@ describe("a batch that fails", () => {
     void writer.write(disk, 0, 1 * MiB, 0);
     withBrokenFile(() => expect(() => void writer.write(disk, 1 * MiB, 1 * MiB, 1 * MiB)).toThrow());
     void writer.write(disk, 2 * MiB, 2 * MiB, 2 * MiB);
+    void writer.settle?.();
     writer.close();
     await finishAndCompare(Buffer.from(disk).fill(0, 1 * MiB, 2 * MiB));
   });
@@ -264,6 +266,7 @@ describe("a batch that fails", () => {
     Object.defineProperty(description, "metadataFd", { value: metadataFd });
     fs.closeSync(readOnly);
     void writer.write(disk, 0, sizeBytes, 0);
+    void writer.settle?.();
     writer.close();
     await finishAndCompare(disk);
   });
