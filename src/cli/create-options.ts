@@ -1,6 +1,7 @@
 // `create -o NAME=VALUE,…`: qemu-img's option names, as far as this version has what they name.
 import { IMAGE_FORMATS, type ImageFormat } from "../image/format.js";
 import type { CompressionType } from "../image/qcow2/header.js";
+import { PREALLOCATIONS, type Preallocation } from "../image/preallocate.js";
 import { KiB, parseSize } from "../units.js";
 import { checkClusterSize } from "./backup-options.js";
 import { parseChoice, parseCount, unsupported, usageError } from "./options.js";
@@ -17,6 +18,10 @@ export interface FormatOptions {
   extendedL2: boolean;
   dataFile?: string;
   dataFileRaw: boolean;
+  version: 2 | 3;
+  /** As it was given, for the line that says what is made. */
+  compat?: string;
+  preallocation?: Preallocation;
 }
 
 const DEFAULTS: FormatOptions = {
@@ -26,6 +31,7 @@ const DEFAULTS: FormatOptions = {
   lazyRefcounts: false,
   extendedL2: false,
   dataFileRaw: false,
+  version: 3,
 };
 
 const QCOW2_ONLY = [
@@ -38,6 +44,8 @@ const QCOW2_ONLY = [
   "data_file",
   "data_file_raw",
 ];
+
+const VERSION_OF_COMPAT: Record<string, 2 | 3> = { "0.10": 2, v2: 2, "1.1": 3, v3: 3 };
 
 /** qemu-img's, that are known and missing: each is refused by its name. */
 const MISSING = ["encryption", "nocow", "extent_size_hint"];
@@ -53,6 +61,9 @@ export function parseFormatOptions(text: string | undefined, format: ImageFormat
       throw usageError(`-o ${name}`, "a raw image does not have it", "choose qcow2 with -f qcow2");
     }
     applyOption(options, name, value);
+  }
+  if (format === "raw" && options.preallocation === "metadata") {
+    throw usageError("-o preallocation", "a raw image has no metadata", "give off, falloc or full");
   }
   return options;
 }
@@ -100,23 +111,23 @@ function applyOption(options: FormatOptions, name: string, value: string): void 
     case "data_file_raw":
       options.dataFileRaw = parseSwitch(value, object);
       break;
+    case "compat":
+      options.compat = parseChoice(value, object, Object.keys(VERSION_OF_COMPAT));
+      options.version = VERSION_OF_COMPAT[options.compat] ?? 3;
+      break;
+    case "preallocation":
+      options.preallocation = parseChoice(value, object, PREALLOCATIONS);
+      break;
     default:
-      refuseOther(name, value, object);
+      refuseOther(name, object);
   }
 }
 
-/** Options of which this version has one value. */
-function refuseOther(name: string, value: string, object: string): void {
-  const notHere = `'${value}' is not supported in this version`;
-  if (name === "compat") {
-    if (!["1.1", "v3"].includes(value)) throw unsupported(object, notHere, "give 1.1");
-  } else if (name === "preallocation") {
-    if (value !== "off") throw unsupported(object, notHere, "give off");
-  } else if (MISSING.includes(name) || name.startsWith("encrypt.")) {
+function refuseOther(name: string, object: string): void {
+  if (MISSING.includes(name) || name.startsWith("encrypt.")) {
     throw unsupported(object, "is not supported in this version");
-  } else {
-    throw usageError(object, "is not an option of the format");
   }
+  throw usageError(object, "is not an option of the format");
 }
 
 function parseSwitch(value: string, object: string): boolean {

@@ -14,6 +14,7 @@ import { ioError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { acquireImageLock } from "../image/locks.js";
 import { resolveDataFile } from "../image/external-data.js";
+import { SECTOR_BYTES } from "../image/last-sector.js";
 import { openImage, resolveBackingPath } from "../image/open.js";
 import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create.js";
 import { parseSize, roundUp } from "../units.js";
@@ -21,9 +22,6 @@ import { printJsonDocument, printLine, type CommandContext } from "./context.js"
 import { parseFormatOptions, type FormatOptions } from "./create-options.js";
 import { EXIT } from "./exit-codes.js";
 import { formatByExtension, refuseExport, unsupported, usageError } from "./options.js";
-
-/** Disks are counted in sectors. */
-const SECTOR_BYTES = 512;
 
 export interface CreateFlags {
   format?: ImageFormat;
@@ -96,15 +94,15 @@ async function backingSize(
 }
 
 function write(image: NewImage): void {
-  const { path, format, sizeBytes, dataFile } = image;
+  const { path, format, sizeBytes, dataFile, preallocation } = image;
   if (format === "qcow2") planQcow2(path, image);
-  if (dataFile !== undefined) writeDataFile(path, resolveDataFile(path, dataFile), sizeBytes);
+  if (dataFile !== undefined) writeDataFile(image, resolveDataFile(path, dataFile));
   const { fd, isNew } = openForCreation(path);
   try {
     acquireImageLock(fd, path, { write: true, resize: true });
     truncate(fd, path);
     if (format === "qcow2") createQcow2(fd, path, image);
-    else createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES));
+    else createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES), preallocation);
     sync(fd, path);
   } catch (error) {
     if (isNew) rmSync(path, { force: true });
@@ -115,13 +113,13 @@ function write(image: NewImage): void {
 }
 
 /** It is made anew, as qemu-img does it, and as long as the disk, so that it is one by itself. */
-function writeDataFile(imagePath: string, path: string, sizeBytes: number): void {
+function writeDataFile({ path: imagePath, sizeBytes, preallocation }: NewImage, path: string): void {
   const { fd, isNew } = openForCreation(path);
   try {
     if (isSameFile(fd, imagePath)) throw usageError("-o data_file", "is the image itself");
     acquireImageLock(fd, path, { write: true, resize: true });
     truncate(fd, path);
-    createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES));
+    createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES), preallocation);
     sync(fd, path);
   } catch (error) {
     if (isNew) rmSync(path, { force: true });
@@ -165,25 +163,24 @@ function sync(fd: number, path: string): void {
   }
 }
 
-/** qemu-img's line. */
+/** qemu-img's line: the options in the order in which QEMU lists them. */
 export function formattingLine(image: NewImage): string {
-  const { path, format, sizeBytes, backingFile, backingFormat } = image;
-  const parts = [`Formatting '${path}', fmt=${format}`];
-  if (format === "qcow2") {
-    parts.push(
-      `cluster_size=${image.clusterSizeBytes} extended_l2=${onOff(image.extendedL2)} compression_type=${image.compressionType}`,
-    );
-  }
-  parts.push(`size=${sizeBytes}`);
-  if (backingFile !== undefined) parts.push(`backing_file=${backingFile} backing_fmt=${backingFormat}`);
-  if (image.dataFile !== undefined) {
-    parts.push(`data_file=${image.dataFile}`);
-    if (image.dataFileRaw) parts.push("data_file_raw=on");
-  }
-  if (format === "qcow2") {
-    parts.push(`lazy_refcounts=${onOff(image.lazyRefcounts)} refcount_bits=${image.refcountBits}`);
-  }
-  return parts.join(" ");
+  const { path, format, sizeBytes, preallocation, backingFile, dataFile } = image;
+  const isQcow2 = format === "qcow2";
+  const parts: (string | false | undefined)[] = [
+    `Formatting '${path}', fmt=${format}`,
+    isQcow2 && `cluster_size=${image.clusterSizeBytes} extended_l2=${onOff(image.extendedL2)}`,
+    isQcow2 && preallocation && `preallocation=${preallocation}`,
+    isQcow2 && `compression_type=${image.compressionType}`,
+    `size=${sizeBytes}`,
+    !isQcow2 && preallocation && `preallocation=${preallocation}`,
+    image.compat && `compat=${image.compat}`,
+    backingFile !== undefined && `backing_file=${backingFile} backing_fmt=${image.backingFormat}`,
+    dataFile !== undefined && `data_file=${dataFile}`,
+    image.dataFileRaw && "data_file_raw=on",
+    isQcow2 && `lazy_refcounts=${onOff(image.lazyRefcounts)} refcount_bits=${image.refcountBits}`,
+  ];
+  return parts.filter(Boolean).join(" ");
 }
 
 function onOff(value: boolean): string {

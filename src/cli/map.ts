@@ -2,14 +2,12 @@
 import { CowcatcherError } from "../errors.js";
 import type { BlockStatus, Image } from "../image/device.js";
 import type { ImageFormat } from "../image/format.js";
+import { endOfLastSector, lastSectorStatus } from "../image/last-sector.js";
 import { openImage } from "../image/open.js";
 import { Qcow2Image } from "../image/qcow2/image.js";
-import { roundUp } from "../units.js";
 import { printLine, type CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
 import { qemuHex } from "./qemu-text.js";
-
-const SECTOR_BYTES = 512;
 
 export interface MapFlags {
   format?: ImageFormat;
@@ -41,9 +39,10 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
     snapshot: flags.snapshot,
   });
   try {
-    const start = Math.min(flags.startOffset ?? 0, image.sizeBytes);
-    const end = Math.min(image.sizeBytes, start + (flags.maxLength ?? image.sizeBytes));
-    const entries = withLastSector(mergedEntries(image, start, end), image, end);
+    const start = flags.startOffset ?? 0;
+    const diskEnd = endOfLastSector(image);
+    const end = Math.min(diskEnd, start + (flags.maxLength ?? diskEnd));
+    const entries = start < end ? mergedEntries(image, start, end) : [nothingAt(start)];
     await (context.output.json ? printJson(entries, context) : printText(entries, image, context));
   } finally {
     await image.close();
@@ -51,15 +50,17 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
   return EXIT.done;
 }
 
-/** Entries of [start, end), with neighbours made one where nothing but the offset changes, and that in step. */
+type MappedImage = Pick<Image, "blockStatus" | "backing" | "sizeBytes" | "files">;
+
+/** Entries of [start, end), up to the end of the last sector at most, with neighbours made one where nothing but the offset changes, and that in step. */
 export async function* mergedEntries(
-  image: Pick<Image, "blockStatus" | "backing">,
+  image: MappedImage,
   start: number,
   end: number,
 ): AsyncGenerator<MapEntry> {
   let pending: MapEntry | undefined;
   for (let at = start; at < end;) {
-    const answer = image.blockStatus(at, end - at);
+    const answer = statusAt(image, at, end);
     const next = asQemuShowsIt(toEntry(at, answer instanceof Promise ? await answer : answer), image);
     at += next.length;
     if (pending === undefined) {
@@ -74,16 +75,15 @@ export async function* mergedEntries(
   if (pending !== undefined) yield pending;
 }
 
-/** QEMU counts disks in sectors: behind a raw file that ends within one, the rest of it reads as zeroes. */
-async function* withLastSector(
-  entries: AsyncIterable<MapEntry>,
-  { sizeBytes }: Image,
-  end: number,
-): AsyncGenerator<MapEntry> {
-  yield* entries;
-  const length = roundUp(sizeBytes, SECTOR_BYTES) - sizeBytes;
-  if (end < sizeBytes || length === 0) return;
-  yield { start: sizeBytes, length, depth: 0, present: true, zero: true, data: false, offset: sizeBytes };
+function statusAt(image: MappedImage, start: number, end: number): BlockStatus | Promise<BlockStatus> {
+  const stored = image.sizeBytes - start;
+  if (stored <= 0) return lastSectorStatus(image, start, end - start);
+  return image.blockStatus(start, Math.min(stored, end - start));
+}
+
+/** What qemu-img shows of a range that has nothing in it. */
+function nothingAt(start: number): MapEntry {
+  return { start, length: 0, depth: 0, present: false, zero: false, data: false };
 }
 
 function toEntry(start: number, status: BlockStatus): MapEntry {
@@ -98,7 +98,10 @@ function canMerge(a: MapEntry, b: MapEntry): boolean {
 }
 
 /** An array, an entry a line, written as it is found: a fragmented image has millions of entries. */
-async function printJson(entries: AsyncIterable<MapEntry>, { output }: CommandContext): Promise<void> {
+async function printJson(
+  entries: AsyncIterable<MapEntry> | Iterable<MapEntry>,
+  { output }: CommandContext,
+): Promise<void> {
   let separator = "[";
   for await (const entry of entries) {
     output.stdout.write(`${separator}${JSON.stringify(entry)}`);
@@ -108,7 +111,7 @@ async function printJson(entries: AsyncIterable<MapEntry>, { output }: CommandCo
 }
 
 async function printText(
-  entries: AsyncIterable<MapEntry>,
+  entries: AsyncIterable<MapEntry> | Iterable<MapEntry>,
   image: Image,
   { output }: CommandContext,
 ): Promise<void> {
@@ -131,11 +134,11 @@ function mapRow(offset: string, length: string, mappedTo: string, file: string):
  * QEMU asks layer by layer and stops where one knows the answer. A layer without data whose backing file ends
  * before the range, or that has none, knows it: zeroes, which no layer holds. That layer's depth is what it shows.
  */
-function asQemuShowsIt(entry: MapEntry, image: Pick<Image, "backing">): MapEntry {
+function asQemuShowsIt(entry: MapEntry, image: MappedImage): MapEntry {
   const provider = entry.present ? entry.depth : Infinity;
   let depth = 0;
   for (let layer = image.backing; depth < provider; layer = layer.backing) {
-    if (layer === null || layer.sizeBytes <= entry.start) return { ...entry, present: false, depth };
+    if (layer === null || endOfLastSector(layer) <= entry.start) return { ...entry, present: false, depth };
     depth++;
   }
   return entry;

@@ -11,7 +11,17 @@ export function qemuSize(bytes: number): string {
     value /= 1024;
     unit++;
   }
-  return `${Number(value.toPrecision(3))} ${UNITS[unit]}`;
+  return `${threeDigits(value)} ${UNITS[unit]}`;
+}
+
+/** As printf's %0.3g of a value below 1000: of what stands in the middle the even neighbour, as C rounds. */
+function threeDigits(value: number): number {
+  const scale = value >= 100 ? 1 : value >= 10 ? 10 : value >= 1 ? 100 : 1000;
+  // Exact where it matters: a middle is a multiple of 1/1024 and a half digit at once, so few bits hold it.
+  const scaled = value * scale;
+  const below = Math.floor(scaled);
+  const isMiddle = scaled - below === 0.5;
+  return (isMiddle ? below + (below % 2) : Math.round(scaled)) / scale;
 }
 
 export type JsonValue =

@@ -7,6 +7,7 @@
 
 import { MiB } from "../units.js";
 import type { BlockDevice, BlockStatus } from "./device.js";
+import { endOfLastSector } from "./last-sector.js";
 
 export const COMPARE_PIECE_BYTES = 1 * MiB;
 /** So that an image whose data is all cached does not hold up the event loop; holes are not counted. */
@@ -41,7 +42,7 @@ export async function compareImages(
   b: BlockDevice,
   { strict = false, onProgress }: CompareOptions = {},
 ): Promise<CompareResult> {
-  const sizesDiffer = a.sizeBytes !== b.sizeBytes;
+  const sizesDiffer = endOfLastSector(a) !== endOfLastSector(b);
   if (strict && sizesDiffer) return { same: false, difference: "size", offsetBytes: null, sizesDiffer };
   const totalBytes = Math.max(a.sizeBytes, b.sizeBytes);
   const left: Side = { device: a, buffer: Buffer.alloc(COMPARE_PIECE_BYTES) };
@@ -75,19 +76,20 @@ export async function compareImages(
   return { same: true, difference: null, offsetBytes: null, sizesDiffer };
 }
 
-/** What lies past a device's end reads as zeroes. */
+/** What lies past a device's end reads as zeroes; the rest of its last sector counts as its own. */
 function statusAt(
   device: BlockDevice,
   offsetBytes: number,
   totalBytes: number,
 ): BlockStatus | Promise<BlockStatus> {
   if (offsetBytes < device.sizeBytes) return device.blockStatus(offsetBytes, device.sizeBytes - offsetBytes);
+  const inLastSector = endOfLastSector(device) - offsetBytes;
   return {
-    lengthBytes: totalBytes - offsetBytes,
+    lengthBytes: Math.min(inLastSector > 0 ? inLastSector : Infinity, totalBytes - offsetBytes),
     zero: true,
     data: false,
     depth: 0,
-    present: false,
+    present: inLastSector > 0,
     compressed: false,
   };
 }
@@ -97,7 +99,13 @@ function readsAsZero(status: BlockStatus): boolean {
 }
 
 function isSameAllocation(a: BlockStatus, b: BlockStatus): boolean {
-  return a.data === b.data && readsAsZero(a) === readsAsZero(b) && a.present === b.present;
+  return (
+    a.data === b.data &&
+    readsAsZero(a) === readsAsZero(b) &&
+    a.present === b.present &&
+    // What is compressed in one and plain in the other is stored differently.
+    (a.hostOffsetBytes === undefined) === (b.hostOffsetBytes === undefined)
+  );
 }
 
 async function load(side: Side, isZero: boolean, lengthBytes: number, offsetBytes: number): Promise<void> {

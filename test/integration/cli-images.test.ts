@@ -283,15 +283,28 @@ describe("create", () => {
     ["-f qcow2 -b v3.qcow2 -F qcow2 c.qcow2 1M", "c.qcow2"],
     ["-f qcow2 -o backing_file=sparse.raw,backing_fmt=raw,size=5M c.qcow2", "c.qcow2"],
     ["-f qcow2 -b ../v3.qcow2 -F qcow2 sub/c.qcow2", "sub/c.qcow2"],
+    ["-f qcow2 -o compat=0.10 c.qcow2 10M", "c.qcow2"],
+    ["-f qcow2 -o compat=v2,preallocation=metadata c.qcow2 10M", "c.qcow2"],
+    ["-f qcow2 -o compat=v3,preallocation=metadata,cluster_size=512 c.qcow2 3000001", "c.qcow2"],
+    ["-f qcow2 -o preallocation=falloc,cluster_size=512,refcount_bits=64 c.qcow2 9M", "c.qcow2"],
+    ["-f qcow2 -o preallocation=full,cluster_size=4K c.qcow2 3M", "c.qcow2"],
+    ["-f qcow2 -o preallocation=metadata,cluster_size=16K,extended_l2=on c.qcow2 20000001", "c.qcow2"],
+    ["-f qcow2 -o preallocation=falloc,extended_l2=on -b v3.qcow2 -F qcow2 c.qcow2", "c.qcow2"],
+    ["-f qcow2 -o preallocation=metadata,cluster_size=2M,refcount_bits=1 c.qcow2 5G", "c.qcow2"],
+    ["-f qcow2 -o preallocation=metadata c.qcow2 0", "c.qcow2"],
+    ["-f raw -o preallocation=off c.raw 1M", "c.raw"],
+    ["-f raw -o preallocation=falloc c.raw 1M", "c.raw"],
+    ["-f raw -o preallocation=full c.raw 1000", "c.raw"],
   ])("create %s makes what qemu-img makes", async (commandLine, name) => {
     const describe = async (): Promise<unknown> => {
       const info = JSON.parse((await qemuImg("info", "--output=json", name)).stdout) as Record<
         string,
         unknown
       >;
-      // What the file takes on disk is each program's own.
+      // The file system may count a block of its own for a file with many extents.
       delete info["actual-size"];
-      return info;
+      const map = (await qemuImg("map", "--output=json", "-f", String(info["format"]), name)).stdout;
+      return { info, map, sizeBytes: fs.statSync(path.join(folder, name)).size };
     };
     const args = commandLine.split(" ");
     const mine = await inProcess("create", ...args);
@@ -315,11 +328,31 @@ describe("create", () => {
       2,
     ],
     ["-o lazy_refcounts=yes x.qcow2 1M", "-o lazy_refcounts: 'yes' is not known (give on or off)", 2],
-    ["-o compat=0.10 x.qcow2 1M", "-o compat: '0.10' is not supported in this version (give 1.1)", 1],
+    ["-o compat=0.9 x.qcow2 1M", "-o compat: '0.9' is not known (give 0.10, v2, 1.1 or v3)", 2],
     [
-      "-o preallocation=full x.qcow2 1M",
-      "-o preallocation: 'full' is not supported in this version (give off)",
-      1,
+      "-o compat=v2,refcount_bits=8 x.qcow2 1M",
+      "x.qcow2: refcount_bits=8 needs version 3 of the format (give compat=1.1)",
+      2,
+    ],
+    [
+      "-o compat=0.10,extended_l2=on x.qcow2 1M",
+      "x.qcow2: extended_l2=on needs version 3 of the format (give compat=1.1)",
+      2,
+    ],
+    [
+      "-o preallocation=some x.qcow2 1M",
+      "-o preallocation: 'some' is not known (give off, metadata, falloc or full)",
+      2,
+    ],
+    [
+      "-o preallocation=full -b v3.qcow2 -F qcow2 x.qcow2",
+      "x.qcow2: preallocation would hide the backing file, but for extended_l2=on",
+      2,
+    ],
+    [
+      "-f raw -o preallocation=metadata x.raw 1M",
+      "-o preallocation: a raw image has no metadata (give off, falloc or full)",
+      2,
     ],
     ["-o encrypt.format=luks x.qcow2 1M", "-o encrypt.format: is not supported in this version", 1],
     [
@@ -427,10 +460,15 @@ describe("an image that another program writes", () => {
 describe("the program", () => {
   it("starts in well under 300 ms of processor time", async () => {
     const command = ["-c", `TIMEFORMAT='%U %S'; time "$0" "$1" --help`, process.execPath, COWCATCHER_BIN];
-    const { stdout, stderr } = await run("bash", command);
-    expect(stdout).toContain("Usage: cowcatcher");
-    const [user = NaN, system = NaN] = stderr.split(" ").map(Number);
-    expect(user + system).toBeLessThan(0.3);
+    const seconds: number[] = [];
+    // The least counts: what else the machine does only adds to it.
+    for (let round = 0; round < 8; round++) {
+      const { stdout, stderr } = await run("bash", command);
+      expect(stdout).toContain("Usage: cowcatcher");
+      const [user = NaN, system = NaN] = stderr.split(" ").map(Number);
+      seconds.push(user + system);
+    }
+    expect(Math.min(...seconds)).toBeLessThan(0.3);
   });
 
   it("is not upset by a reader that has seen enough", async () => {

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { type CreateOptions, createQcow2, createRaw } from "../../src/image/qcow2/create.js";
-import { GiB, KiB, MiB, TiB } from "../../src/units.js";
+import { GiB, KiB, MiB, TiB, roundUp } from "../../src/units.js";
 
 let folder: string;
 
@@ -58,7 +58,8 @@ describe("createQcow2", () => {
     (sizeBytes, clusterSizeBytes) => {
       const file = create({ sizeBytes, clusterSizeBytes });
       const check = JSON.parse(qemuImg("check", "--output=json", file)) as Record<string, unknown>;
-      expect(check).toMatchObject({ "check-errors": 0, "image-end-offset": fs.statSync(file).size });
+      const end = roundUp(fs.statSync(file).size, clusterSizeBytes);
+      expect(check).toMatchObject({ "check-errors": 0, "image-end-offset": end });
       expect(check).not.toHaveProperty("leaks");
       expect(info(file)).toMatchObject({
         "virtual-size": Math.ceil(sizeBytes / 512) * 512,
@@ -80,9 +81,7 @@ describe("createQcow2", () => {
       backingFile: base,
       backingFormat: "raw",
     });
-    const padded = Buffer.alloc(fs.statSync(ours).size);
-    fs.readFileSync(theirs).copy(padded);
-    expect(Buffer.compare(fs.readFileSync(ours), padded)).toBe(0);
+    expect(Buffer.compare(fs.readFileSync(ours), fs.readFileSync(theirs))).toBe(0);
   });
 
   it.each([1, 2, 4, 8, 16, 32, 64])("makes refcounts of %i bits", (refcountBits) => {
@@ -117,11 +116,11 @@ describe("createQcow2", () => {
 });
 
 describe("createRaw", () => {
-  it("makes a hole of the exact size", () => {
+  it("makes a hole of the exact size, with its first block written", () => {
     const file = path.join(folder, "new.raw");
     const fd = fs.openSync(file, "wx");
     createRaw(fd, file, 5 * GiB + 1);
     fs.closeSync(fd);
-    expect(fs.statSync(file)).toMatchObject({ size: 5 * GiB + 1, blocks: 0 });
+    expect(fs.statSync(file)).toMatchObject({ size: 5 * GiB + 1, blocks: 8 });
   });
 });

@@ -89,38 +89,6 @@ async function contentByReader(reader: SourceReader): Promise<Buffer> {
   return content;
 }
 
-interface MapEntry {
-  start: number;
-  length: number;
-  depth: number;
-  present: boolean;
-  zero: boolean;
-  data: boolean;
-  offset?: number;
-}
-
-/**
- * Entries to compare. Where the file is smaller than its refcounts suggest, QEMU takes metadata for preallocated and
- * asks the file system for holes in data, which it shows as zero; cowcatcher shows what the tables say. QEMU has an
- * entry of no bytes for a disk of none, and a place for what is not present (subclusters of a cluster that is).
- */
-function mapEntries(json: string): MapEntry[] {
-  const entries: MapEntry[] = [];
-  for (const entry of JSON.parse(json) as MapEntry[]) {
-    const last = entries.at(-1);
-    if (!entry.present) delete entry.offset;
-    const zero = entry.zero && !entry.data;
-    const follows =
-      last !== undefined &&
-      [last.depth, last.present, last.zero, last.data].join() ===
-        [entry.depth, entry.present, zero, entry.data].join() &&
-      entry.offset === (last.offset === undefined ? undefined : last.offset + last.length);
-    if (follows) last.length += entry.length;
-    else if (entry.length > 0) entries.push({ ...entry, zero });
-  }
-  return entries;
-}
-
 /** Backed up live; the others offline. Each has a worker, so one of a kind is enough. */
 const SERVED = new Set(
   "v3-64k v2-4k v3-512 v3-2m zlib-v2-4k zstd deep-chain snapshots lazy refcount-64 bitmaps metadata extended-l2-16k data-file".split(
@@ -160,7 +128,7 @@ describe.each(QCOW2_SHAPES)("$name", (shape) => {
       }
     });
 
-  it.each(["info", "check"])("%s --json is qemu-img's", async (command) => {
+  it.each(["info", "check", "map"])("%s --json is qemu-img's", async (command) => {
     enter(shape);
     const theirs = qemuImg(command, "--output=json", IMAGE_NAME);
     const mine = await ours(command, "--json", IMAGE_NAME);
@@ -169,14 +137,13 @@ describe.each(QCOW2_SHAPES)("$name", (shape) => {
     expect(mine.code).toBe(theirs.code);
   });
 
-  // QEMU rounds a raw backing file up to a sector, and gives what it has added a place in it.
-  if (shape.name !== "on-odd-raw")
-    it("map --json is qemu-img's", async () => {
-      enter(shape);
-      const mine = await ours("map", "--json", IMAGE_NAME);
-      expect(mine.stderr).toBe("");
-      expect(mapEntries(mine.stdout)).toEqual(mapEntries(qemuImg("map", "--output=json", IMAGE_NAME).stdout));
-    });
+  it("map is qemu-img's, of a part of the disk and as text", async () => {
+    enter(shape);
+    const part = ["-s", "70000", "-l", "600123", IMAGE_NAME];
+    const mine = await ours("map", "--json", ...part);
+    expect(JSON.parse(mine.stdout)).toEqual(JSON.parse(qemuImg("map", "--output=json", ...part).stdout));
+    expect(await ours("map", IMAGE_NAME)).toMatchObject(qemuImg("map", IMAGE_NAME));
+  });
 
   it("compare finds it equal to its content, and not to another", async () => {
     enter(shape);
@@ -299,7 +266,7 @@ describe("images of each kind, served at once", () => {
     const backup = server.backup("-w", "1", "--cow-buffer-size", "4M", ...disks, ...targets);
     await backup.started();
     await mustRun("/usr/bin/python3", "-c", OVERWRITE, ...LIVE_SHAPES.map(({ name }) => server.uri(name)));
-    expect((await backup.end(30_000)).code).toBe(0);
+    expect((await backup.end()).code).toBe(0);
     expect((await server.stop()).code).toBe(0);
     for (const { name } of LIVE_SHAPES) {
       process.chdir(join(live, name));

@@ -173,7 +173,8 @@ describe("map", () => {
       return isAsync ? Promise.resolve(status) : status;
     };
     const entries: MapEntry[] = [];
-    for await (const entry of mergedEntries({ blockStatus, backing: null }, 0, at)) entries.push(entry);
+    const image = { blockStatus, backing: null, sizeBytes: at, files: [] };
+    for await (const entry of mergedEntries(image, 0, at)) entries.push(entry);
     return entries;
   }
 

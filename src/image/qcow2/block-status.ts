@@ -1,30 +1,76 @@
 // Block status: the longest run from an offset on that one layer provides in one way, as `qemu-img map` sees it.
 //
 // Runs are merged across L2 tables. Unallocated ranges take the backing file's answer, one layer deeper; what lies
-// beyond the end of a shorter backing file reads as zeroes and counts as in no layer. Main thread only.
+// beyond the end of a shorter backing file reads as zeroes and counts as in no layer. Disks are counted in sectors: a
+// raw backing file that ends within one provides the rest of it, as zeroes.
+//
+// Of an image whose metadata was preallocated (preallocation.ts) the tables alone would call all of the disk data. The
+// file system knows better, so data is looked for holes there: they are shown as data that is zero, as QEMU does it.
+// Whether the image is of that kind is found out when the first data is met, once.
+//
+// Main thread only.
 
-import type { BlockDevice, BlockStatus } from "../device.js";
+import type { BlockStatus, Image } from "../device.js";
+import { FileExtents } from "../fileio.js";
+import { endOfLastSector, lastSectorStatus } from "../last-sector.js";
 import { ClusterKind, ClusterRun, hasHost } from "./entry.js";
+import type { QcowFile } from "./file.js";
+import type { Qcow2Header } from "./header.js";
 import { L1_HIGH_MASK, type Mapping } from "./mapping.js";
+import { isMetadataPreallocated } from "./preallocation.js";
 
 /** Tables looked into for one answer: bounds the work where each holds but part of a long run. */
 const MAX_TABLES = 64;
 
-export function blockStatusAt(
-  mapping: Mapping,
-  backing: BlockDevice | null,
+export type BackingLayer = Pick<Image, "sizeBytes" | "blockStatus" | "files">;
+
+export class BlockStatusQuery {
+  /** Undefined until it is known; null where the tables say all that there is to say. */
+  private holes: FileExtents | null | undefined;
+  private detection: Promise<void> | undefined;
+
+  constructor(
+    private readonly header: Qcow2Header,
+    private readonly file: QcowFile,
+    private readonly dataFile: QcowFile,
+    private readonly mapping: Mapping,
+    private readonly backing: BackingLayer | null,
+  ) {}
+
+  /** @throws CowcatherError FORMAT or IO, or rejects with it. */
+  statusAt(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
+    const own = ownStatus(this.mapping, offsetBytes, lengthBytes);
+    if (own instanceof Promise) return own.then(() => this.statusAt(offsetBytes, lengthBytes));
+    if (!own.present) return this.backing === null ? own : statusBelow(this.backing, own, offsetBytes);
+    if (!own.data || own.hostOffsetBytes === undefined || this.holes === null) return own;
+    if (this.holes === undefined) {
+      this.detection ??= this.detect();
+      return this.detection.then(() => this.statusAt(offsetBytes, lengthBytes));
+    }
+    const { lengthBytes: runBytes, zero } = this.holes.extentAt(own.hostOffsetBytes, own.lengthBytes);
+    return { ...own, lengthBytes: runBytes, zero };
+  }
+
+  private async detect(): Promise<void> {
+    const table = this.mapping.refcounts.table;
+    const isPreallocated = await isMetadataPreallocated(this.header, table, this.file);
+    this.holes = isPreallocated ? new FileExtents(this.dataFile.fd) : null;
+  }
+}
+
+/** Of a range that this layer does not have. */
+function statusBelow(
+  backing: BackingLayer,
+  own: BlockStatus,
   offsetBytes: number,
-  lengthBytes: number,
 ): BlockStatus | Promise<BlockStatus> {
-  const own = ownStatus(mapping, offsetBytes, lengthBytes);
-  if (own instanceof Promise)
-    return own.then(() => blockStatusAt(mapping, backing, offsetBytes, lengthBytes));
-  if (own.present || backing === null) return own;
   const stored = backing.sizeBytes - offsetBytes;
-  // The layer below answers for what is beyond its end, and it has no place for that.
-  if (stored <= 0) return { ...own, hostOffsetBytes: undefined };
-  const below = backing.blockStatus(offsetBytes, Math.min(own.lengthBytes, stored));
-  return below instanceof Promise ? below.then(deeper) : deeper(below);
+  if (stored > 0) {
+    const below = backing.blockStatus(offsetBytes, Math.min(own.lengthBytes, stored));
+    return below instanceof Promise ? below.then(deeper) : deeper(below);
+  }
+  if (endOfLastSector(backing) <= offsetBytes) return own;
+  return deeper(lastSectorStatus(backing, offsetBytes, own.lengthBytes));
 }
 
 function deeper(status: BlockStatus): BlockStatus {

@@ -27,7 +27,7 @@ import type {
   WriteZeroesOptions,
 } from "../device.js";
 import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./bitmap.js";
-import { blockStatusAt } from "./block-status.js";
+import { BlockStatusQuery } from "./block-status.js";
 import { DataFile } from "./data-file.js";
 import { Decompressor } from "./decompress.js";
 import { DirectQcowFile } from "./direct-file.js";
@@ -184,6 +184,7 @@ export class Qcow2Image implements Image {
   private readonly writer: GuestWriter;
   private readonly zeroer: GuestZeroer;
   private readonly flusher: Flusher;
+  private readonly status: BlockStatusQuery;
 
   /** Use openQcow2. */
   constructor(
@@ -204,6 +205,7 @@ export class Qcow2Image implements Image {
     const dataFile = externalData?.file ?? file;
     this.mapping = new Mapping(header, file, dataFile);
     if (!this.readOnly) this.mapping.guardMetadata();
+    this.status = new BlockStatusQuery(header, file, dataFile, this.mapping, backing);
     this.decompressor = new Decompressor(header.compressionType, name);
     this.reader = new GuestReader(this.mapping, file, dataFile, backing, this.decompressor);
     this.flusher = new Flusher(this.mapping, file, () => this.reader.forget(), dataFile);
@@ -265,7 +267,7 @@ export class Qcow2Image implements Image {
 
   blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
     try {
-      return blockStatusAt(this.mapping, this.backing, offsetBytes, lengthBytes);
+      return this.status.statusAt(offsetBytes, lengthBytes);
     } catch (error) {
       return Promise.reject(toCowcatcherError(error, this.name));
     }
