@@ -32,11 +32,15 @@ function readCounts() {
   }
 }
 
-/** A minute of each of the three fuzzers with a new seed, which is printed; only in a whole run. Counts as one test. */
+/**
+ * A minute of each of the three fuzzers, with a new seed unless FUZZ_SEED gives one; it is printed. Only in a whole run.
+ * Counts as one test.
+ */
 function runFuzz() {
   const seconds = process.env.FUZZ_SECONDS ?? "180";
   if (seconds === "0") return { passed: 0, failed: 0 };
-  const args = ["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds];
+  const seed = process.env.FUZZ_SEED === undefined ? [] : ["--seed", process.env.FUZZ_SEED];
+  const args = ["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds, ...seed];
   const { status } = spawnSync(process.execPath, args, { stdio: "inherit" });
   return status === 0 ? { passed: 1, failed: 0 } : { passed: 0, failed: 1 };
 }

@@ -14,11 +14,15 @@ if [ ${#missing[@]} -gt 0 ]; then
     echo "the tests need Debian's packages: apt-get install ${missing[*]}" >&2
     exit 1
   fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  # A mirror may hiccup, and another apt-get may hold the lock.
+  apt=(apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3)
+  export DEBIAN_FRONTEND=noninteractive
+  "${apt[@]}" update || "${apt[@]}" update
+  "${apt[@]}" install -y --no-install-recommends "${missing[@]}" ||
+    "${apt[@]}" install -y --no-install-recommends "${missing[@]}"
 fi
 
-npm ci --no-audit --no-fund
+npm ci --no-audit --no-fund || npm ci --no-audit --no-fund
 npm run lint
 npm run typecheck
 npm test

@@ -47,8 +47,8 @@ const KiB = 1024;
 const DEFAULT_ITERATIONS = 300;
 const MAX_FINDINGS = 10;
 /** Nothing in a case waits longer than a few seconds; a machine that is busy may take its time. */
-const WATCHDOG_MS = 30_000;
-const PATIENT_MS = 25_000;
+const WATCHDOG_MS = 90_000;
+const PATIENT_MS = 75_000;
 const HASTY_MS = 120;
 /** Cases at a time: most of them wait for a time limit. */
 const BATCH = 6;
@@ -57,7 +57,7 @@ const BATCHES_PER_COUNT = 10;
 const MAX_GROWTH_BYTES = 64 * 1024 * KiB;
 /** A server that gives a byte at a time would be asked for as long as the client likes. */
 const MAX_REQUESTS = 400;
-const RELEASE_MS = 10_000;
+const RELEASE_MS = 30_000;
 const MAX_MESSAGE_CHARACTERS = 2000;
 
 type Kind = "intact" | "strange" | "spoilt" | "poisoned" | "cut";

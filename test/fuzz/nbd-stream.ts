@@ -44,7 +44,7 @@ const DISK_BYTES = 1024 * 1024;
 const CANARY_BYTES = 4096;
 const DEFAULT_ITERATIONS = 200;
 const MAX_FINDINGS = 10;
-const CASE_TIMEOUT_MS = 10_000;
+const CASE_TIMEOUT_MS = 60_000;
 /** Cases between two counts of descriptors. */
 const COUNT_EVERY = 50;
 

@@ -27,7 +27,7 @@ const READ_STEP_BYTES = 512 * KiB;
 const MAX_MAP_ENTRIES = 4000;
 const GUEST_OPERATIONS = 24;
 /** Of one operation on an image of a few MiB, which takes milliseconds: what grows with a number in the image is far above. */
-const CPU_LIMIT_SECONDS = 5;
+const CPU_LIMIT_SECONDS = 15;
 
 export interface CaseResult {
   findings: string[];

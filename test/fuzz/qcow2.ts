@@ -13,7 +13,7 @@ import type { CaseReport } from "./qcow2-child.js";
 import { makeLibrary } from "./sandbox.js";
 
 /** Wall-clock time: the machine may be busy. The child counts its own CPU time more strictly. */
-const HANG_MS = 30_000;
+const HANG_MS = 90_000;
 const MAX_FINDINGS = 20;
 
 export async function fuzzQcow2({ seed, seconds, firstCase }: FuzzOptions): Promise<FuzzSummary> {

@@ -8,6 +8,8 @@ import { COWCATCHER_BIN, cowcatcher, type RunResult } from "../support/cli.js";
 import { Process, scratchFolder, stopAll, until } from "../support/server.js";
 
 const TINY = ["--size", "8M", "--runtime", "200ms", "--rate-limit", "40M"];
+/** A backup of that size takes six seconds: its guest gets at it, and a signal finds it at work. */
+const SLOW = ["--rate-limit", "1M"];
 
 let folder: string;
 /** Where sockets go, so that what is left of them is seen, too. */
@@ -71,6 +73,7 @@ describe("bench", () => {
     const format = "qcow2";
     const result = await bench([
       ...TINY,
+      ...SLOW,
       "--json",
       "-f",
       format,
@@ -84,7 +87,7 @@ describe("bench", () => {
       size: 8 * 2 ** 20,
       format,
       target: null,
-      rate_limit: 40 * 2 ** 20,
+      rate_limit: 2 ** 20,
       block_size: 32_768,
       iodepth: 4,
       runtime: 0.2,
@@ -107,7 +110,7 @@ describe("bench", () => {
   });
 
   it("cancels a backup that takes longer than --backup-timeout, and says how far it came", async () => {
-    const result = await bench([...TINY, "--rate-limit", "4M", "--backup-timeout", "0", "--json"]);
+    const result = await bench([...TINY, "--rate-limit", "512K", "--backup-timeout", "0", "--json"]);
     expect(result.code).toBe(0);
     for (const { backup } of phasesOf(result).slice(1)) {
       expect(backup?.complete).toBe(false);
@@ -117,7 +120,7 @@ describe("bench", () => {
   });
 
   it("says when a backup ended before its guest", async () => {
-    const quick = ["--size", "1M", "--rate-limit", "0", "--runtime", "600ms", "--target", "null:"];
+    const quick = ["--size", "1M", "--rate-limit", "0", "--runtime", "3s", "--target", "null:"];
     const result = await bench([...TINY, ...quick]);
     expect(result).toMatchObject({ code: 0, stderr: "" });
     expect(result.stdout).toMatch(/backup ended before the guest did/);
@@ -180,8 +183,7 @@ describe("bench, when things go wrong", () => {
   ] as const)("interrupted at '%s' by %s, it ends with %d and leaves nothing", async (step, signal, code) => {
     const target = join(folder, "target.raw");
     const size = step === "making" ? "256M" : "8M";
-    const args = ["--size", size, "--runtime", "300ms", "--rate-limit", "2M", "-p", "--target", target];
-    const process_ = startBench(step === "buffered" ? [...args, "--backup-timeout", "0"] : args);
+    const process_ = startBench([...TINY, ...SLOW, "--size", size, "-p", "--target", target]);
     await until(`step ${step}`, () => process_.stderr.split("\n").some((line) => line.startsWith(step)));
     process_.kill(signal);
     const { code: ended, stderr } = await process_.end();

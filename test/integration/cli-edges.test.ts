@@ -210,7 +210,7 @@ describe("a terminal that goes", () => {
     mkdirSync(place);
     const child = spawn(
       process.execPath,
-      [COWCATCHER_BIN, "backup", "--json", "--rate-limit", "1M", "disk.img", join(place, "copy.img")],
+      [COWCATCHER_BIN, "backup", "--json", "--rate-limit", "16K", "disk.img", join(place, "copy.img")],
       { cwd: folder, stdio: ["ignore", "pipe", "pipe"] },
     );
     let stderr = "";

@@ -1,10 +1,9 @@
 // What fails first is what is shown and what a policy is asked about, not what it led to.
-import { spawn, type ChildProcess } from "node:child_process";
-import { once } from "node:events";
-import { existsSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcher } from "../support/cli.js";
+import { nbdkit } from "../support/nbd-servers.js";
 import { RawQmp } from "../support/raw-qmp.js";
 import { scratchFolder, Server, stopAll, until } from "../support/server.js";
 
@@ -18,31 +17,10 @@ beforeEach(() => {
 afterEach(stopAll);
 
 describe("a server that fails many writes at a time", () => {
-  let server: ChildProcess;
-
-  beforeEach(async () => {
-    const args = [
-      "-f",
-      "-U",
-      join(folder, "nbd"),
-      "--filter=error",
-      "memory",
-      "32M",
-      "error-pwrite-rate=50%",
-    ];
-    server = spawn("nbdkit", [...args, "error=EIO"], { stdio: "ignore" });
-    await until("nbdkit listens", () => Promise.resolve(existsSync(join(folder, "nbd"))));
-  });
-
-  afterEach(async () => {
-    server.kill();
-    if (server.exitCode === null) await once(server, "exit");
-  });
-
   it("is told of by one of its errors, never by what another worker gave up with", async () => {
-    const target = `nbd+unix:///?socket=${join(folder, "nbd")}`;
+    const target = await nbdkit("--filter=error", "memory", "32M", "error-pwrite-rate=50%", "error=EIO");
     for (let round = 0; round < 6; round++) {
-      const args = ["backup", "--target-retries", "0", "-w", "8", "disk.img", target];
+      const args = ["backup", "--target-retries", "0", "-w", "8", "disk.img", target.uri];
       const { code, stderr } = await cowcatcher(args, { cwd: folder });
       expect(stderr).toMatch(/: cannot write.*: input\/output error at offset \d+\n$/);
       expect(code).toBe(1);

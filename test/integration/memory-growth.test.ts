@@ -93,7 +93,8 @@ it("a failed and a cancelled backup give their threads back as well", async () =
       ...options,
       workerCount: WORKER_COUNT,
       cowBufferSizeBytes: 2 * MiB,
-      rateLimitBytes: 1 * MiB,
+      // It does not end before it is cancelled.
+      rateLimitBytes: MiB / 64,
     };
     await startBackup(client, [{ id: "cancelled", disk: "disk", options: slow }]);
     const end = watchJob(client, "cancelled", () => undefined);

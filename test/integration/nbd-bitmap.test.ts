@@ -3,8 +3,8 @@ import { spawnSync } from "node:child_process";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { COWCATCHER_BIN, run } from "../support/cli.js";
-import { mustRun, Process, scratchFolder, Server, stopAll, until } from "../support/server.js";
-import { existsSync } from "node:fs";
+import { startServer } from "../support/nbd-servers.js";
+import { mustRun, scratchFolder, Server, stopAll } from "../support/server.js";
 
 let folder: string;
 let image: string;
@@ -27,23 +27,12 @@ beforeAll(async () => {
   folder = scratchFolder();
   image = join(folder, "disk.qcow2");
   await makeImage(image);
-  qemuSocket = join(folder, "qemu.sock");
-  new Process("qemu-nbd", [
-    "-r",
-    "-t",
-    "-e",
-    "9",
-    "-x",
-    "disk",
-    "-B",
-    "fine",
-    "-B",
-    "coarse",
-    "-k",
-    qemuSocket,
+  const bitmaps = ["-B", "fine", "-B", "coarse"];
+  const qemuArgs = (socket: string): string[] => [
+    ...["-r", "-t", "-e", "9", "-x", "disk", ...bitmaps, "-k", socket],
     image,
-  ]);
-  await until("qemu-nbd listens", () => existsSync(qemuSocket));
+  ];
+  qemuSocket = (await startServer("qemu-nbd", qemuArgs, { exportName: "disk" })).socket;
   const args = ["--read-only", "--bitmap", "fine", "--bitmap", "coarse"];
   served = await Server.start(folder, [image], { args });
 });

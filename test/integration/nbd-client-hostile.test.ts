@@ -90,7 +90,7 @@ describe("a target that refuses one chunk and is silent on the others", () => {
     expect(code).toBe(1);
     expect(stderr).toContain("cannot write: input/output error");
     // An answer is awaited for two minutes.
-    expect(performance.now() - start).toBeLessThan(20_000);
+    expect(performance.now() - start).toBeLessThan(60_000);
   });
 });
 
@@ -98,7 +98,7 @@ describe("a target whose server comes back without what it had acknowledged", ()
   it("fails the backup, by name", async () => {
     const bytes = diskBytes(24 * MiB);
     const target = await nbdkit("memory", "24M");
-    const args = ["--json", "-p", "--rate-limit", "12M", "--target-retries", "20"];
+    const args = ["--json", "-p", "--rate-limit", "3M", "--target-retries", "20"];
     const backup = startBackup(["backup", ...args, file(bytes), target.uri]);
     await hasBegun(backup);
     target.process.kill("SIGKILL");

@@ -28,7 +28,7 @@ async function start(program: string, args: string[], socketPath: string): Promi
     child.kill("SIGKILL");
     return ended;
   });
-  const deadline = Date.now() + 10_000;
+  const deadline = Date.now() + 60_000;
   while (!existsSync(socketPath)) {
     if (Date.now() > deadline || child.exitCode !== null) throw new Error(`${program} does not listen`);
     await new Promise((resolve) => setTimeout(resolve, 5));
@@ -52,7 +52,7 @@ async function nbdkit(args: string[]): Promise<NbdClient> {
 
 /** A server binds its socket a moment before it listens on it, and a probe would use up qemu-nbd's one client. */
 async function connect(uri: string): Promise<NbdClient> {
-  const deadline = Date.now() + 10_000;
+  const deadline = Date.now() + 60_000;
   for (;;) {
     try {
       const client = await NbdClient.connect(uri);

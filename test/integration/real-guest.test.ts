@@ -20,7 +20,7 @@ const FILE_CHARACTERS = 4096;
 /** Of one overwriting; each of its pages tells on its own when it was written. */
 const BALLAST_PIECE_PAGES = 16;
 /** For whatever the guest does once it has booted, under TCG too. */
-const GUEST_MS = 60_000;
+const GUEST_MS = 120_000;
 
 /** The console's commands go to flags, so that the loop looks at them without waiting. */
 const GUEST_SCRIPT = `
@@ -48,7 +48,7 @@ describe("a real guest", () => {
     { disk: "disk.qcow2", target: "backup.raw" },
   ])(
     "writes $disk through a live backup, and $target holds what was committed before T0",
-    { timeout: 180_000 },
+    { timeout: 600_000 },
     async ({ disk, target }, { skip }) => {
       if ("missing" in kernel) {
         process.stderr.write(`real-guest.test.ts: skipped: ${kernel.missing}\n`);
@@ -68,7 +68,7 @@ describe("a real guest", () => {
       await guest.line((line) => line.startsWith("committed 30"), 0, GUEST_MS);
 
       const committedBefore = lastNumber(guest, "committed");
-      const backup = server.backup(path(target), "-O", formatOf(target), "--rate-limit", "2M");
+      const backup = server.backup(path(target), "-O", formatOf(target), "--rate-limit", "512K");
       await backup.started();
       guest.send("mark");
       const atMark = numberOf(await guest.line((line) => line.startsWith("marked"), 0, GUEST_MS));

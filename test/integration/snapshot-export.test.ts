@@ -168,7 +168,7 @@ it.each(["raw", "qcow2"])(
     const server = await serve(format, 16 * MiB, { args: ["--snapshot-export"] });
     const t0 = await contentOf(at(`disk.${format}`));
     const target = at("target.raw");
-    const backup = server.backup(target, "--rate-limit", "3M", "--cow-buffer-size", "2M");
+    const backup = server.backup(target, "--rate-limit", "1M", "--cow-buffer-size", "2M");
     const { snapshot_export: name = "", job: id } = await startedMessage(backup);
     const control = await RawQmp.negotiated(server.control);
     await until("some of it is in the target", async () => {
@@ -202,7 +202,7 @@ it("serve --snapshot-export: a view that runs out of room is lost, and the backu
   const t0 = readFileSync(at("disk.raw"));
   const target = at("target.raw");
   const room = ["--cow-buffer-size", "2M", "--on-buffer-full", "wait"];
-  const backup = server.backup(target, "--rate-limit", "4M", ...room);
+  const backup = server.backup(target, "--rate-limit", "512K", ...room);
   const { snapshot_export: name = "" } = await startedMessage(backup);
   const reader = await Reader.start(server.uri(name));
   const control = await RawQmp.negotiated(server.control);

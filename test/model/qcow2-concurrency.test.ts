@@ -160,7 +160,7 @@ async function episode(shape: (typeof SHAPES)[number], seed: number): Promise<vo
 }
 
 describe("qcow2 image with overlapping operations", () => {
-  it.each(SHAPES)("$name", { timeout: 30_000 }, async (shape) => {
+  it.each(SHAPES)("$name", async (shape) => {
     await fc.assert(
       fc.asyncProperty(fc.nat(), (seed) => episode(shape, seed)),
       { numRuns: Number(process.env["QCOW2_RUNS"] ?? 15), endOnFailure: true },

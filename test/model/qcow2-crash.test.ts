@@ -254,7 +254,7 @@ class Episode {
 }
 
 describe("qcow2 image after a crash", () => {
-  it.each(SHAPES)("$name", { timeout: 60_000 }, async (shape) => {
+  it.each(SHAPES)("$name", async (shape) => {
     for (let seed = 1; seed <= SEEDS; seed++) {
       const episode = new Episode(shape, seed);
       await episode.play();

@@ -8,7 +8,7 @@ const only = process.env["SNAPSHOT_MODEL_SEED"];
 const first = only === undefined ? 1 : Number(only);
 const last = only === undefined ? SCHEDULES : first;
 
-test("readers get T0 or an error, the guest what it wrote", { timeout: 120_000 }, async () => {
+test("readers get T0 or an error, the guest what it wrote", { timeout: 300_000 }, async () => {
   const outcomes: Outcome[] = [];
   for (let seed = first; seed <= last; seed++) outcomes.push(await new SnapshotSimulation(seed).run());
   if (only !== undefined) return;

@@ -28,7 +28,7 @@ export interface GuestKernel {
 }
 
 /** What a kernel takes until its first process speaks, on a machine that has other things to do. */
-const BOOT_MS: Record<Accelerator, number> = { kvm: 20_000, tcg: 120_000 };
+const BOOT_MS: Record<Accelerator, number> = { kvm: 60_000, tcg: 240_000 };
 const READY = "guest: ready";
 
 /** The kernel, fetched if it is not there yet; or why there is none. */
@@ -113,7 +113,7 @@ function makeInitramfs(folder: string, script: string): Buffer {
     "export PATH=/bin",
     "mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev",
     ...modules.map((name) => `insmod /${name}.ko`),
-    "tries=0; until [ -b /dev/vda ] || [ $tries -ge 100 ]; do sleep 0.1; tries=$((tries + 1)); done",
+    "tries=0; until [ -b /dev/vda ] || [ $tries -ge 600 ]; do sleep 0.1; tries=$((tries + 1)); done",
     `echo "${READY}"`,
     script,
     "poweroff -f",

@@ -347,9 +347,9 @@ export class TestServer {
   }
 }
 
-/** Waits for a condition that events bring about; fails after five seconds. */
+/** Waits for a condition that events bring about; fails after a minute. */
 export async function until(condition: () => boolean): Promise<void> {
-  const deadline = Date.now() + 5_000;
+  const deadline = Date.now() + 60_000;
   while (!condition()) {
     if (Date.now() > deadline) throw new Error("the condition did not come about");
     await new Promise((resolve) => setTimeout(resolve, 2));

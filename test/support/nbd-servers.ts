@@ -6,7 +6,7 @@ import { NbdClient } from "../../src/nbd/client.js";
 import { COWCATCHER_BIN, cowcatcher, run } from "./cli.js";
 import { Process, scratchFolder } from "./server.js";
 
-const START_MS = 20_000;
+const START_MS = 60_000;
 const MiB = 1024 * 1024;
 
 export interface RunningServer {

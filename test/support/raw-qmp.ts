@@ -30,7 +30,7 @@ export class RawQmp {
 
   /** Tries again while the connection is refused: a server binds its socket a moment before it listens on it. */
   static async connect(path: string): Promise<RawQmp> {
-    const deadline = Date.now() + 10_000;
+    const deadline = Date.now() + 60_000;
     for (;;) {
       const socket = connect(path);
       const client = new RawQmp(socket);

@@ -21,7 +21,7 @@ beforeEach(() => {
 
 afterEach(() => {
   for (const fd of fds) fs.closeSync(fd);
-  for (const pid of servers) process.kill(pid);
+  for (const pid of servers) process.kill(pid, "SIGKILL");
   fs.rmSync(folder, { recursive: true, force: true });
 });
 

@@ -1,5 +1,5 @@
 // What the client repeats after a loss and what it does not, and how it cuts ranges; against a scripted server.
-import { afterEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { CowcatcherError } from "../../src/errors.js";
 import { NbdClient } from "../../src/nbd/client.js";
 import { readRange, zeroRange } from "../../src/nbd/client-io.js";
@@ -16,7 +16,7 @@ import {
   NBD_EOVERFLOW,
   NBD_FLAG_SEND_FAST_ZERO,
 } from "../../src/nbd/protocol.js";
-import { MemoryDevice } from "../support/nbd-peer.js";
+import { MemoryDevice, until } from "../support/nbd-peer.js";
 import {
   ALL_FLAGS,
   ScriptedServer,
@@ -82,11 +82,25 @@ const CHANGES: [string, number, (image: NbdImage) => unknown][] = [
   ["trim", NBD_CMD_TRIM, (image) => image.discard(0, 4096)],
 ];
 
+const REPLY_TIMEOUT_MS = 20_000;
+/** Longer than that, and shorter than the time for which a lost connection is made again. */
+const SILENCE_MS = 30_000;
+
 describe("after a loss", () => {
+  // The clock by which the client tells silence goes on in small steps, or when told to: the machine's pauses do not
+  // pass for a silence.
+  beforeEach(() => {
+    vi.useFakeTimers({ toFake: ["setInterval", "clearInterval", "performance"], shouldAdvanceTime: true });
+  });
+  afterEach(() => void vi.useRealTimers());
+
   it.each(CHANGES)("a %s is not done again when the server fell silent", async (_name, command, change) => {
     const server = await startScript({ onRequest: once(command, "silence") });
-    const image = await imageOn(server, { replyTimeoutMs: 60 });
-    expect(await failureOf(change(image))).toMatchObject({ code: "IO", errno: "ETIMEDOUT" });
+    const image = await imageOn(server, { replyTimeoutMs: REPLY_TIMEOUT_MS });
+    const failure = failureOf(change(image));
+    await until(() => server.count(command) === 1);
+    vi.advanceTimersByTime(SILENCE_MS);
+    expect(await failure).toMatchObject({ code: "IO", errno: "ETIMEDOUT" });
     expect(server.count(command)).toBe(1);
     expect(server.connectionCount).toBe(1);
     // What follows goes through on a connection of its own.
@@ -97,7 +111,7 @@ describe("after a loss", () => {
 
   it.each(CHANGES)("a %s is done again when the server hung up", async (_name, command, change) => {
     const server = await startScript({ onRequest: once(command, "hang up") });
-    const image = await imageOn(server, { replyTimeoutMs: 5_000 });
+    const image = await imageOn(server, { replyTimeoutMs: REPLY_TIMEOUT_MS });
     await change(image);
     expect(server.count(command)).toBe(2);
   });
@@ -105,9 +119,12 @@ describe("after a loss", () => {
   it("a read is done again in either case", async () => {
     for (const verdict of ["silence", "hang up"] as const) {
       const server = await startScript({ onRequest: once(NBD_CMD_READ, verdict) });
-      const image = await imageOn(server, { replyTimeoutMs: 60 });
+      const image = await imageOn(server, { replyTimeoutMs: REPLY_TIMEOUT_MS });
       const buffer = Buffer.alloc(4096);
-      await image.read(buffer, 0, 4096, 0);
+      const reading = image.read(buffer, 0, 4096, 0);
+      await until(() => server.count(NBD_CMD_READ) > 0);
+      if (verdict === "silence") vi.advanceTimersByTime(SILENCE_MS);
+      await reading;
       expect(buffer.every((byte) => byte === 7)).toBe(true);
       expect(server.count(NBD_CMD_READ)).toBe(2);
     }

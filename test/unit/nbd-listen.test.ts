@@ -147,7 +147,7 @@ describe("systemd", () => {
     const script = `
 import socket, sys
 for address in (sys.argv[1], "\\0" + sys.argv[1]):
-    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind(address); s.settimeout(10)
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind(address); s.settimeout(120)
     print("bound", flush=True)
     print(s.recv(100).decode(), flush=True)`;
     const receiver = spawn("python3", ["-c", script, path], { stdio: ["ignore", "pipe", "inherit"] });

@@ -316,7 +316,7 @@ describe("qcow2 image", () => {
       zero: true,
       present: false,
     });
-    expect(performance.now() - started).toBeLessThan(1000);
+    expect(performance.now() - started).toBeLessThan(20_000);
     await image.close();
     expect(fs.statSync(inFolder("image")).size).toBeLessThan(2 * MiB);
   });

@@ -10,7 +10,7 @@ function isZero(memory: SharedArrayBuffer): boolean {
 }
 
 async function untilFree(store: TableStore, count: number): Promise<void> {
-  await vi.waitFor(() => expect(store.freeCount).toBe(count), { interval: 1 });
+  await vi.waitFor(() => expect(store.freeCount).toBe(count), { interval: 1, timeout: 60_000 });
 }
 
 describe("a released table", () => {

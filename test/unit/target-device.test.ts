@@ -82,7 +82,7 @@ function heldSync(): { begun: Promise<void>; letGo: () => void; sync: () => Prom
 }
 
 async function untilClosed(): Promise<void> {
-  await vi.waitFor(() => expect(openDescriptorCount).toBe(0), { interval: 5, timeout: 5_000 });
+  await vi.waitFor(() => expect(openDescriptorCount).toBe(0), { interval: 5, timeout: 60_000 });
 }
 
 describe("an unfinished qcow2 target on a device", () => {

@@ -211,7 +211,7 @@ describe("an aborted target", () => {
     expect(isOpen(fd)).toBe(true);
     expect(() => openTarget(target.description).write(Buffer.alloc(1), 0, 1, 0)).toThrow(/is closed/);
     leaveGate(gate);
-    await expect.poll(() => isOpen(fd)).toBe(false);
+    await expect.poll(() => isOpen(fd), { timeout: 60_000 }).toBe(false);
   });
 
   it("that was finished before stays", async () => {

@@ -1,12 +1,11 @@
 // Threads that still load their modules: nobody terminates them, and the process can end without them.
 import { spawnSync } from "node:child_process";
 import { resolve } from "node:path";
-import { pathToFileURL } from "node:url";
 import { Worker } from "node:worker_threads";
 import { afterEach, expect, it } from "vitest";
 import { bootsOver, expectBoots } from "../../src/backup/thread-boots.js";
 
-const DIST = pathToFileURL(resolve(process.env["COWCATCHER_DIST"] ?? "dist")).href;
+const DIST = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url).href;
 const KOFFI = resolve("node_modules/koffi");
 const workers: Worker[] = [];
 
@@ -48,17 +47,18 @@ function endWithThread(isBooted: boolean): { status: number | null; stdout: stri
     ${isBooted ? "up();" : `const sleep = require(${JSON.stringify(KOFFI)}).load("libc.so.6").func("int sleep(int s)"); up(); sleep(600);`}`;
   const program = `
     import { Worker } from "node:worker_threads";
-    import { endProcess, expectBoots, mayEndProcess } from "${DIST}/src/backup/thread-boots.js";
+    import { endProcess, expectBoots, mayEndProcess } from "${DIST}src/backup/thread-boots.js";
     const worker = new Worker(${JSON.stringify(thread)}, { eval: true, execArgv: [], workerData: expectBoots(1).counter });
     process.on("exit", (code) => console.log("exit " + code));
     await new Promise((resolve) => worker.once("message", resolve));
-    await import("${DIST}/src/native/libc.js");
+    await import("${DIST}src/native/libc.js");
     await new Promise(setImmediate);
     await mayEndProcess();
     endProcess(7);`;
   return spawnSync(process.execPath, ["--input-type=module", "-e", program], {
     encoding: "utf8",
-    timeout: 30_000,
+    // The thread sleeps for ten minutes.
+    timeout: 120_000,
   });
 }
 
