@@ -11,13 +11,12 @@ import {
   INCOMPATIBLE_DIRTY,
   MAX_SIZE_BYTES,
   assertSupported,
-  featureNameTable,
   l1EntriesFor,
   parseHeader,
   readHeader,
-  serialiseHeader,
   type Qcow2Header,
 } from "../../src/image/qcow2/header.js";
+import { featureNameTable, serialiseHeader } from "../../src/image/qcow2/header-write.js";
 import { openQcow2 } from "../../src/image/qcow2/image.js";
 import { GiB, KiB, MiB, TiB } from "../../src/units.js";
 import { MemoryFile } from "../support/qcow2-memory.js";

@@ -30,11 +30,10 @@ import {
   MIN_CLUSTER_BITS_EXTENDED_L2,
   type CompressionType,
   type Qcow2Header,
-  featureNameTable,
   isExtendedL2,
   l1EntriesFor,
-  serialiseHeader,
 } from "./header.js";
+import { featureNameTable, serialiseHeader } from "./header-write.js";
 
 export const MAX_CREATE_SIZE_BYTES = 64 * TiB;
 const ENTRY_BYTES = 8;

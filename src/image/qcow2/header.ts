@@ -1,6 +1,6 @@
 // The qcow2 header, versions 2 and 3, with its extensions (qcow2 specification: "Header", "Header extensions").
 //
-// Everything here is pure: bytes in, a Qcow2Header out, and back. `parseHeader` refuses whatever makes the rest of
+// Everything here is pure: bytes in, a Qcow2Header out (and back: header-write.ts). `parseHeader` refuses whatever makes the rest of
 // the file impossible to find or unsafe to interpret; `assertSupported` refuses what is legal but not handled by
 // this version. An information command may call the first alone.
 //
@@ -399,96 +399,6 @@ export function l1EntriesFor(sizeBytes: number, clusterBits: number, extendedL2 
   return Math.ceil(sizeBytes / bytesPerL2);
 }
 
-/**
- * The first cluster of an image: fields, extensions, end marker, then the backing name. `headerLengthBytes` is
- * ignored (72 for version 2, 112 for version 3); backing format, external data file and bitmaps come from
- * `extensions` if present there, else from the named fields.
- * @throws CowcatcherError LIMIT where it does not fit in a cluster.
- */
-export function serialiseHeader(header: Qcow2Header, name: string): Uint8Array {
-  const bytes = new Uint8Array(2 ** header.clusterBits);
-  const view = viewOf(bytes);
-  const isV3 = header.version === 3;
-  view.setUint32(0, QCOW2_MAGIC);
-  view.setUint32(4, header.version);
-  view.setUint32(20, header.clusterBits);
-  view.setBigUint64(24, BigInt(header.sizeBytes));
-  view.setUint32(32, header.cryptMethod);
-  view.setUint32(36, header.l1Size);
-  view.setBigUint64(40, BigInt(header.l1TableOffset));
-  view.setBigUint64(48, BigInt(header.refcountTableOffset));
-  view.setUint32(56, header.refcountTableClusters);
-  view.setUint32(60, header.snapshotCount);
-  view.setBigUint64(64, BigInt(header.snapshotsOffset));
-  if (isV3) {
-    view.setBigUint64(72, header.incompatibleFeatures);
-    view.setBigUint64(80, header.compatibleFeatures);
-    view.setBigUint64(88, header.autoclearFeatures);
-    view.setUint32(96, header.refcountOrder);
-    view.setUint32(100, V3_HEADER_BYTES_WRITTEN);
-    view.setUint8(104, header.compressionType === "zstd" ? 1 : 0);
-  }
-  let offset = isV3 ? V3_HEADER_BYTES_WRITTEN : V2_HEADER_BYTES;
-  for (const { type, data } of extensionsToWrite(header)) {
-    const nextOffset = offset + 8 + Math.ceil(data.length / 8) * 8;
-    if (nextOffset + 8 > bytes.length)
-      throw limitError(name, "the header with its extensions", "one cluster");
-    view.setUint32(offset, type);
-    view.setUint32(offset + 4, data.length);
-    bytes.set(data, offset + 8);
-    offset = nextOffset;
-  }
-  offset += 8; // the end marker: type and length zero
-  if (header.backingFile !== null) writeBackingName(bytes, header.backingFile, offset, name);
-  return bytes;
-}
-
-function writeBackingName(bytes: Uint8Array, backingFile: string, offset: number, name: string): void {
-  const encoded = Buffer.from(backingFile, "utf8");
-  if (encoded.length > MAX_BACKING_NAME_BYTES || offset + encoded.length > bytes.length) {
-    throw limitError(
-      name,
-      `the backing file name of ${encoded.length} bytes`,
-      `${Math.min(MAX_BACKING_NAME_BYTES, bytes.length - offset)} bytes with this cluster size`,
-    );
-  }
-  viewOf(bytes).setBigUint64(8, BigInt(offset));
-  viewOf(bytes).setUint32(16, encoded.length);
-  bytes.set(encoded, offset);
-}
-
-function extensionsToWrite(header: Qcow2Header): HeaderExtension[] {
-  const extensions = [...header.extensions];
-  const addMissing = (type: number, text: string | null): void => {
-    if (text === null || extensions.some((extension) => extension.type === type)) return;
-    extensions.unshift({ type, data: Buffer.from(text, "utf8") });
-  };
-  addMissing(EXTENSION_EXTERNAL_DATA, header.externalDataFile);
-  addMissing(EXTENSION_BACKING_FORMAT, header.backingFormat);
-  return extensions;
-}
-
-/** The feature name table of a new version 3 image; every feature that this version knows. */
-export function featureNameTable(): HeaderExtension {
-  const names: [kind: number, bit: number, text: string][] = [
-    [0, 0, "dirty bit"],
-    [0, 1, "corrupt bit"],
-    [0, 2, "external data file"],
-    [0, 3, "compression type"],
-    [0, 4, "extended L2 entries"],
-    [1, 0, "lazy refcounts"],
-    [2, 0, "bitmaps"],
-    [2, 1, "raw external data"],
-  ];
-  const data = new Uint8Array(names.length * 48);
-  names.forEach(([kind, bit, text], index) => {
-    data[index * 48] = kind;
-    data[index * 48 + 1] = bit;
-    data.set(Buffer.from(text, "latin1"), index * 48 + 2);
-  });
-  return { type: EXTENSION_FEATURE_NAMES, data };
-}
-
 export function formatError(name: string, problem: string, offsetBytes?: number): CowcatcherError {
   return new CowcatcherError({ code: "FORMAT", object: name, problem, offsetBytes });
 }
@@ -502,7 +412,7 @@ function unsupported(name: string, feature: string): CowcatcherError {
   });
 }
 
-function limitError(name: string, what: string, limit: string): CowcatcherError {
+export function limitError(name: string, what: string, limit: string): CowcatcherError {
   return new CowcatcherError({
     code: "LIMIT",
     object: name,
@@ -517,7 +427,7 @@ export function readNumber(view: DataView, offsetBytes: number, field: string, n
   return value;
 }
 
-function viewOf(bytes: Uint8Array): DataView {
+export function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
