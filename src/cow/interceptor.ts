@@ -2,9 +2,10 @@
 // block is in a slot, in the spill, or in a worker's hands.
 //
 // The quick way through costs a few loads: the main thread has noted that the blocks are captured, the clusters are
-// DONE, or their region is a hole. Else the write's blocks are captured, chunk by chunk: claim the chunk, find the blocks that no earlier capture holds, copy them
-// from the image into slots, put the captures on the chunk's list, mark the clusters CAPTURED, queue the chunk,
-// let it go. All of that is synchronous when the data is cached, and a claim is then held for microseconds.
+// DONE, or their region is a hole. Else the write's blocks are captured, chunk by chunk: claim the chunk, find the
+// blocks that no earlier capture holds, copy them from the image into slots, put the captures on the chunk's list, mark
+// the clusters CAPTURED, queue the chunk, let it go. All of that is synchronous when the data is cached, and a claim is
+// then held for microseconds.
 //
 // What cannot be done at once goes the slow way, as a promise: a chunk that a worker has claimed (for microseconds),
 // cold data (the claim is held until the asynchronous read ends), a full buffer (the policy decides).
