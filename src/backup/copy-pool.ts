@@ -26,9 +26,10 @@ export function createCopyPool(
     // A thread that is kept goes on with its events after a task: sockets and ports are closed in them.
     atomics: "disabled",
     resourceLimits: heap,
-    workerData: boots.counter,
+    workerData: boots.notes,
     recordTiming: false,
   });
+  boots.threads = () => pool.threads;
   bootsOf.set(pool, boots);
   return pool;
 }

@@ -294,6 +294,10 @@ class FaultyWriter implements TargetWriter {
     return this.inner.settle?.();
   }
 
+  giveUp(): void {
+    this.inner.giveUp?.();
+  }
+
   async finish(): Promise<void> {
     await this.inner.finish?.();
   }

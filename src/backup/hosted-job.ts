@@ -3,6 +3,7 @@
 
 import type { DiskNode } from "../cow/disk-node.js";
 import type { BufferStore } from "./buffer-store.js";
+import type { Target } from "../target/target.js";
 import type { CopyThreads } from "./copy-threads.js";
 import type { BackupJob, JobStatus } from "./host.js";
 import type { JobOptions } from "./options.js";
@@ -20,6 +21,8 @@ export interface HostedJobParts {
   publisher?: SnapshotPublisher | undefined;
   /** Aborted when the start is cancelled; never after T0. */
   signal: AbortSignal;
+  /** Called when there is a target, long before the job is prepared. */
+  onTarget(target: Pick<Target, "abortSync">): void;
   /** Called synchronously at each change of status. */
   onStatus(job: BackupJob, status: JobStatus): void;
 }

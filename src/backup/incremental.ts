@@ -6,7 +6,7 @@
 // a region that is not dirty must not be. Main thread, before the workers start.
 
 import { CNT_DONE_BYTES, DONE, REGION_CHUNKED, REGION_HOLE, type SharedState } from "../cow/shared.js";
-import { readImageBitmap } from "../image/bitmaps.js";
+import { readChanges } from "../image/bitmaps.js";
 import type { Image } from "../image/device.js";
 import { NbdImage } from "../nbd/device.js";
 import { type ExtentMap, ExtentReader } from "../nbd/extent-map.js";
@@ -16,12 +16,12 @@ export type DirtyRuns = (offsetBytes: number, lengthBytes: number) => { lengthBy
 
 /**
  * What the bitmap calls dirty: an export's own, which was asked for when it was opened, or an image's.
- * @throws CowcatcherError as readImageBitmap
+ * @throws CowcatcherError as readChanges
  */
-export function dirtyRuns(image: Image, bitmap: string): DirtyRuns {
+export async function dirtyRuns(image: Image, bitmap: string): Promise<DirtyRuns> {
   if (!(image instanceof NbdImage)) {
-    const persistent = readImageBitmap(image, bitmap);
-    return (offsetBytes, lengthBytes) => persistent.run(offsetBytes, lengthBytes);
+    const changes = await readChanges(image, bitmap);
+    return (offsetBytes, lengthBytes) => changes.run(offsetBytes, lengthBytes);
   }
   return runsOfMap(image.dirty ?? { runs: new SharedArrayBuffer(0), runCount: 0 });
 }

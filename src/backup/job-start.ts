@@ -17,7 +17,7 @@
 import { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import type { BackupRequest, JobStatus } from "./host.js";
-import type { HostedJob, ListedJob } from "./hosted-job.js";
+import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 import type { TargetClaim } from "./target-claims.js";
@@ -30,7 +30,11 @@ export interface StartParts {
   nodeOf: (disk: string) => DiskNode;
   claim: (request: BackupRequest) => Promise<TargetClaim>;
   /** @throws CowcatcherError; nothing is left then. Soon after `signal` is aborted it settles, whichever way. */
-  prepare: (request: BackupRequest, signal: AbortSignal) => Promise<HostedJob>;
+  prepare: (
+    request: BackupRequest,
+    signal: AbortSignal,
+    onTarget: HostedJobParts["onTarget"],
+  ) => Promise<HostedJob>;
   /** Puts the job into the list in the place of the one with its id. */
   list: (job: ListedJob) => void;
   /** Takes the stand-in off the list, and dismisses it. */
@@ -44,10 +48,14 @@ export interface StartParts {
 export class JobStart {
   /** In the order of the requests. */
   readonly jobs: readonly StandIn[];
+  /** Fulfilled, once it runs, when nothing of it goes on any more. */
+  settled: Promise<void> = Promise.resolve();
   readonly #parts: StartParts;
   readonly #abort = new AbortController();
   readonly #claims: TargetClaim[] = [];
   readonly #prepared: HostedJob[] = [];
+  /** Of the prepared jobs, and of the one that is being prepared. */
+  readonly #targets: Parameters<HostedJobParts["onTarget"]>[0][] = [];
   /** What ends the start, from the moment on at which it is known. */
   #cause: unknown;
   #graceTimer: NodeJS.Timeout | undefined;
@@ -72,7 +80,7 @@ export class JobStart {
    */
   async run(onSettled: () => void): Promise<readonly HostedJob[]> {
     const work = this.#work();
-    void work.catch(() => {}).finally(onSettled);
+    this.settled = work.then(onSettled, onSettled);
     try {
       return await Promise.race([work, this.#overdue]);
     } catch (error) {
@@ -91,7 +99,7 @@ export class JobStart {
 
   /** The process ends now: what must not stay behind goes. */
   abortSync(): void {
-    for (const job of this.#prepared) job.abortSync();
+    for (const target of this.#targets) target.abortSync();
   }
 
   async #work(): Promise<readonly HostedJob[]> {
@@ -122,7 +130,7 @@ export class JobStart {
     }
     for (const request of requests) {
       signal.throwIfAborted();
-      this.#prepared.push(await prepare(request, signal));
+      this.#prepared.push(await prepare(request, signal, (target) => this.#targets.push(target)));
     }
   }
 

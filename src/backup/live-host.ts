@@ -1,12 +1,14 @@
 // The disks that `serve` has open and the jobs on them: the engine's side of JobHost. Main thread.
 
+import { setTimeout as delay } from "node:timers/promises";
 import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import type { NbdPlace } from "../nbd/place.js";
 import { BufferStore } from "./buffer-store.js";
+import { ABORT_GRACE_MS } from "./copy-run.js";
 import { CopyThreads } from "./copy-threads.js";
 import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "./host.js";
-import type { HostedJob, ListedJob } from "./hosted-job.js";
+import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import { JobStart } from "./job-start.js";
 import { LiveJob } from "./live-job.js";
 import type { SnapshotPublisher } from "./snapshot.js";
@@ -18,6 +20,8 @@ import { withBackingOf } from "./top-layer.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
 const MAX_JOBS = 64;
+/** A cancelled start gives up its workers after one such time, their threads after another, then its target goes. */
+const UNDO_MS_MAX = 2 * ABORT_GRACE_MS + 1_000;
 
 export class LiveHost implements JobHost {
   readonly #nodes: ReadonlyMap<string, DiskNode>;
@@ -71,7 +75,7 @@ export class LiveHost implements JobHost {
       requests,
       nodeOf: (disk) => this.#node(disk),
       claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
-      prepare: (request, signal) => this.#prepare(request, signal),
+      prepare: (request, ...parts) => this.#prepare(request, ...parts),
       list: (job) => this.#jobs.set(job.id, job),
       forget: (job) => {
         this.#jobs.delete(job.id);
@@ -84,7 +88,11 @@ export class LiveHost implements JobHost {
     return start.run(() => this.#starts.delete(start));
   }
 
-  #prepare({ id, disk, options }: BackupRequest, signal: AbortSignal): Promise<HostedJob> {
+  #prepare(
+    { id, disk, options }: BackupRequest,
+    signal: AbortSignal,
+    onTarget: HostedJobParts["onTarget"],
+  ): Promise<HostedJob> {
     const Job = options.sync === "none" ? SnapshotJob : LiveJob;
     return Job.prepare({
       id,
@@ -95,6 +103,7 @@ export class LiveHost implements JobHost {
       threads: this.#threads,
       publisher: this.#publisher,
       signal,
+      onTarget,
       onStatus: (job, status) => this.#changed(job, status),
     });
   }
@@ -184,14 +193,19 @@ export class LiveHost implements JobHost {
     this.#onQuit();
   }
 
-  /** Cancels what runs and waits until its targets are removed. New jobs are refused from now on. */
+  /**
+   * Cancels what runs and waits until its targets are removed, but no longer than a while for those of a start that
+   * hangs; the process's end sees to them. New jobs are refused from now on.
+   */
   async close(): Promise<void> {
     this.#closing = true;
     const jobs = [...this.#jobs.values()];
     for (const job of jobs) job.cancel();
     await Promise.all(jobs.filter((job) => isActive(job.status)).map((job) => job.concluded));
+    const settled = Promise.all([...this.#starts].map((start) => start.settled));
+    await Promise.race([settled, delay(UNDO_MS_MAX, undefined, { ref: false })]);
     this.#threads.close();
-    process.removeListener("exit", this.#atExit);
+    if (this.#starts.size === 0) process.removeListener("exit", this.#atExit);
   }
 
   readonly #atExit = (): void => {

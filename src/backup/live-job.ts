@@ -86,6 +86,7 @@ export class LiveJob implements HostedJob {
       targetRetries: options.targetRetries,
       isCancelled: () => signal.aborted,
     });
+    parts.onTarget(target);
     let lease: BufferLease | undefined;
     const tables = parts.tables.lease();
     let snapshot: Snapshot | null = null;

@@ -4,7 +4,8 @@
 // zeroes that it meets in data, and a compressed one will be. For a target with a backing file QEMU assumes that
 // nothing is left out.
 
-import type { Image } from "../image/device.js";
+import { geometryOf } from "../cow/geometry.js";
+import type { BlockStatus, Image } from "../image/device.js";
 import type { ImageFormat } from "../image/format.js";
 import { planFullImage, planGeometry, SECTOR_BYTES } from "../target/qcow2-layout.js";
 import { roundUp } from "../units.js";
@@ -36,22 +37,55 @@ export async function measureTarget(image: Image, target: MeasuredTarget): Promi
   const diskBytes = roundUp(sizeBytes, clusterBytes);
   const fullyAllocatedBytes = planFullImage(diskBytes, clusterBytes);
   const isWhole = target.hasBacking && !target.topOnly;
-  const dataBytes = isWhole ? diskBytes : await dataClusterBytes(image, clusterBytes, target.topOnly);
+  const dataBytes = isWhole
+    ? diskBytes
+    : target.topOnly
+      ? await topClusterBytes(image, clusterBytes)
+      : await dataClusterBytes(image, clusterBytes, 0, image.sizeBytes);
   return { requiredBytes: fullyAllocatedBytes - diskBytes + dataBytes, fullyAllocatedBytes };
 }
 
-/** Bytes of the target's clusters in which the source has data. */
-async function dataClusterBytes(image: Image, clusterBytes: number, topOnly: boolean): Promise<number> {
+/** As dataClusterBytes, of the clusters of the copy (cow/drain.ts) of which the image's own layer allocates a part. */
+async function topClusterBytes(image: Image, clusterBytes: number): Promise<number> {
+  const { sizeBytes } = image;
+  const copied = geometryOf(sizeBytes, image.clusterSizeBytes, clusterBytes).clusterBytes;
   let bytes = 0;
-  for (let offset = 0; offset < image.sizeBytes;) {
-    const pending = image.blockStatus(offset, image.sizeBytes - offset);
-    const status = pending instanceof Promise ? await pending : pending;
+  for (let offset = 0; offset < sizeBytes;) {
+    const status = await statusAt(image, offset, sizeBytes);
+    const end = offset + status.lengthBytes;
+    const isOwn = status.present && status.depth === 0;
+    if (isOwn) {
+      const from = offset - (offset % copied);
+      offset = Math.min(roundUp(end, copied), sizeBytes);
+      bytes += await dataClusterBytes(image, clusterBytes, from, offset);
+    } else {
+      offset = end;
+    }
+  }
+  return bytes;
+}
+
+/** Bytes of the target's clusters in which the source has data in [from, to); `from` is at the start of one. */
+async function dataClusterBytes(
+  image: Image,
+  clusterBytes: number,
+  from: number,
+  to: number,
+): Promise<number> {
+  let bytes = 0;
+  for (let offset = from; offset < to;) {
+    const status = await statusAt(image, offset, to);
     let end = offset + status.lengthBytes;
-    if (status.data && status.present && !status.zero && !(topOnly && status.depth > 0)) {
+    if (status.data && status.present && !status.zero) {
       end = roundUp(end, clusterBytes);
       bytes += end - offset + (offset % clusterBytes);
     }
     offset = end;
   }
   return bytes;
+}
+
+async function statusAt(image: Image, offset: number, to: number): Promise<BlockStatus> {
+  const pending = image.blockStatus(offset, to - offset);
+  return pending instanceof Promise ? await pending : pending;
 }

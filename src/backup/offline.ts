@@ -67,6 +67,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     const targetFormat = request.job.targetFormat ?? image.format;
     const job = withBackingOf(image, { ...request.job, targetFormat });
     await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+    const dirty = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
     // Before the workers connect: a server may take one connection at a time.
     const remote = nbdLayerOf(image);
     await remote?.handOver();
@@ -89,7 +90,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         bufferBytes: 0,
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
-        dirty: job.bitmap === undefined ? undefined : dirtyRuns(image, job.bitmap),
+        dirty,
         onStopped,
       });
       const frozen = image.freeze();

@@ -5,25 +5,29 @@
 // program's entry has this module.
 
 import { setTimeout as delay } from "node:timers/promises";
-import { workerData } from "node:worker_threads";
+import { threadId, workerData } from "node:worker_threads";
 
-/** Threads that boot together. */
+/** Threads of one pool. */
 export interface Boots {
-  /** Their workerData. */
-  readonly counter: SharedArrayBuffer;
-  readonly threadCount: number;
+  /** Their workerData: how many have booted, then their ids. */
+  readonly notes: SharedArrayBuffer;
+  /** Those that live now: a pool replaces one that dies, so they may be others than at first. Set by who starts them. */
+  threads: () => readonly { readonly threadId: number }[];
 }
 
 /** A thread that takes longer has a problem of its own. */
 const LONGEST_BOOT_MS = 30_000;
 const POLL_MS = 5;
+/** A pool of which a thread has died is ended, so few are ever replaced. One without a place is waited for in vain. */
+const PLACES_PER_THREAD = 4;
 
 let underWay: Boots[] = [];
 let exitAtOnce: ((code: number) => void) | undefined;
 
 /** Main thread, before it starts so many threads. */
 export function expectBoots(threadCount: number): Boots {
-  const boots = { counter: new SharedArrayBuffer(4), threadCount };
+  const notes = new SharedArrayBuffer(4 * (1 + PLACES_PER_THREAD * threadCount));
+  const boots: Boots = { notes, threads: () => [] };
   underWay = [...underWay.filter(areUnderWay), boots];
   // Later, when the threads are on their way: it takes 10 ms.
   void import("../native/libc.js").then(({ libc }) => {
@@ -32,14 +36,17 @@ export function expectBoots(threadCount: number): Boots {
   return boots;
 }
 
-/** The thread itself, in its module's body: counts it as booted once whatever imports that module has gone on. */
+/** The thread itself, in its module's body: notes it as booted once whatever imports that module has gone on. */
 export function bootIsOver(): void {
   setImmediate(() => {
-    if (workerData instanceof SharedArrayBuffer) Atomics.add(new Int32Array(workerData), 0, 1);
+    if (!(workerData instanceof SharedArrayBuffer)) return;
+    const notes = new Int32Array(workerData);
+    const place = 1 + Atomics.add(notes, 0, 1);
+    if (place < notes.length) Atomics.store(notes, place, threadId);
   });
 }
 
-/** Main thread: each of these threads has loaded its modules, or had time enough. Never rejects. */
+/** Main thread: each of these threads has loaded its modules, has died, or had time enough. Never rejects. */
 export async function bootsOver(boots: Boots, longestMs = LONGEST_BOOT_MS): Promise<void> {
   const deadlineMs = performance.now() + longestMs;
   while (areUnderWay(boots) && performance.now() < deadlineMs) await delay(POLL_MS);
@@ -62,6 +69,7 @@ export function endProcess(code: number): void {
   process.exit(code);
 }
 
-function areUnderWay({ counter, threadCount }: Boots): boolean {
-  return Atomics.load(new Int32Array(counter), 0) < threadCount;
+function areUnderWay({ notes, threads }: Boots): boolean {
+  const booted = new Int32Array(notes).subarray(1);
+  return threads().some(({ threadId: id }) => !booted.includes(id));
 }

@@ -135,7 +135,7 @@ export function addBackupOptions(command: Command): Command {
     .addOption(
       choiceOption(
         "--bitmap-mode <MODE>",
-        "the bitmap afterwards: it is never changed here, so give never (an export: never)",
+        "what becomes of the bitmap: nothing, so give never (of an export the default)",
         BITMAP_MODES,
       ),
     )

@@ -14,7 +14,7 @@ import { ioError } from "../errors.js";
 import type { ImageFormat } from "../image/format.js";
 import { acquireImageLock } from "../image/locks.js";
 import { resolveDataFile } from "../image/external-data.js";
-import { SECTOR_BYTES } from "../image/last-sector.js";
+import { SECTOR_BYTES, endOfLastSector } from "../image/last-sector.js";
 import { openImage, resolveBackingPath } from "../image/open.js";
 import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create.js";
 import { parseSize, roundUp } from "../units.js";
@@ -88,44 +88,74 @@ async function backingSize(
   format: ImageFormat | undefined,
 ): Promise<number> {
   const backing = await openImage(resolveBackingPath(path, backingFile, format), { format, readOnly: true });
-  const { sizeBytes } = backing;
   await backing.close();
-  return sizeBytes;
+  return endOfLastSector(backing);
 }
 
 function write(image: NewImage): void {
-  const { path, format, sizeBytes, dataFile, preallocation } = image;
+  const { path, format, dataFile } = image;
   if (format === "qcow2") planQcow2(path, image);
-  if (dataFile !== undefined) writeDataFile(image, resolveDataFile(path, dataFile));
-  const { fd, isNew } = openForCreation(path);
+  const dataPath = dataFile === undefined ? undefined : resolveDataFile(path, dataFile);
+  const isNewDataFile = dataPath !== undefined && writeDataFile(image, dataPath);
   try {
+    writeFile(path, (fd) => {
+      if (format === "qcow2") createQcow2(fd, path, image);
+      else writeRaw(fd, path, image);
+    });
+  } catch (error) {
+    if (isNewDataFile) rmSync(dataPath, { force: true });
+    throw error;
+  }
+}
+
+/** It is made anew, as qemu-img does it, and as long as the disk, so that it is one by itself. @returns whether it is new */
+function writeDataFile(image: NewImage, path: string): boolean {
+  return writeFile(
+    path,
+    (fd) => {
+      writeRaw(fd, path, image);
+    },
+    image.path,
+  );
+}
+
+function writeRaw(fd: number, path: string, { sizeBytes, preallocation }: NewImage): void {
+  createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES), preallocation);
+}
+
+/**
+ * Opens, locks and empties a file, and syncs what `fill` writes. Where that fails a new file is removed, and another
+ * one is left empty.
+ * @returns whether it is new
+ */
+function writeFile(path: string, fill: (fd: number) => void, imagePath?: string): boolean {
+  const { fd, isNew } = openForCreation(path);
+  let isEmptied = false;
+  try {
+    if (imagePath !== undefined && isSameFile(fd, imagePath)) {
+      throw usageError("-o data_file", "is the image itself");
+    }
     acquireImageLock(fd, path, { write: true, resize: true });
     truncate(fd, path);
-    if (format === "qcow2") createQcow2(fd, path, image);
-    else createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES), preallocation);
+    isEmptied = true;
+    fill(fd);
     sync(fd, path);
+    return isNew;
   } catch (error) {
     if (isNew) rmSync(path, { force: true });
+    else if (isEmptied) giveBackSpace(fd);
     throw error;
   } finally {
     closeSync(fd);
   }
 }
 
-/** It is made anew, as qemu-img does it, and as long as the disk, so that it is one by itself. */
-function writeDataFile({ path: imagePath, sizeBytes, preallocation }: NewImage, path: string): void {
-  const { fd, isNew } = openForCreation(path);
+/** What an existing file held is lost already; what is half written must not fill the file system. */
+function giveBackSpace(fd: number): void {
   try {
-    if (isSameFile(fd, imagePath)) throw usageError("-o data_file", "is the image itself");
-    acquireImageLock(fd, path, { write: true, resize: true });
-    truncate(fd, path);
-    createRaw(fd, path, roundUp(sizeBytes, SECTOR_BYTES), preallocation);
-    sync(fd, path);
-  } catch (error) {
-    if (isNew) rmSync(path, { force: true });
-    throw error;
-  } finally {
-    closeSync(fd);
+    ftruncateSync(fd, 0);
+  } catch {
+    // The first cause is what is told.
   }
 }
 

@@ -1,5 +1,6 @@
 // `backup --dry-run`: opens the source, looks whether the target could be made, and says how large it would be.
 import { checkBacking } from "../backup/backing-check.js";
+import { dirtyRuns } from "../backup/incremental.js";
 import { measureTarget } from "../backup/measure.js";
 import { refuseImageAsTarget } from "../backup/target-guard.js";
 import { withBackingOf } from "../backup/top-layer.js";
@@ -26,6 +27,7 @@ export async function runDryRun(
   try {
     const format = given.targetFormat ?? image.format;
     const job = withBackingOf(image, { ...given, targetFormat: format });
+    if (job.bitmap !== undefined) await dirtyRuns(image, job.bitmap);
     await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
     if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);
     await checkBacking({ ...job, path: job.target });

@@ -83,15 +83,15 @@ export class DrainIo {
     }
   }
 
-  /** Runs one write under the target's error policy, after its retries. */
-  *toTarget(write: () => Completion): Steps<void> {
+  /** Runs one write under the target's error policy, after its retries: the error if it was passed over. */
+  *toTarget(write: () => Completion): Steps<CowcatcherError | undefined> {
     let attempt = 0;
     for (;;) {
-      if (Atomics.load(this.#shared.control, CTL_RUN) === RUN_ABORTING) return;
+      if (Atomics.load(this.#shared.control, CTL_RUN) === RUN_ABORTING) return undefined;
       try {
         const pending = write();
         if (pending) yield { kind: "promise", promise: pending };
-        return;
+        return undefined;
       } catch (error) {
         if (!(error instanceof CowcatcherError)) throw error;
         // A full target stays full until somebody acts: trying again would only delay the news.
@@ -103,7 +103,7 @@ export class DrainIo {
         if (policy === "report") throw error;
         if (policy === "ignore") {
           Atomics.add(this.#shared.control, CTL_IGNORED_ERRORS, 1);
-          return;
+          return error;
         }
         if (!(yield* this.#stopFor(error))) throw error;
         attempt = 0;

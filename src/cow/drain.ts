@@ -530,7 +530,9 @@ export class Drainer {
 
   *#settle(): Steps<void> {
     const { writer } = this.#options;
-    if (writer.settle) yield* this.#io.toTarget(() => writer.settle?.());
+    if (writer.settle === undefined) return;
+    const error = yield* this.#io.toTarget(() => writer.settle?.());
+    if (error !== undefined) writer.giveUp?.();
   }
 
   /** Whether [from, to) is zero; if it is not, its blocks that were only noted as zero are cleared for writing. */

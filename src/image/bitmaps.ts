@@ -25,6 +25,31 @@ export function readImageBitmap(image: Image, name: string): DirtyBitmap {
   });
 }
 
+/**
+ * What changed on the disk since the bitmap was cleared. One of a backing file knows nothing of the layers above it:
+ * what these provide has changed, too. (QEMU exports such a bitmap as it stands, and refuses a backup that goes by it.)
+ * @throws CowcatcherError as readImageBitmap; what blockStatus throws.
+ */
+export async function readChanges(image: Image, name: string): Promise<DirtyBitmap> {
+  const bitmap = readImageBitmap(image, name);
+  const owner = ownerOf(image, name);
+  let depth = 0;
+  let isSameSize = true;
+  for (let layer: Image | null = image; layer !== null && layer !== owner; layer = layer.backing) {
+    depth++;
+    isSameSize &&= layer.sizeBytes === image.sizeBytes;
+  }
+  for (let at = 0; depth > 0 && at < image.sizeBytes;) {
+    const pending = image.blockStatus(at, image.sizeBytes - at);
+    const status = pending instanceof Promise ? await pending : pending;
+    // Beyond the end of a shorter layer the disk reads as zeroes, whatever lies below.
+    const isBelow = status.present ? status.depth >= depth : isSameSize;
+    if (!isBelow) bitmap.markDirty(at, status.lengthBytes);
+    at += status.lengthBytes;
+  }
+  return bitmap;
+}
+
 export function noBitmap(images: readonly Image[], name: string): CowcatcherError {
   return new CowcatcherError({
     code: "NOT_FOUND",

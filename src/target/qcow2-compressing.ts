@@ -90,6 +90,10 @@ export class CompressingWriter implements TargetWriter {
     return this.#plain.settle();
   }
 
+  giveUp(): void {
+    this.#plain.giveUp();
+  }
+
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
     return this.#plain.writeZeroes(offsetBytes, lengthBytes);
   }

@@ -6,7 +6,9 @@
 //
 // The entries are put off until the next write, or until settle(). Writes to a file take turns (the inode's lock), and
 // one of 128 bytes that follows one of 1 MiB waits for another worker's 1 MiB first, while this worker could read.
-// Put off, it is made when this worker wants the lock anyway. (Measured: docs/performance.md.)
+// Put off, it is made when this worker wants the lock anyway. (Measured: docs/performance.md.) They stay until they
+// are written or given up by name: several drainers may share a writer (workers/copy.ts), and that one of them goes on
+// says nothing of another's entries, which it may be about to try again.
 //
 // Failures. The writer remembers the run it is at. When the caller tries the same range again, it takes the same
 // host clusters; when the caller gives up and goes on, the run is released, unless some of its entries may be in
@@ -50,7 +52,6 @@ export class Qcow2Writer implements TargetWriter {
   #lateEntryCount = 0;
   #lateEntryOffset = 0;
   #lateGuestCluster = 0;
-  #hasSettleFailed = false;
 
   constructor(description: Qcow2TargetDescription) {
     this.#description = description;
@@ -68,9 +69,6 @@ export class Qcow2Writer implements TargetWriter {
     const runBytesMax = RUN_CLUSTER_COUNT_MAX * this.#clusterBytes;
     enterGate(this.#words, this.#description.name);
     try {
-      // Whoever goes on after a failure has given up on them.
-      if (this.#hasSettleFailed) this.#lateEntryCount = 0;
-      this.#hasSettleFailed = false;
       for (let done = 0; done < lengthBytes; done += runBytesMax) {
         this.#writeRun(
           buffer,
@@ -104,14 +102,16 @@ export class Qcow2Writer implements TargetWriter {
   settle(): Completion {
     if (this.#lateEntryCount === 0) return undefined;
     enterGate(this.#words, this.#description.name);
-    this.#hasSettleFailed = true;
     try {
       this.#writeLateEntries();
-      this.#hasSettleFailed = false;
     } finally {
       leaveGate(this.#words);
     }
     return undefined;
+  }
+
+  giveUp(): void {
+    this.#lateEntryCount = 0;
   }
 
   close(): void {

@@ -119,10 +119,12 @@ export interface TargetWriter {
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion;
   /**
    * Makes up for what the last write put off. Called before the next write, so that its failures are told apart from
-   * that one's, and after the last. What it gives up on after an error that the caller passes over is lost.
-   * @throws as write
+   * that one's, and after the last.
+   * @throws as write; it may be tried again, and so does every later write until it is given up
    */
   settle?(): Completion;
+  /** What settle() failed to do is lost: the caller passes over its error. */
+  giveUp?(): void;
   /** After this worker's last write: what must be done through its own door for the data to be stored for good. */
   finish?(): Promise<void>;
   close(): void;

@@ -1,6 +1,8 @@
 // info, map, check and create against qemu-img, over a table of images: the JSON is the same wherever qemu-img has
 // a field of that name, and so is the text.
 import * as fs from "node:fs";
+import builtinFs from "node:fs";
+import { syncBuiltinESMExports } from "node:module";
 import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
@@ -377,6 +379,45 @@ describe("create", () => {
     });
     expect(fs.existsSync(path.join(folder, "x.qcow2"))).toBe(false);
     expect(fs.existsSync(path.join(folder, "x.raw"))).toBe(false);
+  });
+
+  it("leaves no data file where the image cannot be made", async () => {
+    fs.mkdirSync(path.join(folder, "folder.qcow2"));
+    expect(
+      await ours("create", "-f", "qcow2", "-o", "data_file=lost.raw", "folder.qcow2", "1M"),
+    ).toMatchObject({
+      code: 1,
+      stderr: "cowcatcher: folder.qcow2: cannot create: is a directory\n",
+    });
+    expect(fs.existsSync(path.join(folder, "lost.raw"))).toBe(false);
+  });
+
+  it("removes a new file and empties an old one where writing fails", async () => {
+    fs.writeFileSync(path.join(folder, "old.qcow2"), "old");
+    const { fsyncSync } = builtinFs;
+    builtinFs.fsyncSync = () => {
+      throw Object.assign(new Error("EIO: i/o error, fsync"), { code: "EIO", errno: -5 });
+    };
+    syncBuiltinESMExports();
+    try {
+      for (const name of ["old.qcow2", "young.qcow2"]) {
+        const stderr = `cowcatcher: ${name}: cannot flush: input/output error\n`;
+        expect(await inProcess("create", "-f", "qcow2", name, "1M")).toMatchObject({ code: 1, stderr });
+      }
+    } finally {
+      builtinFs.fsyncSync = fsyncSync;
+      syncBuiltinESMExports();
+    }
+    expect(fs.statSync(path.join(folder, "old.qcow2")).size).toBe(0);
+    expect(fs.existsSync(path.join(folder, "young.qcow2"))).toBe(false);
+  });
+
+  it("counts a backing file of an odd length in sectors, as qemu-img says it", async () => {
+    fs.writeFileSync(path.join(folder, "odd.raw"), Buffer.alloc(1000));
+    const args = ["create", "-f", "qcow2", "-b", "odd.raw", "-F", "raw", "onodd.qcow2"];
+    const mine = await ours(...args);
+    expect(mine.stdout).toContain("size=1024 ");
+    expect(mine.stdout).toBe((await qemuImg(...args)).stdout);
   });
 
   it("replaces a file, as qemu-img does, and prints a document with --json", async () => {

@@ -90,6 +90,18 @@ describe("createQcow2", () => {
     expect(info(file)["format-specific"].data).toMatchObject({ "refcount-bits": refcountBits });
   });
 
+  it.each([
+    [128 * KiB, 5 * GiB],
+    [256 * KiB, 30 * GiB],
+    [2 * MiB, 700 * GiB],
+  ])("breaks preallocated clusters of %i where qemu-img's requests end", (clusterSizeBytes, sizeBytes) => {
+    const file = create({ sizeBytes, clusterSizeBytes, refcountBits: 64, preallocation: "metadata" });
+    const theirs = path.join(folder, "theirs.qcow2");
+    const options = `preallocation=metadata,refcount_bits=64,cluster_size=${clusterSizeBytes}`;
+    qemuImg("create", "-q", "-f", "qcow2", "-o", options, theirs, `${sizeBytes}`);
+    expect(qemuImg("map", "--output=json", file)).toBe(qemuImg("map", "--output=json", theirs));
+  });
+
   it("can be written by QEMU and stays clean", () => {
     const file = create({ sizeBytes: 1 * GiB, clusterSizeBytes: 512, compressionType: "zstd" });
     execFileSync("qemu-io", ["-f", "qcow2", "-c", "write -P 7 100M 3M", "-c", "write -c 0 64k", file]);

@@ -125,6 +125,21 @@ it("fails as the backup would", async () => {
     [["odd.raw", "null:"], "--dry-run: null: stores nothing (name a target)"],
     [["none.raw", "t.qcow2"], "none.raw: cannot"],
     [["-b", "none.qcow2", "-B", "qcow2", "odd.raw", "t.qcow2"], "none.qcow2: cannot"],
+    [
+      [
+        "--bitmap",
+        "none",
+        "--bitmap-mode",
+        "never",
+        "-b",
+        "v3.qcow2",
+        "-B",
+        "qcow2",
+        "small.qcow2",
+        "t.qcow2",
+      ],
+      "small.qcow2: has no bitmap 'none'",
+    ],
     [["-c", "odd.raw", "t.bin"], "--compress: a raw target cannot be compressed (give -O qcow2)"],
     [
       ["--cluster-size", "512", "huge.raw", "t.qcow2"],

@@ -80,6 +80,34 @@ it("looks for the bitmap in the backing files, too", async () => {
 });
 
 it.each([
+  ["the granularity of a cluster", "64k"],
+  ["a coarser granularity", "512k"],
+])("copies what the layers above the bitmap's image changed, with %s", async (_name, granularity) => {
+  await mustRun("qemu-img", "bitmap", "--remove", disk, "b0");
+  await mustRun("qemu-img", "bitmap", "--add", "-g", granularity, disk, "b0");
+  await write("write -P 1 70k 4k");
+  const layers = ["mid.qcow2", "top.qcow2"];
+  for (const layer of layers) {
+    const below = disk;
+    disk = at(layer);
+    await mustRun("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", disk);
+    // In one word of the bitmap's and across two, and zeroes.
+    if (layer === "mid.qcow2") await write("write -P 2 1000k 4k", "write -P 3 2000k 200k");
+    else await write("write -z 3M 64k", `write -P 4 ${SIZE - 512} 512`);
+  }
+  expect(await increment("full.qcow2", "one.qcow2")).toBeLessThan(SIZE);
+});
+
+it("copies the zeroes that a shorter layer above the bitmap's image shows", async () => {
+  const below = disk;
+  const mid = at("mid.qcow2");
+  await mustRun("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", mid, "1M");
+  disk = at("top.qcow2");
+  await mustRun("qemu-img", "create", "-q", "-f", "qcow2", "-b", mid, "-F", "qcow2", disk, String(SIZE));
+  await increment("full.qcow2", "one.qcow2");
+});
+
+it.each([
   ["that is not there", "none", /disk\.qcow2: has no bitmap 'none'/],
   ["that was not saved", "b0", /b0/],
 ])("refuses a bitmap %s", async (_name, bitmap, message) => {

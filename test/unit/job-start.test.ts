@@ -105,6 +105,8 @@ let onChange: (job: BackupJob, status: JobStatus) => void;
 /** Targets that are claimed. */
 let claimed: Set<string>;
 let made: FakeJob[];
+/** Disks whose targets were removed as the process ends. */
+let abortedSync: string[];
 /** By "claim DISK" and "prepare DISK". */
 let holds: Map<string, Hold>;
 let prepareError: CowcatcherError | undefined;
@@ -136,6 +138,7 @@ const writeTo = (disk: string): Completion => nodeOf(disk).write(new Uint8Array(
 beforeEach(() => {
   list = new Map();
   statuses = [];
+  abortedSync = [];
   onChange = () => undefined;
   claimed = new Set();
   made = [];
@@ -181,7 +184,8 @@ function start(...disks: string[]): Started {
         },
       };
     },
-    prepare: async ({ id, disk, options }) => {
+    prepare: async ({ id, disk, options }, _signal, onTarget) => {
+      onTarget({ abortSync: () => abortedSync.push(disk) });
       await holds.get(`prepare ${disk}`)?.wait();
       if (prepareError !== undefined) throw prepareError;
       return makeJob(id, disk, options);
@@ -425,12 +429,12 @@ describe("a job before its T0", () => {
     expect(statuses).toEqual(["a running"]);
   });
 
-  it("has its target removed when the process ends", async () => {
+  it("has its targets removed when the process ends, that of a job in preparation, too", async () => {
     const held = hold("prepare b");
     const { start: started, outcome } = start("a", "b");
     await held.begun();
     started.abortSync();
-    expect(made[0]?.calls).toEqual(["abortSync"]);
+    expect(abortedSync).toEqual(["a", "b"]);
     held.release();
     await outcome;
   });

@@ -27,6 +27,8 @@ class FakePool extends EventEmitter {
   /** Workers that come up by themselves; the others when the test lets them. */
   static startsWorkers = Infinity;
   readonly tasks: FakeTask[] = [];
+  /** None whose boot somebody would have to wait for. */
+  readonly threads = [];
   isDestroyed = false;
   /** No task ends any more. */
   isStuck = false;
@@ -110,9 +112,7 @@ class FakeTarget implements Target {
 
 // The factory runs before the classes above exist, its functions after.
 vi.mock("piscina", () => ({
-  Piscina: function ({ maxThreads, workerData }: { maxThreads: number; workerData: SharedArrayBuffer }) {
-    // All have booted: whoever ends the pool need not wait for it.
-    Atomics.add(new Int32Array(workerData), 0, maxThreads);
+  Piscina: function ({ maxThreads }: { maxThreads: number }) {
     return new FakePool(maxThreads);
   },
 }));
@@ -306,6 +306,15 @@ describe("a start that is cancelled", () => {
     expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
     expect(await starting).toMatchObject({ code: "CANCELLED" });
     await expect(host.startBackups([order("b")])).rejects.toMatchObject({ code: "BUSY" });
+  });
+
+  it("by the server's end is undone before that, with a worker that does not leave, too", async () => {
+    const { job, pool, starting } = await startSlowly("a");
+    pool.isStuck = true;
+    await host.close();
+    expect(job.status).toBe("null");
+    expect(await starting).toMatchObject({ code: "CANCELLED" });
+    expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
   });
 
   it("frees its disk and its id at once, and takes both until then", async () => {

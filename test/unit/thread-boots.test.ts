@@ -1,8 +1,13 @@
 // Threads that still load their modules: nobody terminates them, and the process can end without them.
 import { spawnSync } from "node:child_process";
-import { resolve } from "node:path";
+import * as fs from "node:fs";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { pathToFileURL } from "node:url";
 import { Worker } from "node:worker_threads";
 import { afterEach, expect, it } from "vitest";
+import { createCopyPool, endPool } from "../../src/backup/copy-pool.js";
 import { bootsOver, expectBoots } from "../../src/backup/thread-boots.js";
 
 const DIST = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url).href;
@@ -15,40 +20,92 @@ afterEach(async () => {
 
 it("waits for every thread that is to come", async () => {
   const boots = expectBoots(2);
-  const counter = new Int32Array(boots.counter);
+  const notes = new Int32Array(boots.notes);
   let over = false;
+  const source =
+    "require('node:worker_threads').parentPort.once('message', ([notes, id]) => Atomics.store(notes, 2, id))";
+  const worker = new Worker(source, { eval: true });
+  workers.push(worker);
+  boots.threads = () => [{ threadId: 7 }, worker];
   const waiting = bootsOver(boots).then(() => {
     over = true;
   });
-  Atomics.add(counter, 0, 1);
-  const source =
-    "require('node:worker_threads').parentPort.once('message', (counter) => Atomics.add(counter, 0, 1))";
-  const worker = new Worker(source, { eval: true });
-  workers.push(worker);
+  Atomics.store(notes, 1, 7);
   await new Promise((resolve) => worker.once("online", resolve));
   expect(over).toBe(false);
-  worker.postMessage(counter);
+  const id = worker.threadId;
+  worker.postMessage([notes, id]);
   await waiting;
-  expect(Atomics.load(counter, 0)).toBe(2);
+  expect(Atomics.load(notes, 2)).toBe(id);
 });
 
 it("does not wait for ever", async () => {
   const startMs = performance.now();
-  await bootsOver(expectBoots(1), 100);
+  const boots = expectBoots(1);
+  boots.threads = () => [{ threadId: 7 }];
+  await bootsOver(boots, 100);
   expect(performance.now() - startMs).toBeGreaterThan(99);
+});
+
+it("does not wait for a thread that died while it booted", async () => {
+  const threads = [{ threadId: 7 }];
+  const boots = expectBoots(1);
+  boots.threads = () => threads;
+  const over = bootsOver(boots);
+  threads.pop();
+  await over;
+});
+
+it("waits for a thread in the place of one that has died", async () => {
+  const folder = fs.mkdtempSync(join(tmpdir(), "cowcatcher-test-"));
+  const [up, go] = [join(folder, "up"), join(folder, "go")];
+  // The second thread boots for as long as the test likes.
+  const file = join(folder, "worker.mjs");
+  fs.writeFileSync(
+    file,
+    `import { existsSync, writeFileSync } from "node:fs";
+    import { workerData } from "node:worker_threads";
+    import { bootIsOver } from "${DIST}src/backup/thread-boots.js";
+    const word = new Int32Array(workerData);
+    if (word[0] > 0) {
+      writeFileSync(${JSON.stringify(up)}, "");
+      while (!existsSync(${JSON.stringify(go)})) Atomics.wait(word, 0, word[0], 5);
+    }
+    bootIsOver();
+    export default () => new Promise((resolve) => setImmediate(resolve));`,
+  );
+  const pool = createCopyPool(1, { file: pathToFileURL(file) });
+  pool.on("error", () => undefined);
+  try {
+    await pool.run({});
+    await pool.threads[0]?.terminate();
+    let isEnded = false;
+    const ending = endPool(pool).then(() => {
+      isEnded = true;
+    });
+    while (!fs.existsSync(up)) await delay(5);
+    expect(isEnded).toBe(false);
+    fs.writeFileSync(go, "");
+    await ending;
+  } finally {
+    fs.writeFileSync(go, "");
+    fs.rmSync(folder, { recursive: true });
+  }
 });
 
 /** A thread in a system call that lasts: process.exit would wait for it, as it does for one that loads a module. */
 function endWithThread(isBooted: boolean): { status: number | null; stdout: string; stderr: string } {
   const thread = `
-    const { parentPort, workerData } = require("node:worker_threads");
-    if (${String(isBooted)}) Atomics.add(new Int32Array(workerData), 0, 1);
+    const { parentPort, threadId, workerData } = require("node:worker_threads");
+    if (${String(isBooted)}) Atomics.store(new Int32Array(workerData), 1, threadId);
     const up = () => parentPort.postMessage("up");
     ${isBooted ? "up();" : `const sleep = require(${JSON.stringify(KOFFI)}).load("libc.so.6").func("int sleep(int s)"); up(); sleep(600);`}`;
   const program = `
     import { Worker } from "node:worker_threads";
     import { endProcess, expectBoots, mayEndProcess } from "${DIST}src/backup/thread-boots.js";
-    const worker = new Worker(${JSON.stringify(thread)}, { eval: true, execArgv: [], workerData: expectBoots(1).counter });
+    const boots = expectBoots(1);
+    const worker = new Worker(${JSON.stringify(thread)}, { eval: true, execArgv: [], workerData: boots.notes });
+    boots.threads = () => [worker];
     process.on("exit", (code) => console.log("exit " + code));
     await new Promise((resolve) => worker.once("message", resolve));
     await import("${DIST}src/native/libc.js");

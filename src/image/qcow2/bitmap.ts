@@ -102,6 +102,19 @@ export class DirtyBitmap {
     return { lengthBytes: Math.min(next * granularityBytes, end) - offsetBytes, dirty };
   }
 
+  /** Every block that the range touches becomes dirty; here only, not in the image. */
+  markDirty(offsetBytes: number, lengthBytes: number): void {
+    const first = Math.floor(offsetBytes / this.granularityBytes);
+    const past = Math.ceil((offsetBytes + lengthBytes) / this.granularityBytes);
+    for (let block = first; block < past;) {
+      const word = Math.floor(block / 32);
+      const from = block % 32;
+      const to = Math.min(32, past - word * 32);
+      this.words[word] |= (-1 << from) & (-1 >>> (32 - to));
+      block = word * 32 + to;
+    }
+  }
+
   /** The first bit from `first` on that is not `value`, or `past`. */
   private nextUnlike(first: number, past: number, value: boolean): number {
     const flip = value ? -1 : 0;

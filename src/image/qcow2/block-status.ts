@@ -21,6 +21,8 @@ import { isMetadataPreallocated } from "./preallocation.js";
 
 /** Tables looked into for one answer: bounds the work where each holds but part of a long run. */
 const MAX_TABLES = 64;
+/** Entries looked at for one answer: a guest's requests wait meanwhile, and a table may have 262,144. */
+const MAX_UNITS = 2 ** 15;
 
 export type BackingLayer = Pick<Image, "sizeBytes" | "blockStatus" | "files">;
 
@@ -39,16 +41,36 @@ export class BlockStatusQuery {
 
   /** @throws CowcatherError FORMAT or IO, or rejects with it. */
   statusAt(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
-    const own = ownStatus(this.mapping, offsetBytes, lengthBytes);
-    if (own instanceof Promise) return own.then(() => this.statusAt(offsetBytes, lengthBytes));
-    if (!own.present) return this.backing === null ? own : statusBelow(this.backing, own, offsetBytes);
-    if (!own.data || own.hostOffsetBytes === undefined || this.holes === null) return own;
+    // Where holes are looked for, the run is looked for in the file system's extent alone: else each of many small
+    // extents would cost a scan of the long run.
+    const first = ownStatus(this.mapping, offsetBytes, this.holes ? 1 : lengthBytes);
+    if (first instanceof Promise) return first.then(() => this.statusAt(offsetBytes, lengthBytes));
+    const isPlaced = first.data && first.hostOffsetBytes !== undefined;
+    if (this.holes === null || (this.holes === undefined && !isPlaced)) {
+      return this.throughLayers(first, offsetBytes);
+    }
     if (this.holes === undefined) {
       this.detection ??= this.detect();
       return this.detection.then(() => this.statusAt(offsetBytes, lengthBytes));
     }
-    const { lengthBytes: runBytes, zero } = this.holes.extentAt(own.hostOffsetBytes, own.lengthBytes);
-    return { ...own, lengthBytes: runBytes, zero };
+    if (!isPlaced) return this.statusWithin(offsetBytes, lengthBytes, false);
+    const extent = this.holes.extentAt(first.hostOffsetBytes ?? 0, lengthBytes);
+    return this.statusWithin(offsetBytes, extent.lengthBytes, extent.zero);
+  }
+
+  /** `isHole`: the range is data of which nothing is stored. */
+  private statusWithin(
+    offsetBytes: number,
+    lengthBytes: number,
+    isHole: boolean,
+  ): BlockStatus | Promise<BlockStatus> {
+    const own = ownStatus(this.mapping, offsetBytes, lengthBytes);
+    if (own instanceof Promise) return own.then(() => this.statusAt(offsetBytes, lengthBytes));
+    return this.throughLayers(isHole ? { ...own, zero: true } : own, offsetBytes);
+  }
+
+  private throughLayers(own: BlockStatus, offsetBytes: number): BlockStatus | Promise<BlockStatus> {
+    return own.present || this.backing === null ? own : statusBelow(this.backing, own, offsetBytes);
   }
 
   private async detect(): Promise<void> {
@@ -86,7 +108,8 @@ function ownStatus(mapping: Mapping, offsetBytes: number, lengthBytes: number): 
   const next = new ClusterRun();
   const inUnit = offsetBytes % mapping.unitSizeBytes;
   const isHosted = hasHost(first.kind);
-  for (let tables = 1; count < lengthBytes && tables < MAX_TABLES; tables++) {
+  const limit = Math.min(lengthBytes, MAX_UNITS * mapping.unitSizeBytes);
+  for (let tables = 1; count < limit && tables < MAX_TABLES; tables++) {
     const more = scanAt(mapping, offsetBytes + count, lengthBytes - count, next);
     if (more === 0) {
       mapping.takeWait()?.catch(() => undefined); // loads the table for the next question
@@ -123,7 +146,7 @@ function scanAt(mapping: Mapping, offsetBytes: number, lengthBytes: number, run:
     return Math.min(lengthBytes, end * bytesPerTable - offsetBytes);
   }
   const inUnit = offsetBytes - unit * unitSizeBytes;
-  const maxUnits = Math.ceil((inUnit + lengthBytes) / unitSizeBytes);
+  const maxUnits = Math.min(MAX_UNITS, Math.ceil((inUnit + lengthBytes) / unitSizeBytes));
   const firstIndex = unit - l1Index * unitsPerTable;
   mapping.decoder.scan(table.view, firstIndex, maxUnits, run);
   let unitCount = run.unitCount;

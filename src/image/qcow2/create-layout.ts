@@ -241,12 +241,20 @@ function allocateRuns(allocator: Allocator, geometry: LayoutGeometry, l1Index: n
   const maxCount = Math.floor(INT_MAX / clusterSizeBytes);
   const end = entriesInUse(geometry, l1Index);
   const runs: MappedRun[] = [];
+  // QEMU's request goes on over slices, for as long as what it gets is in a row.
+  let requestLeft = maxCount;
   for (let index = 0; index < end;) {
-    const count = Math.min(end - index, maxCount, sliceEntries - (index % sliceEntries));
+    const count = Math.min(end - index, requestLeft, sliceEntries - (index % sliceEntries));
     const first = allocator.allocate(count);
     const last = runs.at(-1);
-    if (last !== undefined && last.first + last.count === first) last.count += count;
-    else runs.push({ index, first, count });
+    if (last !== undefined && last.first + last.count === first) {
+      last.count += count;
+      requestLeft -= count;
+    } else {
+      runs.push({ index, first, count });
+      requestLeft = maxCount - count;
+    }
+    if (requestLeft === 0) requestLeft = maxCount;
     index += count;
   }
   return runs;
