@@ -15,7 +15,8 @@ import { type ExtentMap, ExtentReader } from "../nbd/extent-map.js";
 export type DirtyRuns = (offsetBytes: number, lengthBytes: number) => { lengthBytes: number; dirty: boolean };
 
 /**
- * What the bitmap calls dirty: an export's own, which was asked for when it was opened, or an image's.
+ * What the bitmap calls dirty: an export's own, which was asked for when it was opened and is known after its
+ * handOver, or an image's.
  * @throws CowcatcherError as readChanges
  */
 export async function dirtyRuns(image: Image, bitmap: string): Promise<DirtyRuns> {
@@ -23,7 +24,12 @@ export async function dirtyRuns(image: Image, bitmap: string): Promise<DirtyRuns
     const changes = await readChanges(image, bitmap);
     return (offsetBytes, lengthBytes) => changes.run(offsetBytes, lengthBytes);
   }
-  return runsOfMap(image.dirty ?? { runs: new SharedArrayBuffer(0), runCount: 0 });
+  // The map comes with the hand-over, which is later: layers above a bitmap are asked through the image's connection.
+  let runAt: DirtyRuns | undefined;
+  return (offsetBytes, lengthBytes) => {
+    runAt ??= runsOfMap(image.dirty ?? { runs: new SharedArrayBuffer(0), runCount: 0 });
+    return runAt(offsetBytes, lengthBytes);
+  };
 }
 
 /** What the map does not know is dirty: to copy too much is no harm. */
