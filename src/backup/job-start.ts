@@ -19,7 +19,7 @@ import { CowcatcherError } from "../errors.js";
 import type { BackupRequest, JobStatus } from "./host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import type { JobOptions } from "./options.js";
-import type { JobProgress } from "./progress.js";
+import { type JobProgress, NO_PROGRESS } from "./progress.js";
 import type { TargetClaim } from "./target-claims.js";
 
 /** How long a cancelled start may take to be undone before its jobs conclude without it. */
@@ -275,20 +275,3 @@ export class StandIn implements ListedJob {
     this.#onStatus(this, status);
   }
 }
-
-const NO_PROGRESS: JobProgress = {
-  bytesDone: 0,
-  bytesTotal: 0,
-  bytesWritten: 0,
-  bufferBytesUsed: 0,
-  bufferBytesTotal: 0,
-  captureCount: 0,
-  capturedBytes: 0,
-  spilledBytes: 0,
-  guestWaitCount: 0,
-  guestWaitMsMax: 0,
-  guestWaitMsTotal: 0,
-  targetRate: 0,
-  elapsedMs: 0,
-  ignoredErrorCount: 0,
-};

@@ -24,3 +24,21 @@ export interface JobProgress {
   /** Errors passed over because the user asked for it (`ignore`). */
   ignoredErrorCount: number;
 }
+
+/** Of a job that has done nothing yet. */
+export const NO_PROGRESS: JobProgress = {
+  bytesDone: 0,
+  bytesTotal: 0,
+  bytesWritten: 0,
+  bufferBytesUsed: 0,
+  bufferBytesTotal: 0,
+  captureCount: 0,
+  capturedBytes: 0,
+  spilledBytes: 0,
+  guestWaitCount: 0,
+  guestWaitMsMax: 0,
+  guestWaitMsTotal: 0,
+  targetRate: 0,
+  elapsedMs: 0,
+  ignoredErrorCount: 0,
+};

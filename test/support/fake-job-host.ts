@@ -9,24 +9,9 @@ import type {
   JobStatusListener,
 } from "../../src/backup/host.js";
 import type { JobOptions } from "../../src/backup/options.js";
-import type { JobProgress } from "../../src/backup/progress.js";
+import { type JobProgress, NO_PROGRESS as NOTHING_DONE } from "../../src/backup/progress.js";
 
-export const NO_PROGRESS: JobProgress = {
-  bytesDone: 0,
-  bytesTotal: 4096,
-  bytesWritten: 0,
-  bufferBytesUsed: 0,
-  bufferBytesTotal: 0,
-  captureCount: 0,
-  capturedBytes: 0,
-  spilledBytes: 0,
-  guestWaitCount: 0,
-  guestWaitMsMax: 0,
-  guestWaitMsTotal: 0,
-  targetRate: 0,
-  elapsedMs: 0,
-  ignoredErrorCount: 0,
-};
+export const NO_PROGRESS: JobProgress = { ...NOTHING_DONE, bytesTotal: 4096 };
 
 export class FakeJob implements BackupJob {
   readonly id: string;
