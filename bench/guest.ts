@@ -24,7 +24,13 @@ import {
 } from "./lib/guest-cells.js";
 import { aimsTable } from "./lib/guest-aims.js";
 import { guestTable, timelineChart, type CellResult } from "./lib/guest-report.js";
-import { measure, measureTimeline, type Measurement, type MeasureOptions } from "./lib/measure-guest.js";
+import {
+  measure,
+  measureTimeline,
+  type Measurement,
+  type MeasureOptions,
+  WARM_UP_SECONDS,
+} from "./lib/measure-guest.js";
 import { wholeBackupTable, type WholeBackup } from "./lib/whole-backup.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
 
@@ -138,7 +144,9 @@ async function measureCell(
     const contestant = cell.contestants[at];
     const measurements = result.contestants[at]?.measurements;
     if (contestant === undefined || measurements === undefined) continue;
-    const measurement = await measure(cell, contestant, options);
+    const measurement = cell.throughStart
+      ? await measureTimeline(cell, contestant, options, WARM_UP_SECONDS)
+      : await measure(cell, contestant, options);
     measurements.push(measurement);
     say(`  ${cell.name}: ${contestant.name}: ${describe(measurement)}`);
   }

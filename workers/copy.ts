@@ -39,14 +39,14 @@ bootIsOver();
 export default async function copy(task: CopyTask): Promise<CopyResult> {
   const { port } = task;
   try {
+    // From here on: a thread that loses its processor while it boots may hold the lock of the process's memory map.
+    if (task.niceness > 0) libc?.setThreadNice(task.niceness);
     const shared = new SharedState(task.shared);
     const chunkBuffer = keptPages(0, shared.geometry.chunkBytes, task.target.name);
     chunkBuffer.fill(0);
     prefault(shared, task.workerIndex, task.workerCount);
     send(port, { kind: "ready" });
     const [command] = (await once(port, "message")) as [WorkerCommand];
-    // Not before: a thread that waits for a processor in the middle of a page fault holds up whoever maps memory.
-    if (task.niceness > 0) libc?.setThreadNice(task.niceness);
     if (command.kind === "begin") await copyAll(task, shared, chunkBuffer, command.source);
     return {};
   } catch (error) {

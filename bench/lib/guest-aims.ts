@@ -144,6 +144,12 @@ const AIMS: readonly Aim[] = [
     [`${FIXED}, raw, ${SLOW_BUFFERED}`, BUFFERED],
     20,
   ),
+  atMost(
+    `${FIXED}, raw, buffered, from before the backup's start: longest write, ms`,
+    longest,
+    [`${FIXED}, raw, ${SLOW_BUFFERED}, from before its start`, BUFFERED],
+    20,
+  ),
   atMost("64 MiB, spill: longest write, ms", longest, [TOO_SMALL, "cowcatcher, 64 MiB, spill"], 50),
   ratio(
     "64 MiB, spill: IOPS against fleecing's",

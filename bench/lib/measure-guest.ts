@@ -23,7 +23,7 @@ export interface Measurement extends FioResult {
   marks: number[];
 }
 
-const WARM_UP_SECONDS = 2;
+export const WARM_UP_SECONDS = 2;
 
 export interface MeasureOptions {
   disk: string;

@@ -8,8 +8,6 @@ import { formatBytes } from "../units.js";
 
 export interface BufferLease {
   memory: SharedArrayBuffer;
-  /** No job has had it: its pages are still to be touched. */
-  isNew: boolean;
   release(): void;
 }
 
@@ -17,7 +15,7 @@ export interface BufferLease {
 const KEPT_MAX = 4;
 
 /** Of all jobs without a buffer. */
-const NO_MEMORY: BufferLease = { memory: new SharedArrayBuffer(0), isNew: false, release: () => undefined };
+const NO_MEMORY: BufferLease = { memory: new SharedArrayBuffer(0), release: () => undefined };
 
 export class BufferStore {
   #free: SharedArrayBuffer[] = [];
@@ -39,7 +37,6 @@ export class BufferStore {
     let released = false;
     return {
       memory,
-      isNew: kept === undefined,
       release: () => {
         if (released) return;
         released = true;

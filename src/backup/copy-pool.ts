@@ -12,16 +12,20 @@ export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSize
 
 const bootsOf = new WeakMap<Piscina, Boots>();
 
-/** Threads that boot while the caller goes on. The caller ends the pool by `endPool`. */
+/**
+ * Threads that boot while the caller goes on: `startAtOnce` of them now, the others when there is a task for each. The
+ * caller ends the pool by `endPool`.
+ */
 export function createCopyPool(
   workerCount: number,
-  { file = WORKER_FILE, heap = WORKER_HEAP } = {},
+  { file = WORKER_FILE, heap = WORKER_HEAP, startAtOnce = workerCount } = {},
 ): Piscina {
   const boots = expectBoots(workerCount);
   const pool = new Piscina({
     filename: file.href,
-    minThreads: workerCount,
+    minThreads: startAtOnce,
     maxThreads: workerCount,
+    idleTimeout: Infinity,
     concurrentTasksPerWorker: 1,
     // A thread that is kept goes on with its events after a task: sockets and ports are closed in them.
     atomics: "disabled",
@@ -34,13 +38,18 @@ export function createCopyPool(
   return pool;
 }
 
+/** Settles when each thread that the pool has now is up. Never rejects. */
+export async function poolHasBooted(pool: Piscina): Promise<void> {
+  const boots = bootsOf.get(pool);
+  if (boots !== undefined) await bootsOver(boots);
+}
+
 /**
  * Ends the pool's threads, those that boot once they have. Settles when they are gone, which for one that sits in a
  * system call may be never. Never rejects.
  */
 export async function endPool(pool: Piscina): Promise<void> {
-  const boots = bootsOf.get(pool);
-  if (boots !== undefined) await bootsOver(boots);
+  await poolHasBooted(pool);
   await pool.destroy().catch(() => undefined);
 }
 

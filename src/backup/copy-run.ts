@@ -7,7 +7,7 @@
 // sits in a write to a target that does not answer is left behind after ABORT_GRACE_MS. Either way `ended`
 // settles, once, with the first cause.
 
-import { setTimeout as delay } from "node:timers/promises";
+import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
 import type { Piscina } from "piscina";
 import { geometryOf, type Geometry, BLOCK_BYTES } from "../cow/geometry.js";
@@ -30,7 +30,7 @@ import { CowcatcherError, messageOf } from "../errors.js";
 import type { SourceDescription } from "../image/device.js";
 import type { Target } from "../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
-import { createCopyPool, endPool } from "./copy-pool.js";
+import { createCopyPool, endPool, poolHasBooted } from "./copy-pool.js";
 import type { CopyThreads } from "./copy-threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
 import type { JobOptions } from "./options.js";
@@ -55,8 +55,6 @@ export interface CopyRunOptions {
   /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
   slots: SharedArrayBuffer;
   bufferBytes: number;
-  /** `slots` have not been touched by a job before. */
-  slotsAreNew?: boolean | undefined;
   live: boolean;
   /** Ends the run when it is aborted before T0. */
   signal?: AbortSignal | undefined;
@@ -101,8 +99,8 @@ export class CopyRun {
     this.#settle = { resolve, reject };
     // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
     promise.catch(() => {});
-    const { pool, threads, job, slotsAreNew } = options;
-    this.#pool = pool ?? threads?.take(job.workerCount, slotsAreNew) ?? createCopyPool(job.workerCount);
+    const { pool, threads, job } = options;
+    this.#pool = pool ?? threads?.take(job.workerCount) ?? createCopyPool(job.workerCount);
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
     this.#pool.on("error", this.#onPoolError);
   }
@@ -140,7 +138,8 @@ export class CopyRun {
   }
 
   async #startWorkers(): Promise<void> {
-    const { workerCount } = this.#options.job;
+    const { live, job } = this.#options;
+    const { workerCount } = job;
     const ready: Promise<void>[] = [];
     const tasks: Promise<CopyResult>[] = [];
     for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
@@ -150,14 +149,25 @@ export class CopyRun {
         transferList: [port2],
       }) as Promise<CopyResult>;
       tasks.push(task);
-      ready.push(this.#listen(port1, task));
+      const isReady = this.#listen(port1, task);
+      // Whoever awaits them all hears of it; until then a failure is not an unhandled one.
+      isReady.catch(() => {});
+      ready.push(isReady);
+      if (live) await this.#letGuestGoFirst();
+      if (this.#firstError !== undefined) break;
     }
     void this.#watch(tasks);
     const allReady = Promise.all(ready);
     // One that is left behind says nothing any more.
-    if (this.#options.live) await Promise.race([allReady, this.ended]);
+    if (live) await Promise.race([allReady, this.ended]);
     // A worker that fails before it is ready fails its task, and with it the run.
     else allReady.catch(() => {});
+  }
+
+  /** One thread boots at a time, as four at once took the guest's processors for 40 ms. */
+  async #letGuestGoFirst(): Promise<void> {
+    await poolHasBooted(this.#pool);
+    await nextTurn();
   }
 
   #task(workerIndex: number, port: MessagePort): CopyTask {

@@ -9,10 +9,8 @@
 //   take ──► the copy, then the check of --verify, in the same threads ──► giveBack ──► the next job's take
 //              └── a thread died, or sits in a call that does not return ──► destroyed by whoever has the pool
 //
-// A pool serves jobs of fewer workers, too. The threads have a low priority from their first T0 on, which an
-// unprivileged process cannot raise again; memory is prefaulted at normal priority (workers/copy.ts), so a job that
-// brings new memory gets new threads in the place of old ones. That happens when a job wants more buffer than any
-// before it, or more jobs run at a time than buffer-store.ts keeps memory for.
+// A pool serves jobs of fewer workers, too. The threads have a low priority from their first task on, which an
+// unprivileged process cannot raise again.
 
 import type { Piscina } from "piscina";
 import { createCopyPool, endPool, WORKER_HEAP } from "./copy-pool.js";
@@ -30,14 +28,13 @@ export class CopyThreads {
   #closing = false;
 
   /** A pool of at least so many threads. The caller gives it back, or destroys it. */
-  take(workerCount: number, memoryIsNew = false): Piscina {
+  take(workerCount: number): Piscina {
     const fitting = this.#idle.filter((pool) => pool.maxThreads >= workerCount);
     fitting.sort((a, b) => a.maxThreads - b.maxThreads);
     const [kept] = fitting;
     if (kept !== undefined) {
       this.#forget(kept);
-      if (!memoryIsNew) return kept;
-      void endPool(kept);
+      return kept;
     }
     return this.#create(workerCount);
   }
@@ -66,7 +63,7 @@ export class CopyThreads {
   }
 
   #create(workerCount: number): Piscina {
-    const pool = createCopyPool(workerCount, { heap: KEPT_HEAP });
+    const pool = createCopyPool(workerCount, { heap: KEPT_HEAP, startAtOnce: 1 });
     // Unheard, an idle thread that fails would end the process. A run that has the pool listens besides.
     pool.on("error", () => {
       this.#broken.add(pool);

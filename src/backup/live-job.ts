@@ -6,6 +6,7 @@
 // Whatever ends the copy, the first thing done is to detach the interceptor: from that moment the guest's writes
 // go straight to its disk. Then the workers are told, the target is finished or removed, and the status follows.
 
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { BLOCK_BYTES, SLOT_BYTES } from "../cow/geometry.js";
 import type { DiskNode } from "../cow/disk-node.js";
 import { Interceptor } from "../cow/interceptor.js";
@@ -41,7 +42,8 @@ export class LiveJob implements HostedJob {
   readonly #tables: TableLease;
   /** The T0 view beside the backup, if the server offers one. */
   readonly #snapshot: Snapshot | null;
-  #interceptor: Interceptor | null = null;
+  /** Made before T0, as its tables take milliseconds. */
+  readonly #interceptor: Interceptor;
   #frozen: FrozenSource | null = null;
   /** Once the copy is done: what can still be cancelled. */
   #finishing: Finishing | null = null;
@@ -65,6 +67,16 @@ export class LiveJob implements HostedJob {
     this.#lease = lease;
     this.#tables = tables;
     this.#snapshot = snapshot;
+    const { node, options } = parts;
+    const { shared, spill } = run;
+    this.#interceptor = new Interceptor({
+      shared,
+      image: node.image,
+      openSpill: spill === null ? undefined : () => new SpillFile(spill, shared.geometry),
+      spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
+      policy: options,
+      onBroken: (error) => this.#fail(error),
+    });
     this.concluded = new Promise((resolve) => {
       this.#markConcluded = resolve;
     });
@@ -113,7 +125,6 @@ export class LiveJob implements HostedJob {
         sourceClusterBytes: node.clusterSizeBytes,
         slots: lease.memory,
         bufferBytes,
-        slotsAreNew: lease.isNew,
         allocateTable: tables.allocate,
         threads,
         live: true,
@@ -123,6 +134,8 @@ export class LiveJob implements HostedJob {
         onFailed: (error) => job.#fail(error),
       });
       const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot);
+      // What the guest has sent meanwhile is not to wait for T0 as well.
+      await nextTurn();
       return job;
     } catch (error) {
       await snapshot?.end();
@@ -146,18 +159,9 @@ export class LiveJob implements HostedJob {
 
   /** The step at T0: synchronous, with no guest write in flight. */
   start(): void {
-    const { node, options } = this.#parts;
-    const { shared, spill } = this.#run;
+    const { node } = this.#parts;
     this.#frozen = node.image.freeze();
     this.#snapshot?.start();
-    this.#interceptor = new Interceptor({
-      shared,
-      image: node.image,
-      openSpill: spill === null ? undefined : () => new SpillFile(spill, shared.geometry),
-      spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
-      policy: options,
-      onBroken: (error) => this.#fail(error),
-    });
     node.addInterceptor(this.#interceptor);
     this.#run.begin(this.#frozen.description);
     this.#setStatus("running");
@@ -198,7 +202,7 @@ export class LiveJob implements HostedJob {
       await this.#target.abort();
     }
     // A capture from a slow disk may still be on its way into the buffer.
-    await this.#interceptor?.idle();
+    await this.#interceptor.idle();
     await this.#snapshot?.end();
     this.#frozen?.release();
     this.#releaseMemory();
@@ -218,7 +222,6 @@ export class LiveJob implements HostedJob {
   }
 
   #detach(): void {
-    if (this.#interceptor === null) return;
     this.#interceptor.detach();
     this.#parts.node.removeInterceptor(this.#interceptor);
   }
@@ -277,7 +280,7 @@ export class LiveJob implements HostedJob {
   }
 
   progress(): JobProgress {
-    return { ...this.#run.progress(), ...this.#interceptor?.counters };
+    return { ...this.#run.progress(), ...this.#interceptor.counters };
   }
 
   /** The process ends now: what must not stay behind goes. */

@@ -12,26 +12,21 @@ import { BLOCKS_PER_SLOT } from "./geometry.js";
 const FULL_MASK = 0xffff;
 const NONE = -1;
 
-/** For each mask of free blocks: length and start of its longest run. */
+/** For each mask of free blocks: length and start of its longest run, the first of several. */
 const longestRun = new Uint8Array(65536);
 const longestRunStart = new Uint8Array(65536);
 let tablesReady = false;
 
+/** Each mask from a smaller one: its lowest run, or its lowest zero bit, cut off. */
 function prepareTables(): void {
   if (tablesReady) return;
-  for (let mask = 0; mask < 65536; mask++) {
-    let best = 0;
-    let bestStart = 0;
-    let run = 0;
-    for (let bit = 0; bit < BLOCKS_PER_SLOT; bit++) {
-      run = (mask >> bit) & 1 ? run + 1 : 0;
-      if (run > best) {
-        best = run;
-        bestStart = bit - run + 1;
-      }
-    }
-    longestRun[mask] = best;
-    longestRunStart[mask] = bestStart;
+  for (let mask = 1; mask < 65536; mask++) {
+    const lowestRun = 31 - Math.clz32(~mask & (mask + 1));
+    const cut = Math.max(1, lowestRun);
+    const rest = mask >> cut;
+    const isLongest = lowestRun >= longestRun[rest];
+    longestRun[mask] = isLongest ? lowestRun : longestRun[rest];
+    longestRunStart[mask] = isLongest ? 0 : longestRunStart[rest] + cut;
   }
   tablesReady = true;
 }

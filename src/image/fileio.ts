@@ -226,6 +226,17 @@ export function fileExtent(fd: number, offsetBytes: number, lengthBytes: number)
 }
 
 /**
+ * How far the hole at offsetBytes goes, 0 where there is data or the file cannot tell, Infinity where no data follows.
+ * One SEEK_DATA, which ends at the first byte of data. SEEK_HOLE would walk to the end of the data (on tmpfs page by
+ * page, 15 ms a GiB) and hold the inode's lock meanwhile, which every write to the file waits for.
+ */
+export function fileHole(fd: number, offsetBytes: number): number {
+  const dataAt = libc === null ? offsetBytes : libc.seekData(fd, offsetBytes);
+  if (dataAt === -constants.errno.ENXIO) return Infinity;
+  return Math.max(0, dataAt - offsetBytes);
+}
+
+/**
  * `fileExtent`, with the last run of data remembered: SEEK_HOLE may walk all of a large file to find the next hole,
  * and whoever reads through a file asks again for each stretch of it. One thread.
  */

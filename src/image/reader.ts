@@ -9,7 +9,7 @@ import { KiB, roundDown, roundUp } from "../units.js";
 import {
   DIRECT_ALIGNMENT_BYTES,
   type Extent,
-  fileExtent,
+  fileHole,
   pageAlignedMemory,
   readFullySync,
   readOnceSync,
@@ -64,14 +64,11 @@ class NullSourceReader implements SourceReader {
 class RawSourceReader implements SourceReader {
   readonly sizeBytes: number;
   /**
-   * The last extent that the file system told, [start, end). It stays true of T0: data that becomes a hole is only
-   * read in vain, and a hole that becomes data has been captured first. Asking for each chunk instead would cost
-   * the guest dearly: SEEK_HOLE walks to the end of the data and holds the inode's lock, against which guest
-   * writes wait (on tmpfs, which walks by pages, it took 24 of 25 guest writes).
+   * End of the last hole that the file system told of, from knownHoleStart on. It stays true of T0: a hole that becomes
+   * data has been captured first.
    */
-  private knownStart = 0;
-  private knownEnd = 0;
-  private knownZero = false;
+  private knownHoleStart = 0;
+  private knownHoleEnd = 0;
 
   constructor(protected readonly description: RawSourceDescription) {
     this.sizeBytes = description.sizeBytes;
@@ -88,14 +85,18 @@ class RawSourceReader implements SourceReader {
     }
   }
 
+  /**
+   * A stretch that begins with data counts as data up to its end: where the data ends only SEEK_HOLE could say, at the
+   * guest's expense (fileHole). Holes inside are read, from no disk, and found to be zero.
+   */
   extent(offsetBytes: number, lengthBytes: number): Extent {
-    if (offsetBytes < this.knownStart || offsetBytes >= this.knownEnd) {
-      const extent = fileExtent(this.description.fd, offsetBytes, this.sizeBytes - offsetBytes);
-      this.knownStart = offsetBytes;
-      this.knownEnd = offsetBytes + extent.lengthBytes;
-      this.knownZero = extent.zero;
+    if (offsetBytes < this.knownHoleStart || offsetBytes >= this.knownHoleEnd) {
+      this.knownHoleStart = offsetBytes;
+      this.knownHoleEnd = offsetBytes + fileHole(this.description.fd, offsetBytes);
     }
-    return { lengthBytes: Math.min(lengthBytes, this.knownEnd - offsetBytes), zero: this.knownZero };
+    const holeBytes = this.knownHoleEnd - offsetBytes;
+    if (holeBytes <= 0) return { lengthBytes, zero: false };
+    return { lengthBytes: Math.min(lengthBytes, holeBytes), zero: true };
   }
 
   close(): void {

@@ -1,7 +1,7 @@
 import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import * as path from "node:path";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { SourceReader } from "../../src/image/device.js";
 import { pageAlignedMemory } from "../../src/image/fileio.js";
 import { openSource } from "../../src/image/reader.js";
@@ -70,12 +70,32 @@ describe.each([false, true])("a raw source (direct %s)", (direct) => {
 
   it.runIf(libc !== null)("tells holes from data, and a huge hole in one step", () => {
     const source = sourceOf(Buffer.alloc(64 * KiB, 1), direct, 2 ** 43);
-    expect(source.extent(0, 2 ** 43)).toEqual({ lengthBytes: 64 * KiB, zero: false });
     expect(source.extent(4096, 4096)).toEqual({ lengthBytes: 4096, zero: false });
     expect(source.extent(64 * KiB, 2 ** 43 - 64 * KiB)).toEqual({
       lengthBytes: 2 ** 43 - 64 * KiB,
       zero: true,
     });
+  });
+
+  it.runIf(libc !== null)(
+    "never asks where data ends, as the guest's writes would wait for the answer",
+    () => {
+      const seekHole = vi.spyOn(libc!, "seekHole");
+      const source = sourceOf(Buffer.alloc(1 * MiB, 1), direct, 4 * MiB);
+      expect(source.extent(0, 4 * MiB)).toEqual({ lengthBytes: 4 * MiB, zero: false });
+      expect(source.extent(1 * MiB - 4096, 1 * MiB)).toEqual({ lengthBytes: 1 * MiB, zero: false });
+      expect(source.extent(1 * MiB, 1 * MiB)).toEqual({ lengthBytes: 1 * MiB, zero: true });
+      expect(seekHole).not.toHaveBeenCalled();
+      seekHole.mockRestore();
+    },
+  );
+
+  it.runIf(libc !== null)("remembers a hole, but not where it has not asked", () => {
+    const source = sourceOf(Buffer.alloc(4096, 1), direct, 8 * MiB);
+    fs.truncateSync(path.join(folder, "disk.raw"), 8 * MiB);
+    expect(source.extent(1 * MiB, 8192)).toEqual({ lengthBytes: 8192, zero: true });
+    expect(source.extent(7 * MiB, 1 * MiB)).toEqual({ lengthBytes: 1 * MiB, zero: true });
+    expect(source.extent(0, 8192)).toEqual({ lengthBytes: 8192, zero: false });
   });
 
   it("rejects, with name and offset, what the system refuses", async () => {

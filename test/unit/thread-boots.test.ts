@@ -7,7 +7,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { pathToFileURL } from "node:url";
 import { Worker } from "node:worker_threads";
 import { afterEach, expect, it } from "vitest";
-import { createCopyPool, endPool } from "../../src/backup/copy-pool.js";
+import { createCopyPool, endPool, poolHasBooted } from "../../src/backup/copy-pool.js";
 import { bootsOver, expectBoots } from "../../src/backup/thread-boots.js";
 
 const DIST = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url).href;
@@ -22,8 +22,9 @@ it("waits for every thread that is to come", async () => {
   const boots = expectBoots(2);
   const notes = new Int32Array(boots.notes);
   let over = false;
+  // It stays: the id of a thread that has ended is no longer its own.
   const source =
-    "require('node:worker_threads').parentPort.once('message', ([notes, id]) => Atomics.store(notes, 2, id))";
+    "require('node:worker_threads').parentPort.on('message', ([notes, id]) => Atomics.store(notes, 2, id))";
   const worker = new Worker(source, { eval: true });
   workers.push(worker);
   boots.threads = () => [{ threadId: 7 }, worker];
@@ -54,6 +55,35 @@ it("does not wait for a thread that died while it booted", async () => {
   const over = bootsOver(boots);
   threads.pop();
   await over;
+});
+
+it("starts threads one by one where it is told to, and keeps them", async () => {
+  const folder = fs.mkdtempSync(join(tmpdir(), "cowcatcher-test-"));
+  const file = join(folder, "worker.mjs");
+  fs.writeFileSync(
+    file,
+    `import { bootIsOver } from "${DIST}src/backup/thread-boots.js";
+    bootIsOver();
+    export default ({ words }) => { Atomics.wait(words, 0, 0); };`,
+  );
+  const pool = createCopyPool(3, { file: pathToFileURL(file), startAtOnce: 1 });
+  try {
+    const words = new Int32Array(new SharedArrayBuffer(4));
+    const tasks: Promise<unknown>[] = [];
+    for (const count of [1, 2, 3]) {
+      tasks.push(pool.run({ words }));
+      expect(pool.threads).toHaveLength(count);
+      await poolHasBooted(pool);
+    }
+    Atomics.store(words, 0, 1);
+    Atomics.notify(words, 0);
+    await Promise.all(tasks);
+    await delay(20);
+    expect(pool.threads).toHaveLength(3);
+  } finally {
+    await endPool(pool);
+    fs.rmSync(folder, { recursive: true, force: true });
+  }
 });
 
 it("waits for a thread in the place of one that has died", async () => {
