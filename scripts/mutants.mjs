@@ -32,7 +32,7 @@ const MUTANTS = [
   },
   {
     rule: "2: DONE before the write to the target, not after it",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;",
     to: "yield* this.#claim(chunk); this.#detachCaptures(chunk); this.#detachSpilled(chunk);",
     also: [
@@ -50,7 +50,7 @@ const MUTANTS = [
   },
   {
     rule: "3: captured data goes over what was read",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "    yield* this.#readMissing(chunk);\n    yield STEP;",
     to: "    yield STEP;",
     also: [
@@ -68,19 +68,19 @@ const MUTANTS = [
   },
   {
     rule: "3: captures of other clusters stay on the list",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "if (this.#isTaken(captureStart(shared.captureInfo[capture]))) {",
     to: "if (captureStart(shared.captureInfo[capture]) >= 0) {",
   },
   {
     rule: "3: once: clusters that are done are not taken again",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "if (state !== CAPTURED && (state !== PENDING || capturedOnly)) continue;",
     to: "if (state === READING) continue;",
   },
   {
     rule: "3: spilled blocks are part of the backup",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "    this.#takeSpilled(chunk);\n",
     to: "",
   },
@@ -92,13 +92,13 @@ const MUTANTS = [
   },
   {
     rule: "3: top: a cluster of which the top layer has a part is copied whole",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: 'if (part.lengthBytes < lengthBytes) return "both";',
     to: 'if (part.lengthBytes < lengthBytes) return "below";',
   },
   {
     rule: "3: top: what lies below is not written",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "this.#copied[i] = this.#taken[i] && !isBelow ? 1 : 0;",
     to: "this.#copied[i] = this.#taken[i] ?? 0;",
   },
@@ -110,7 +110,7 @@ const MUTANTS = [
   },
   {
     rule: "3: slots are given back when they have been copied",
-    file: "src/cow/drain.ts",
+    file: "src/cow/chunk-copy.ts",
     from: "blockCount += count;\n      last = capture;",
     to: "blockCount += count;\n      last = first;",
   },

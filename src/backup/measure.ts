@@ -45,7 +45,7 @@ export async function measureTarget(image: Image, target: MeasuredTarget): Promi
   return { requiredBytes: fullyAllocatedBytes - diskBytes + dataBytes, fullyAllocatedBytes };
 }
 
-/** As dataClusterBytes, of the clusters of the copy (cow/drain.ts) of which the image's own layer allocates a part. */
+/** As dataClusterBytes, of the clusters of the copy (cow/chunk-copy.ts) of which the image's own layer allocates a part. */
 async function topClusterBytes(image: Image, clusterBytes: number): Promise<number> {
   const { sizeBytes } = image;
   const copied = geometryOf(sizeBytes, image.clusterSizeBytes, clusterBytes).clusterBytes;

@@ -1,5 +1,5 @@
 // QEMU's sync mode `top`: the backup has what the image's own layer allocates, and builds on what the image builds on.
-// Which clusters those are, a worker asks T0's tables as it comes to them (cow/drain.ts). Main thread.
+// Which clusters those are, a worker asks T0's tables as it comes to them (cow/chunk-copy.ts). Main thread.
 
 import { resolve } from "node:path";
 import { CowcatcherError } from "../errors.js";

@@ -1,7 +1,7 @@
 // How a drainer's reads and writes are carried out: under the job's error policies, its retries and its rate limit.
 //
 // An operation is a function that may be called again: after a back-off, or after somebody has resumed the job that
-// an error paused. Every wait is a step that the drainer's driver takes (drain.ts), and each ends with the job.
+// an error paused. Every wait is a step that the drainer's driver takes (drain.ts, workers/copy.ts), and each ends with the job.
 
 import type { OnIoError } from "../backup/options.js";
 import { CowcatcherError } from "../errors.js";
@@ -26,6 +26,9 @@ export type DrainStep =
   | { kind: "sleep"; untilNs: bigint }
   /** Go on when the promise is fulfilled; throw its reason into the generator. */
   | { kind: "promise"; promise: Promise<void> };
+
+/** Another thread may come between here. */
+export const STEP: DrainStep = { kind: "step" };
 
 export type Steps<T> = Generator<DrainStep, T, void>;
 

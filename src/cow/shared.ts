@@ -11,7 +11,7 @@
 //
 //   cluster state   PENDING ──worker──► READING ──worker──► DONE
 //                      └──main──► CAPTURED ──worker──┘
-//   READING keeps other workers off; the main thread goes on capturing (drain.ts says why that is sound). DONE is
+//   READING keeps other workers off; the main thread goes on capturing (chunk-copy.ts says why that is sound). DONE is
 //   final and may be read without a claim: that is the guest path's quickest way through.
 //
 // Captures. A capture is a run of at most 16 blocks of one cluster in one slot, so it is named by its first block in the buffer.

@@ -12,7 +12,7 @@
 //
 // Zeroes: nothing is sent for what was zero before the copy; else WRITE_ZEROES, which may unmap, first in its fast form
 // where that is offered. A lost connection is made again and the write sent again by whoever called, up to
-// --target-retries (cow/drain.ts); the session only connects. The flush at the end retries by itself.
+// --target-retries (cow/drain-io.ts); the session only connects. The flush at the end retries by itself.
 //
 // A server that was lost may have crashed, and with it what it had acknowledged and not flushed. So each new connection
 // is asked for that first (nbd/unflushed.ts); where it is gone the backup fails: its data is in no one's hands any more.
