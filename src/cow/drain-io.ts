@@ -1,7 +1,7 @@
 // How a drainer's reads and writes are carried out: under the job's error policies, its retries and its rate limit.
 //
 // An operation is a function that may be called again: after a back-off, or after somebody has resumed the job that
-// an error paused. Every wait is a step that the drainer's driver takes (drain.ts, workers/copy.ts), and each ends with the job.
+// an error paused. Every wait is a step that the drainer's driver takes (workers/copy.ts), and each ends with the job.
 
 import type { OnIoError } from "../backup/options.js";
 import { CowcatcherError } from "../errors.js";
