@@ -4,7 +4,7 @@
 // open them. An offline copy that starts its threads first has both at the same time.
 
 import { Piscina } from "piscina";
-import { type Boots, bootsOver, expectBoots } from "./thread-boots.js";
+import { type Boots, bootsOver, expectBoots, noMoreBoots } from "./thread-boots.js";
 
 const WORKER_FILE = new URL("../../workers/copy.js", import.meta.url);
 /** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
@@ -51,6 +51,8 @@ export async function poolHasBooted(pool: Piscina): Promise<void> {
 export async function endPool(pool: Piscina): Promise<void> {
   await poolHasBooted(pool);
   await pool.destroy().catch(() => undefined);
+  const boots = bootsOf.get(pool);
+  if (boots !== undefined) noMoreBoots(boots);
 }
 
 let early: { pool: Piscina; workerCount: number } | undefined;

@@ -142,21 +142,25 @@ export class CopyRun {
     const { workerCount } = job;
     const ready: Promise<void>[] = [];
     const tasks: Promise<CopyResult>[] = [];
-    for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
-      const { port1, port2 } = new MessageChannel();
-      this.#ports.push(port1);
-      const task = this.#pool.run(this.#task(workerIndex, port2), {
-        transferList: [port2],
-      }) as Promise<CopyResult>;
-      tasks.push(task);
-      const isReady = this.#listen(port1, task);
-      // Whoever awaits them all hears of it; until then a failure is not an unhandled one.
-      isReady.catch(() => {});
-      ready.push(isReady);
-      if (live) await this.#letGuestGoFirst();
-      if (this.#firstError !== undefined) break;
+    try {
+      for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
+        const { port1, port2 } = new MessageChannel();
+        this.#ports.push(port1);
+        const task = this.#pool.run(this.#task(workerIndex, port2), {
+          transferList: [port2],
+        }) as Promise<CopyResult>;
+        tasks.push(task);
+        const isReady = this.#listen(port1, task);
+        // Whoever awaits them all hears of it; until then a failure is not an unhandled one.
+        isReady.catch(() => {});
+        ready.push(isReady);
+        if (live) await this.#letGuestGoFirst();
+        if (this.#firstError !== undefined) break;
+      }
+    } finally {
+      // Also where the system has no thread for the next one: those that are there are seen to their end.
+      void this.#watch(tasks);
     }
-    void this.#watch(tasks);
     const allReady = Promise.all(ready);
     // One that is left behind says nothing any more.
     if (live) await Promise.race([allReady, this.ended]);

@@ -21,19 +21,25 @@ const POLL_MS = 5;
 /** A pool of which a thread has died is ended, so few are ever replaced. One without a place is waited for in vain. */
 const PLACES_PER_THREAD = 4;
 
-let underWay: Boots[] = [];
+/** Of all pools that were not ended: one whose threads have booted may start another thread. */
+let pools: Boots[] = [];
 let exitAtOnce: ((code: number) => void) | undefined;
 
 /** Main thread, before it starts so many threads. */
 export function expectBoots(threadCount: number): Boots {
   const notes = new SharedArrayBuffer(4 * (1 + PLACES_PER_THREAD * threadCount));
   const boots: Boots = { notes, threads: () => [] };
-  underWay = [...underWay.filter(areUnderWay), boots];
+  pools.push(boots);
   // Later, when the threads are on their way: it takes 10 ms.
   void import("../native/libc.js").then(({ libc }) => {
     if (libc !== null) exitAtOnce = (code) => libc.exitAtOnce(code);
   });
   return boots;
+}
+
+/** Main thread: the pool is ended, and starts no thread any more. */
+export function noMoreBoots(boots: Boots): void {
+  pools = pools.filter((other) => other !== boots);
 }
 
 /** The thread itself, in its module's body: notes it as booted once whatever imports that module has gone on. */
@@ -54,7 +60,7 @@ export async function bootsOver(boots: Boots, longestMs = LONGEST_BOOT_MS): Prom
 
 /** Main thread, before `endProcess` where there is time: waits for boots where nothing but process.exit is at hand. */
 export async function mayEndProcess(): Promise<void> {
-  if (exitAtOnce === undefined) await Promise.all(underWay.map((boots) => bootsOver(boots)));
+  if (exitAtOnce === undefined) await Promise.all(pools.map((boots) => bootsOver(boots)));
 }
 
 /**
@@ -62,11 +68,16 @@ export async function mayEndProcess(): Promise<void> {
  * process.exit; "exit" handlers run.
  */
 export function endProcess(code: number): void {
-  if (exitAtOnce !== undefined && underWay.some(areUnderWay)) {
+  if (exitAtOnce !== undefined && isAnyBootUnderWay()) {
     process.emit("exit", code);
     exitAtOnce(code);
   }
   process.exit(code);
+}
+
+/** Main thread. */
+export function isAnyBootUnderWay(): boolean {
+  return pools.some(areUnderWay);
 }
 
 function areUnderWay({ notes, threads }: Boots): boolean {

@@ -24,6 +24,8 @@ interface FakeTask {
 
 class FakePool extends EventEmitter {
   static made: FakePool[] = [];
+  /** The system has no more threads than these. */
+  static threadsMax = Infinity;
   /** Workers that come up by themselves; the others when the test lets them. */
   static startsWorkers = Infinity;
   readonly tasks: FakeTask[] = [];
@@ -39,6 +41,7 @@ class FakePool extends EventEmitter {
   }
 
   run(task: { port: MessagePort; shared: SharedBuffers }): Promise<unknown> {
+    if (this.tasks.length >= FakePool.threadsMax) throw new Error("ERR_WORKER_INIT_FAILED: EAGAIN");
     return new Promise((resolve) => {
       const end = (result: unknown) => {
         if (this.isStuck) return;
@@ -158,6 +161,7 @@ beforeEach(() => {
   FakeTarget.askedCount = 0;
   FakeTarget.making = Promise.resolve();
   FakePool.startsWorkers = Infinity;
+  FakePool.threadsMax = Infinity;
   freezeError = null;
   writing = undefined;
   released.length = 0;
@@ -208,6 +212,19 @@ describe("preparing", () => {
     expect(error.code).toBe("WORKER");
     expect(FakeTarget.made[0]?.calls).toContain("abort");
     expect(host.jobs()).toEqual([]);
+  });
+
+  it("fails as well when the system has a thread for the first worker only, and lets that one go", async () => {
+    FakePool.threadsMax = 1;
+    const error = (await host
+      .startBackups([order("a")])
+      .catch((thrown: unknown) => thrown)) as CowcatcherError;
+    expect(error.code).toBe("WORKER");
+    expect(FakePool.made[0]?.isDestroyed).toBe(false);
+    expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
+    expect(host.jobs()).toEqual([]);
+    FakePool.threadsMax = Infinity;
+    expect((await start("a")).job.status).toBe("running");
   });
 
   it("a worker that dies before T0 fails the request: no job starts that has failed already", async () => {

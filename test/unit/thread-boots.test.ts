@@ -8,18 +8,32 @@ import { pathToFileURL } from "node:url";
 import { Worker } from "node:worker_threads";
 import { afterEach, expect, it } from "vitest";
 import { createCopyPool, endPool, poolHasBooted } from "../../src/backup/copy-pool.js";
-import { bootsOver, expectBoots } from "../../src/backup/thread-boots.js";
+import {
+  type Boots,
+  bootsOver,
+  expectBoots,
+  isAnyBootUnderWay,
+  noMoreBoots,
+} from "../../src/backup/thread-boots.js";
 
 const DIST = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url).href;
 const KOFFI = resolve("node_modules/koffi");
 const workers: Worker[] = [];
+const expected: Boots[] = [];
+
+function expecting(threadCount: number): Boots {
+  const boots = expectBoots(threadCount);
+  expected.push(boots);
+  return boots;
+}
 
 afterEach(async () => {
+  for (const boots of expected.splice(0)) noMoreBoots(boots);
   await Promise.all(workers.splice(0).map((worker) => worker.terminate()));
 });
 
 it("waits for every thread that is to come", async () => {
-  const boots = expectBoots(2);
+  const boots = expecting(2);
   const notes = new Int32Array(boots.notes);
   let over = false;
   // It stays: the id of a thread that has ended is no longer its own.
@@ -40,9 +54,24 @@ it("waits for every thread that is to come", async () => {
   expect(Atomics.load(notes, 2)).toBe(id);
 });
 
+it("knows of a thread that a pool starts later, whatever pool was made meanwhile", () => {
+  const threads = [{ threadId: 7 }];
+  const boots = expecting(2);
+  boots.threads = () => threads;
+  const notes = new Int32Array(boots.notes);
+  expect(isAnyBootUnderWay()).toBe(true);
+  Atomics.store(notes, 1, 7);
+  expect(isAnyBootUnderWay()).toBe(false);
+  expecting(1);
+  threads.push({ threadId: 8 });
+  expect(isAnyBootUnderWay()).toBe(true);
+  noMoreBoots(boots);
+  expect(isAnyBootUnderWay()).toBe(false);
+});
+
 it("does not wait for ever", async () => {
   const startMs = performance.now();
-  const boots = expectBoots(1);
+  const boots = expecting(1);
   boots.threads = () => [{ threadId: 7 }];
   await bootsOver(boots, 100);
   expect(performance.now() - startMs).toBeGreaterThan(99);
@@ -50,7 +79,7 @@ it("does not wait for ever", async () => {
 
 it("does not wait for a thread that died while it booted", async () => {
   const threads = [{ threadId: 7 }];
-  const boots = expectBoots(1);
+  const boots = expecting(1);
   boots.threads = () => threads;
   const over = bootsOver(boots);
   threads.pop();
