@@ -34,7 +34,7 @@ import { createCopyPool, endPool, poolHasBooted } from "./copy-pool.js";
 import type { CopyThreads } from "./copy-threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./copy-task.js";
 import type { JobOptions } from "./options.js";
-import type { JobProgress } from "./progress.js";
+import { type JobProgress, NO_PROGRESS } from "./progress.js";
 import { RateMeter } from "./rate-meter.js";
 import { openSpillFile, type OpenSpill } from "./spill-file.js";
 
@@ -331,17 +331,12 @@ export class CopyRun {
     const nowMs = this.#endMs ?? performance.now();
     const bytesWritten = Number(Atomics.load(counters, CNT_WRITTEN_BYTES));
     return {
+      ...NO_PROGRESS,
       bytesDone: Number(Atomics.load(counters, CNT_DONE_BYTES)),
       bytesTotal: this.geometry.sizeBytes,
       bytesWritten,
       bufferBytesUsed: Atomics.load(control, CTL_USED_BLOCKS) * BLOCK_BYTES,
       bufferBytesTotal: bufferBlockCount * BLOCK_BYTES,
-      captureCount: 0,
-      capturedBytes: 0,
-      spilledBytes: 0,
-      guestWaitCount: 0,
-      guestWaitMsMax: 0,
-      guestWaitMsTotal: 0,
       targetRate: this.#rate.sample(nowMs, bytesWritten),
       elapsedMs: this.#begun ? nowMs - this.#startMs : 0,
       ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),

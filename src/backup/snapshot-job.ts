@@ -11,7 +11,7 @@ import { CowcatcherError } from "../errors.js";
 import type { JobStatus, SnapshotInfo } from "./host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
 import type { JobOptions } from "./options.js";
-import type { JobProgress } from "./progress.js";
+import { type JobProgress, NO_PROGRESS } from "./progress.js";
 import { Snapshot } from "./snapshot.js";
 
 export class SnapshotJob implements HostedJob {
@@ -128,20 +128,12 @@ export class SnapshotJob implements HostedJob {
     const { sizeBytes } = this.#snapshot.geometry;
     const nowMs = this.#endMs ?? performance.now();
     return {
+      ...NO_PROGRESS,
       bytesDone: Math.min(counters?.capturedBytes ?? 0, sizeBytes),
       bytesTotal: sizeBytes,
-      bytesWritten: 0,
       bufferBytesUsed: this.#snapshot.bufferBytesUsed,
       bufferBytesTotal: this.#snapshot.bufferBytesTotal,
-      captureCount: 0,
-      capturedBytes: 0,
-      spilledBytes: 0,
-      guestWaitCount: 0,
-      guestWaitMsMax: 0,
-      guestWaitMsTotal: 0,
-      targetRate: 0,
       elapsedMs: this.#startMs === undefined ? 0 : nowMs - this.#startMs,
-      ignoredErrorCount: 0,
       ...counters,
     };
   }
