@@ -24,6 +24,7 @@ interface FakeTask {
 
 class FakePool extends EventEmitter {
   static made: FakePool[] = [];
+  static onRun: () => void = () => undefined;
   /** The system has no more threads than these. */
   static threadsMax = Infinity;
   /** Workers that come up by themselves; the others when the test lets them. */
@@ -41,6 +42,7 @@ class FakePool extends EventEmitter {
   }
 
   run(task: { port: MessagePort; shared: SharedBuffers }): Promise<unknown> {
+    FakePool.onRun();
     if (this.tasks.length >= FakePool.threadsMax) throw new Error("ERR_WORKER_INIT_FAILED: EAGAIN");
     return new Promise((resolve) => {
       const end = (result: unknown) => {
@@ -162,6 +164,7 @@ beforeEach(() => {
   FakeTarget.making = Promise.resolve();
   FakePool.startsWorkers = Infinity;
   FakePool.threadsMax = Infinity;
+  FakePool.onRun = () => undefined;
   freezeError = null;
   writing = undefined;
   released.length = 0;
@@ -212,6 +215,23 @@ describe("preparing", () => {
     expect(error.code).toBe("WORKER");
     expect(FakeTarget.made[0]?.calls).toContain("abort");
     expect(host.jobs()).toEqual([]);
+  });
+
+  it("leaves the guest a turn of the event loop between any two workers' starts, and before T0", async () => {
+    let turn = 0;
+    let handle = setImmediate(function count() {
+      turn++;
+      handle = setImmediate(count);
+    });
+    const turnsOfStarts: number[] = [];
+    FakePool.onRun = () => turnsOfStarts.push(turn);
+    try {
+      await start("a");
+    } finally {
+      clearImmediate(handle);
+    }
+    expect(turnsOfStarts).toHaveLength(2);
+    expect(new Set([...turnsOfStarts, turn]).size).toBe(3);
   });
 
   it("fails as well when the system has a thread for the first worker only, and lets that one go", async () => {
