@@ -103,7 +103,6 @@ function directCells(pattern: FioPattern, format: DiskFormat): Cell[] {
 export function aimCells(): Cell[] {
   const cell = (pattern: FioPattern, format: DiskFormat, scenario: Scenario, direct = false): Cell =>
     makeCell(pattern, format, scenario === NO_BACKUP ? NO_TARGET : SLOW, scenario, { direct });
-  const throughStart = true;
   return [
     ...[MAIN_PATTERN, SMALL_PATTERN].flatMap((pattern) =>
       (["raw", "qcow2"] as const).map((format) => cell(pattern, format, NO_BACKUP)),
@@ -113,7 +112,7 @@ export function aimCells(): Cell[] {
     cell(SMALL_PATTERN, "raw", BUFFERED),
     cell(FIXED_PATTERN, "raw", NO_BACKUP),
     cell(FIXED_PATTERN, "raw", BUFFERED),
-    makeCell(FIXED_PATTERN, "raw", SLOW, BUFFERED, { throughStart }),
+    makeCell(FIXED_PATTERN, "raw", SLOW, BUFFERED, { throughStart: true }),
     cell(MAIN_PATTERN, "raw", UNBUFFERED),
     cell(MAIN_PATTERN, "raw", SMALL_BUFFER),
     cell(MAIN_PATTERN, "raw", NO_BACKUP, true),
