@@ -16,7 +16,7 @@ import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
 import { SpillFile } from "../src/cow/spill.js";
 import { toCowcatcherError } from "../src/errors.js";
-import type { SourceDescription, SourceReader } from "../src/image/device.js";
+import type { SourceDescription, SourceReader } from "../src/block/device.js";
 import { openSource } from "../src/image/reader.js";
 import { libc } from "../src/native/libc.js";
 import { isForBlocking } from "../src/nbd/blocking-reader.js";

@@ -17,7 +17,7 @@ import { ClusterDigests } from "../src/cow/digests.js";
 import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING } from "../src/cow/shared.js";
 import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/errors.js";
-import type { SourceReader } from "../src/image/device.js";
+import type { SourceReader } from "../src/block/device.js";
 import { openImage } from "../src/image/open.js";
 import { openSource } from "../src/image/reader.js";
 import { NbdImage } from "../src/nbd/device.js";

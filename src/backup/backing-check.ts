@@ -8,7 +8,7 @@
 // A job keeps it open, and so locked, until it ends: no one else may write it then.
 
 import { CowcatcherError } from "../errors.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { openImage, resolveBackingPath } from "../image/open.js";
 import type { TargetOptions } from "../target/target.js";
 import {

@@ -27,7 +27,7 @@ import {
 } from "../cow/shared.js";
 import { changeLimit } from "../cow/throttle.js";
 import { CowcatcherError, messageOf } from "../errors.js";
-import type { SourceDescription } from "../image/device.js";
+import type { SourceDescription } from "../block/device.js";
 import type { Target } from "../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { createCopyPool, endPool, poolHasBooted } from "./copy-pool.js";

@@ -4,7 +4,7 @@ import type { MessagePort } from "node:worker_threads";
 import type { SharedBuffers } from "../cow/shared.js";
 import type { SpillDescription } from "../cow/spill.js";
 import type { ErrorDetails } from "../errors.js";
-import type { SourceDescription } from "../image/device.js";
+import type { SourceDescription } from "../block/device.js";
 import type { TargetDescription } from "../target/target.js";
 import type { OnIoError } from "./options.js";
 

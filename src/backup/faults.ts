@@ -27,7 +27,7 @@
 import { constants } from "node:os";
 import { CTL_RUN, RUN_ABORTING } from "../cow/shared.js";
 import { CowcatcherError, ioError } from "../errors.js";
-import type { Completion, SourceReader } from "../image/device.js";
+import type { Completion, SourceReader } from "../block/device.js";
 import type { TargetWriter } from "../target/target.js";
 import { parseDurationMs, parseSize } from "../units.js";
 

@@ -2,7 +2,7 @@
 // more of the other than this.
 
 import type { CowcatcherError } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import type { JobOptions } from "./options.js";
 import type { JobProgress } from "./progress.js";
 

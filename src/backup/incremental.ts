@@ -7,7 +7,7 @@
 
 import { CNT_DONE_BYTES, DONE, REGION_CHUNKED, REGION_HOLE, type SharedState } from "../cow/shared.js";
 import { readChanges } from "../image/bitmaps.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { NbdImage } from "../nbd/device.js";
 import { type ExtentMap, ExtentReader } from "../nbd/extent-map.js";
 

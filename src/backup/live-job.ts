@@ -12,7 +12,7 @@ import type { DiskNode } from "../cow/disk-node.js";
 import { Interceptor } from "../cow/interceptor.js";
 import { SpillFile } from "../cow/spill.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import type { FrozenSource } from "../image/device.js";
+import type { FrozenSource } from "../block/device.js";
 import { createTarget } from "../target/create.js";
 import type { Target } from "../target/target.js";
 import { roundUp } from "../units.js";

@@ -2,9 +2,9 @@
 
 import type { Piscina } from "piscina";
 import type { CowcatcherError } from "../errors.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { openImage } from "../image/open.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { NbdImage } from "../nbd/device.js";
 import { createTarget } from "../target/create.js";
 import { openBacking } from "./backing-check.js";

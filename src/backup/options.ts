@@ -2,7 +2,7 @@
 // the control socket and the engine.
 
 import { availableParallelism } from "node:os";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import type { Compression } from "../image/qcow2/compression.js";
 import { KiB, MiB } from "../units.js";
 

@@ -17,7 +17,7 @@ import { createSharedState, CTL_USED_BLOCKS, type SharedState } from "../cow/sha
 import { SnapshotDevice } from "../cow/snapshot-device.js";
 import { SpillFile } from "../cow/spill.js";
 import { CowcatcherError } from "../errors.js";
-import type { BlockDevice } from "../image/device.js";
+import type { BlockDevice } from "../block/device.js";
 import { MiB, roundUp } from "../units.js";
 import type { BufferLease, BufferStore } from "./buffer-store.js";
 import type { TableLease, TableStore } from "./table-store.js";

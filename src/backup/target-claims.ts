@@ -10,7 +10,7 @@
 import { dirname, basename, resolve } from "node:path";
 import * as fs from "node:fs";
 import { CowcatcherError } from "../errors.js";
-import { overlap, type Storage, storageAt } from "../image/storage.js";
+import { overlap, type Storage, storageAt } from "../block/file/storage.js";
 import { resolveExport, type ResolvedExport, sameExport } from "../nbd/place.js";
 import { isNbdUri, parseNbdUri } from "../nbd/uri.js";
 import { NULL_TARGET_PATH } from "../target/null.js";

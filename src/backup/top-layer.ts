@@ -3,7 +3,7 @@
 
 import { resolve } from "node:path";
 import { CowcatcherError } from "../errors.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { NbdImage } from "../nbd/device.js";
 import { NULL_TARGET_PATH } from "../target/null.js";
 import type { JobOptions } from "./options.js";

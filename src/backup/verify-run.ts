@@ -12,7 +12,7 @@ import type { Piscina } from "piscina";
 import type { Geometry } from "../cow/geometry.js";
 import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../cow/shared.js";
 import { CowcatcherError } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { formatBytes } from "../units.js";
 import { createCopyPool, endPool } from "./copy-pool.js";
 import { ABORT_GRACE_MS, workerError } from "./copy-run.js";

@@ -2,7 +2,7 @@
 
 import type { Geometry } from "../cow/geometry.js";
 import type { ErrorDetails } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { MiB } from "../units.js";
 
 /** Unit in which the disk is shared out: few enough for a huge empty disk, small enough to keep all workers busy. */

@@ -20,7 +20,7 @@ import type { OnBufferFull } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { listJobs, startBackup, watchJob } from "../control/jobs-from-qmp.js";
 import { CowcatcherError, ioError } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { formatBytes } from "../units.js";
 import { makeDisk } from "./disk.js";
 import { BenchGuest, type GuestFigures } from "./guest.js";

@@ -3,8 +3,8 @@
 import { randomFillSync } from "node:crypto";
 import { closeSync, openSync } from "node:fs";
 import { ioError } from "../errors.js";
-import type { Image } from "../image/device.js";
-import type { ImageFormat } from "../image/format.js";
+import type { Image } from "../block/device.js";
+import type { ImageFormat } from "../block/format.js";
 import { openImage } from "../image/open.js";
 import { createQcow2, createRaw } from "../image/qcow2/create.js";
 import { KiB, MiB } from "../units.js";

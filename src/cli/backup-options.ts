@@ -14,7 +14,7 @@ import {
   type OnIoError,
   type SyncMode,
 } from "../backup/options.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression, type Compression } from "../image/qcow2/compression.js";
 import { MiB, formatBytes } from "../units.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";

@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import type { Command } from "commander";
 import type { BenchSettings } from "../bench/benchmark.js";
 import { JOB_DEFAULTS } from "../backup/options.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { GiB, KiB, MiB, formatBytes } from "../units.js";
 import {
   bufferSizeOption,

@@ -1,6 +1,6 @@
 // `compare`: whether two images have the same content, in the words of qemu-img compare.
 import { compareImages, type CompareResult } from "../image/compare.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { openImage } from "../image/open.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { COMPARE_EXIT } from "./exit-codes.js";

@@ -1,7 +1,7 @@
 // `create -o NAME=VALUE,…`: qemu-img's option names, as far as this version has what they name.
-import { IMAGE_FORMATS, type ImageFormat } from "../image/format.js";
+import { IMAGE_FORMATS, type ImageFormat } from "../block/format.js";
 import type { CompressionType } from "../image/qcow2/header.js";
-import { PREALLOCATIONS, type Preallocation } from "../image/preallocate.js";
+import { PREALLOCATIONS, type Preallocation } from "../block/file/preallocate.js";
 import { KiB, parseSize } from "../units.js";
 import { checkClusterSize } from "./backup-options.js";
 import { parseChoice, parseCount, unsupported, usageError } from "./options.js";

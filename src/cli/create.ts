@@ -11,8 +11,8 @@ import {
   statSync,
 } from "node:fs";
 import { ioError } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
-import { acquireImageLock } from "../image/locks.js";
+import type { ImageFormat } from "../block/format.js";
+import { acquireImageLock } from "../block/file/locks.js";
 import { resolveDataFile } from "../image/external-data.js";
 import { SECTOR_BYTES, endOfLastSector } from "../image/last-sector.js";
 import { openImage, resolveBackingPath } from "../image/open.js";

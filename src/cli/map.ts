@@ -1,7 +1,7 @@
 // `map`: which ranges of an image hold data and where, in the words of qemu-img map.
 import { CowcatcherError } from "../errors.js";
-import type { BlockStatus, Image } from "../image/device.js";
-import type { ImageFormat } from "../image/format.js";
+import type { BlockStatus, Image } from "../block/device.js";
+import type { ImageFormat } from "../block/format.js";
 import { endOfLastSector, lastSectorStatus } from "../image/last-sector.js";
 import { openImage } from "../image/open.js";
 import { Qcow2Image } from "../image/qcow2/image.js";

@@ -5,7 +5,7 @@ import { resolve } from "node:path";
 import { Option } from "commander";
 import { MAX_PAGE_MEMORY_BYTES } from "../cow/page-memory.js";
 import { CowcatcherError } from "../errors.js";
-import { IMAGE_FORMATS, type ImageFormat } from "../image/format.js";
+import { IMAGE_FORMATS, type ImageFormat } from "../block/format.js";
 import { formatNbdUri, isNbdUri, parseNbdUri } from "../nbd/uri.js";
 import { GiB, parseDurationMs, parseSize } from "../units.js";
 

@@ -4,7 +4,7 @@
 // them as out of date when it opens an image for writing, so a bitmap of a disk that a guest writes would soon lie.
 
 import { hasBitmap, noBitmap, readImageBitmap } from "../image/bitmaps.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { NBD_META_DIRTY_BITMAP_PREFIX, NBD_STATE_DIRTY } from "../nbd/protocol.js";
 import type { StatusContext } from "../nbd/export.js";
 

@@ -3,7 +3,7 @@ import { statSync } from "node:fs";
 import { resolve } from "node:path";
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../backup/options.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import { formatBytes } from "../units.js";
 import { MAX_STRING_BYTES } from "../nbd/protocol.js";
 import type { TlsSettings } from "../nbd/server-tls.js";

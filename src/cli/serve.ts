@@ -4,7 +4,7 @@ import { unlinkSync } from "node:fs";
 import { LiveHost } from "../backup/live-host.js";
 import { ControlServer } from "../control/server.js";
 import { DiskNode } from "../cow/disk-node.js";
-import type { Image } from "../image/device.js";
+import type { Image } from "../block/device.js";
 import { openImage } from "../image/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../nbd/listen.js";
 import { notifyReady } from "../nbd/notify.js";

@@ -3,7 +3,7 @@
 import type { SnapshotPublisher } from "../backup/snapshot.js";
 import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
-import type { BlockDevice } from "../image/device.js";
+import type { BlockDevice } from "../block/device.js";
 import type { StatusContext } from "../nbd/export.js";
 import type { NbdExport, NbdServer } from "../nbd/server.js";
 

@@ -5,7 +5,7 @@
 // `giveBack` returns the room. Between the two the caller holds the chunk, so nobody else sees half a capture.
 
 import { CowcatcherError } from "../errors.js";
-import type { BlockDevice } from "../image/device.js";
+import type { BlockDevice } from "../block/device.js";
 import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
 import { HeldBlocks } from "./held-blocks.js";
 import {

@@ -20,7 +20,7 @@
 // what lies below it goes through the same states, as its captures must be given back; it is neither read nor
 // written, so that the target shows what it builds on itself.
 
-import type { SourceReader } from "../image/device.js";
+import type { SourceReader } from "../block/device.js";
 import { copyBytes } from "../native/libc.js";
 import type { TargetWriter } from "../target/target.js";
 import { type DrainIo, STEP, type Steps } from "./drain-io.js";

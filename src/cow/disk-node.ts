@@ -16,7 +16,7 @@
 // Storage that does not answer would hold up the guests of all the disks. So all of it has one limit, a guest
 // write's own; then the gates open and the start has failed. So they do at once when the start is cancelled.
 
-import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../image/device.js";
+import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../block/device.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { GiB } from "../units.js";
 import type { Interceptor } from "./interceptor.js";

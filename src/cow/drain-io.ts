@@ -5,7 +5,7 @@
 
 import type { OnIoError } from "../backup/options.js";
 import { CowcatcherError } from "../errors.js";
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import {
   CNT_RATE_NEXT_NS,
   CTL_IGNORED_ERRORS,

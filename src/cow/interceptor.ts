@@ -22,7 +22,7 @@
 
 import type { JobOptions } from "../backup/options.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import { CaptureStore, type CaptureStoreOptions, CaptureWork } from "./capture-store.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import { Pacer } from "./pacer.js";

@@ -23,7 +23,7 @@
 
 import { copyBytes } from "../native/libc.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import type { BlockDevice, BlockStatus, Completion } from "../image/device.js";
+import type { BlockDevice, BlockStatus, Completion } from "../block/device.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import { captureLength, captureStart, type SharedState, SPILLED } from "./shared.js";
 import type { SpillFile } from "./spill.js";

@@ -12,8 +12,8 @@
 
 import { readSync, writeSync } from "node:fs";
 import { CowcatcherError, ioError } from "../errors.js";
-import type { Completion } from "../image/device.js";
-import { readFully } from "../image/fileio.js";
+import type { Completion } from "../block/device.js";
+import { readFully } from "../block/file/fileio.js";
 import { libc } from "../native/libc.js";
 import { roundUp } from "../units.js";
 import { BLOCK_BYTES, type Geometry } from "./geometry.js";

@@ -21,7 +21,7 @@
 import * as path from "node:path";
 import { CowcatcherError, type ErrorCode } from "../errors.js";
 import { NBD_DEFAULT_PORT, type NbdAddress, formatNbdUri, parseNbdUri } from "../nbd/uri.js";
-import { type ImageFormat, isImageFormat } from "./format.js";
+import { type ImageFormat, isImageFormat } from "../block/format.js";
 
 /** Of a name in a qcow2 header, by the specification. */
 export const MAX_BACKING_NAME_BYTES = 1023;

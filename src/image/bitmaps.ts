@@ -1,7 +1,7 @@
 // A persistent dirty bitmap of an image: looked for in the image, then in its backing files, as QEMU does. Main thread.
 
 import { CowcatcherError } from "../errors.js";
-import type { Image } from "./device.js";
+import type { Image } from "../block/device.js";
 import type { DirtyBitmap } from "./qcow2/bitmap.js";
 import { Qcow2Image } from "./qcow2/image.js";
 

@@ -6,7 +6,7 @@
 // must be equal too. Memory: two buffers of COMPARE_PIECE_BYTES. Main thread; the event loop runs between pieces.
 
 import { MiB } from "../units.js";
-import type { BlockDevice, BlockStatus } from "./device.js";
+import type { BlockDevice, BlockStatus } from "../block/device.js";
 import { endOfLastSector } from "./last-sector.js";
 
 export const COMPARE_PIECE_BYTES = 1 * MiB;

@@ -9,9 +9,9 @@
 import { fstatSync } from "node:fs";
 import * as path from "node:path";
 import { CowcatcherError } from "../errors.js";
-import { closeFile } from "./fileio.js";
-import { openImageFile } from "./imagefile.js";
-import { acquireImageLock } from "./locks.js";
+import { closeFile } from "../block/file/fileio.js";
+import { openImageFile } from "../block/file/image-file.js";
+import { acquireImageLock } from "../block/file/locks.js";
 import { type Qcow2Header, hasExternalDataFile } from "./qcow2/header.js";
 
 export interface ExternalData {

@@ -2,7 +2,7 @@
 // to it, reads as zeroes, and is provided by whoever provides the disk.
 
 import { roundUp } from "../units.js";
-import type { BlockStatus, Image } from "./device.js";
+import type { BlockStatus, Image } from "../block/device.js";
 
 export const SECTOR_BYTES = 512;
 

@@ -10,16 +10,16 @@ import { CowcatcherError, ioError } from "../errors.js";
 import { openNbdImage } from "../nbd/device.js";
 import { isNbdUri } from "../nbd/uri.js";
 import { resolveBacking } from "./backing-name.js";
-import type { Image } from "./device.js";
+import type { Image } from "../block/device.js";
 import { type ExternalData, fileIdentity, openExternalData } from "./external-data.js";
-import { closeFile, readFirstBytes, readFullySync } from "./fileio.js";
-import type { ImageFormat } from "./format.js";
-import { acquireImageLock } from "./locks.js";
+import { closeFile, readFirstBytes, readFullySync } from "../block/file/fileio.js";
+import type { ImageFormat } from "../block/format.js";
+import { acquireImageLock } from "../block/file/locks.js";
 import { PROBE_BYTES, probeFormat, probeSignature } from "./probe.js";
 import { repairIfDirty } from "./qcow2/check.js";
 import { assertSupported, type Qcow2Header, readHeader } from "./qcow2/header.js";
 import { openQcow2 } from "./qcow2/image.js";
-import { openImageFile } from "./imagefile.js";
+import { openImageFile } from "../block/file/image-file.js";
 import { openRaw } from "./raw.js";
 
 /** Stated bound of a backing chain; QEMU has none, and chains in use are shorter than 100. */

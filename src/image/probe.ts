@@ -5,7 +5,7 @@
 // know at least what this project's and QEMU's own probing would find.
 
 import { CowcatcherError } from "../errors.js";
-import type { ImageFormat } from "./format.js";
+import type { ImageFormat } from "../block/format.js";
 
 /** As much of a file as a format's header is looked for in (QEMU's BLOCK_PROBE_BUF_SIZE). */
 export const PROBE_BYTES = 512;

@@ -23,9 +23,9 @@ import type {
   Image,
   ImageFile,
   WriteZeroesOptions,
-} from "./device.js";
-import { DirectFile } from "./direct.js";
-import { sizeOf } from "./devicesize.js";
+} from "../block/device.js";
+import { DirectFile } from "../block/file/direct.js";
+import { sizeOf } from "../block/file/device-size.js";
 import {
   closeFile,
   errnoError,
@@ -36,7 +36,7 @@ import {
   syncFileData,
   writeFully,
   writeFullySync,
-} from "./fileio.js";
+} from "../block/file/fileio.js";
 import { PROBE_BYTES } from "./probe.js";
 import { ProbeGuard } from "./probeguard.js";
 

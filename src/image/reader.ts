@@ -3,7 +3,7 @@
 // A worker has nothing else to do while it reads, so raw reads are plain synchronous preads: no event loop, no
 // promise. Each reader belongs to one thread; descriptors are the main thread's, shared and never closed here.
 
-import type { RawSourceDescription, SourceDescription, SourceReader, Completion } from "./device.js";
+import type { RawSourceDescription, SourceDescription, SourceReader, Completion } from "../block/device.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { KiB, roundDown, roundUp } from "../units.js";
 import {
@@ -13,7 +13,7 @@ import {
   pageAlignedMemory,
   readFullySync,
   readOnceSync,
-} from "./fileio.js";
+} from "../block/file/fileio.js";
 import { NbdSourceReader } from "../nbd/reader.js";
 import { Qcow2SourceReader } from "./qcow2/reader.js";
 

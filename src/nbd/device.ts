@@ -19,7 +19,7 @@ import type {
   Image,
   NbdSourceDescription,
   WriteZeroesOptions,
-} from "../image/device.js";
+} from "../block/device.js";
 import { MAX_RANGE_BYTES, type NbdClient } from "./client.js";
 import { readRange, trimRange, writeRange, type ZeroPolicy, zeroRange } from "./client-io.js";
 import { NbdSession } from "./client-session.js";

@@ -1,6 +1,6 @@
 // What a server offers under a name.
 
-import type { BlockDevice } from "../image/device.js";
+import type { BlockDevice } from "../block/device.js";
 import { MiB } from "../units.js";
 import type { ReplyForm } from "./handshake.js";
 import {

@@ -4,7 +4,7 @@
 // of a fragmented disk would be millions of questions whose answers merge into a single run.
 
 import { CowcatcherError } from "../errors.js";
-import type { BlockDevice, BlockStatus } from "../image/device.js";
+import type { BlockDevice, BlockStatus } from "../block/device.js";
 import type { StatusContext } from "./export.js";
 import { NBD_STATE_HOLE, NBD_STATE_ZERO } from "./protocol.js";
 

@@ -9,7 +9,7 @@
 // blocking: the server is on this machine, and reads are system calls (blocking-reader.ts). The session asks again
 // for what that did not get, reconnects, and tells what is wrong.
 
-import type { Completion, NbdSourceDescription, SourceReader } from "../image/device.js";
+import type { Completion, NbdSourceDescription, SourceReader } from "../block/device.js";
 import { BlockingReader } from "./blocking-reader.js";
 import { readRange } from "./client-io.js";
 import { NbdSession } from "./client-session.js";

@@ -3,7 +3,7 @@
 // The reply is laid out in one stretch: for each run a chunk, data or hole, the last one marked as done. All of it
 // is sent together once the device has filled the data, so an error can still turn the whole into one error chunk.
 
-import type { BlockDevice, Completion } from "../image/device.js";
+import type { BlockDevice, Completion } from "../block/device.js";
 import { ExtentList } from "./extents.js";
 import { HOLE_SEARCH_MIN_BYTES, MAX_HOLE_QUERIES, MAX_READ_CHUNKS } from "./limits.js";
 import { NBD_STATE_ZERO } from "./protocol.js";

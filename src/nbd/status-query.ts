@@ -1,6 +1,6 @@
 // One BLOCK_STATUS request: which contexts it asks about, their runs, the answer.
 
-import type { BlockDevice } from "../image/device.js";
+import type { BlockDevice } from "../block/device.js";
 import { contextRuns, ExtentList, type ExtentBounds, type ExtentRuns } from "./extents.js";
 import { MAX_STATUS_EXTENTS, MAX_STATUS_QUERIES } from "./limits.js";
 import type { MetaContext } from "./meta-contexts.js";

@@ -16,7 +16,7 @@
 // Specification: doc/proto.md, "Transmission phase". Main thread only.
 
 import { messageOf } from "../errors.js";
-import type { BlockDevice, Completion } from "../image/device.js";
+import type { BlockDevice, Completion } from "../block/device.js";
 import type { NbdLogger } from "./export.js";
 import type { Negotiated } from "./handshake.js";
 import {

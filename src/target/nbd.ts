@@ -18,7 +18,7 @@
 // is asked for that first (nbd/unflushed.ts); where it is gone the backup fails: its data is in no one's hands any more.
 
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import { NbdClient } from "../nbd/client.js";
 import { writeRange, type ZeroPolicy, zeroRange } from "../nbd/client-io.js";
 import { NbdSession } from "../nbd/client-session.js";

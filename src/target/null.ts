@@ -1,6 +1,6 @@
 // The target `null:`, which throws everything away: for measuring what a source can give.
 
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import type { NullTargetDescription, Target, TargetWriter } from "./target.js";
 
 export const NULL_TARGET_PATH = "null:";

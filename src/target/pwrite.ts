@@ -5,7 +5,7 @@
 import { writeSync } from "node:fs";
 import { constants } from "node:os";
 import { type CowcatcherError } from "../errors.js";
-import { errnoError, pageAlignedMemory } from "../image/fileio.js";
+import { errnoError, pageAlignedMemory } from "../block/file/fileio.js";
 import { libc } from "../native/libc.js";
 import { MiB } from "../units.js";
 

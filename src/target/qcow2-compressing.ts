@@ -17,7 +17,7 @@
 // failed, with the same places. When the caller gives up, the places stay unused and uncounted, unless entries may
 // be in the table already: then the worst that `qemu-img check` reports is leaked clusters.
 
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import { Compressor } from "../image/qcow2/compress.js";
 import type { Compression } from "../image/qcow2/compression.js";
 import { MiB } from "../units.js";

@@ -2,7 +2,7 @@
 // extensions, the backing file's name.
 
 import { CowcatcherError } from "../errors.js";
-import type { ImageFormat } from "../image/format.js";
+import type { ImageFormat } from "../block/format.js";
 import type { CompressionType } from "../image/qcow2/header.js";
 import { HEADER_CLUSTER_COUNT, type Qcow2Geometry, type RefcountPlan } from "./qcow2-layout.js";
 

@@ -15,7 +15,7 @@
 // the table already: then it stays allocated, and in the worst case `qemu-img check` reports a few leaked clusters.
 
 import { CowcatcherError } from "../errors.js";
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import { enterGate, leaveGate } from "./gate.js";
 import { pwriteAll, pwriteData, writeError } from "./pwrite.js";
 import { HostClusters } from "./qcow2-hosts.js";

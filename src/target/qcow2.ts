@@ -15,7 +15,7 @@
 // after a crash no old header may come back over new clusters. A file needs none of it: it has no name yet.
 
 import { CowcatcherError } from "../errors.js";
-import { writeFully } from "../image/fileio.js";
+import { writeFully } from "../block/file/fileio.js";
 import { checkCompression } from "../image/qcow2/compress.js";
 import type { CompressionType } from "../image/qcow2/header.js";
 import { KiB, MiB } from "../units.js";

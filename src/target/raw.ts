@@ -6,7 +6,7 @@
 import { promisify } from "node:util";
 import * as fs from "node:fs";
 import { CowcatcherError, ioError } from "../errors.js";
-import type { Completion } from "../image/device.js";
+import type { Completion } from "../block/device.js";
 import { FileTarget } from "./file-target.js";
 import { openTargetFile, type TargetFile } from "./file.js";
 import { enterGate, GATE_WORDS, leaveGate } from "./gate.js";

@@ -1,8 +1,8 @@
 // What a backup is written to. The main thread makes, finishes or abandons a Target; each worker opens a
 // TargetWriter on its description. Nothing else crosses: no message a cluster.
 
-import type { Completion } from "../image/device.js";
-import type { ImageFormat } from "../image/format.js";
+import type { Completion } from "../block/device.js";
+import type { ImageFormat } from "../block/format.js";
 import type { Compression } from "../image/qcow2/compression.js";
 
 export interface TargetOptions {

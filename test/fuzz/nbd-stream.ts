@@ -16,7 +16,7 @@ import { mkdtempSync, readdirSync, rmSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { Completion } from "../../src/image/device.js";
+import type { Completion } from "../../src/block/device.js";
 import { listenUnix } from "../../src/nbd/listen.js";
 import { NbdServer, type NbdLogger } from "../../src/nbd/server.js";
 import { MemoryDevice, RawClient, goData, optionBytes, requestBytes } from "../support/nbd-peer.js";

@@ -11,7 +11,7 @@ import type { CommandContext } from "../../src/cli/context.js";
 import { runInfo } from "../../src/cli/info.js";
 import { mergedEntries } from "../../src/cli/map.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { Image, SourceReader } from "../../src/image/device.js";
+import type { Image, SourceReader } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { checkImage } from "../../src/image/qcow2/check.js";
 import { openSource } from "../../src/image/reader.js";

@@ -2,7 +2,7 @@
 import { closeSync, openSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { createQcow2 } from "../../src/image/qcow2/create.js";
 import { openSource } from "../../src/image/reader.js";

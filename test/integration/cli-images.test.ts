@@ -7,7 +7,7 @@ import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { runProgram } from "../../src/cli/program.js";
-import { acquireImageLock } from "../../src/image/locks.js";
+import { acquireImageLock } from "../../src/block/file/locks.js";
 import { COWCATCHER_BIN, cowcatcher, run, type RunResult } from "../support/cli.js";
 
 const startFolder = process.cwd();

@@ -3,7 +3,7 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { MAX_BACKING_DEPTH, openImage, resolveBackingPath } from "../../src/image/open.js";
 import { createQcow2 } from "../../src/image/qcow2/create.js";
 import { libc } from "../../src/native/libc.js";

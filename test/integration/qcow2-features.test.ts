@@ -7,7 +7,7 @@ import { cpSync, existsSync, mkdirSync, readFileSync, writeFileSync } from "node
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { runProgram as RunProgram } from "../../src/cli/program.js";
-import type { Image, SourceReader } from "../../src/image/device.js";
+import type { Image, SourceReader } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { openSource } from "../../src/image/reader.js";
 import { KiB } from "../../src/units.js";

@@ -6,7 +6,7 @@ import * as fs from "node:fs";
 import * as path from "node:path";
 import { afterAll, beforeEach, describe, expect, it } from "vitest";
 import { CowcatcherError } from "../../src/errors.js";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { type CheckResult, checkImage } from "../../src/image/qcow2/check.js";
 import { openSource } from "../../src/image/reader.js";

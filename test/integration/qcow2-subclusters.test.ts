@@ -8,7 +8,7 @@ import * as os from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { type MapEntry, mergedEntries } from "../../src/cli/map.js";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { createQcow2 } from "../../src/image/qcow2/create.js";
 import { openSource } from "../../src/image/reader.js";

@@ -38,7 +38,7 @@ import {
 } from "../../src/cow/shared.js";
 import { SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
-import type { Completion, Image, SourceReader } from "../../src/image/device.js";
+import type { Completion, Image, SourceReader } from "../../src/block/device.js";
 import type { TargetWriter } from "../../src/target/target.js";
 import type { OnBufferFull } from "../../src/backup/options.js";
 import { Random } from "../support/random.js";

@@ -7,7 +7,7 @@ import * as fs from "node:fs";
 import * as os from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { KiB, MiB } from "../../src/units.js";
 

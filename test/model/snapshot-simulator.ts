@@ -15,7 +15,7 @@ import { createSharedState } from "../../src/cow/shared.js";
 import { SnapshotDevice } from "../../src/cow/snapshot-device.js";
 import { SpillFile } from "../../src/cow/spill.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { BlockStatus, Completion, Image } from "../../src/image/device.js";
+import type { BlockStatus, Completion, Image } from "../../src/block/device.js";
 import { Random } from "../support/random.js";
 
 const KiB = 1024;

@@ -15,7 +15,7 @@ import {
 } from "../../src/cow/shared.js";
 import { SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
-import type { BlockDevice, Completion } from "../../src/image/device.js";
+import type { BlockDevice, Completion } from "../../src/block/device.js";
 
 export const MiB = 1024 * 1024;
 

@@ -4,7 +4,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { BlockDevice, BlockStatus, Completion, WriteZeroesOptions } from "../../src/image/device.js";
+import type { BlockDevice, BlockStatus, Completion, WriteZeroesOptions } from "../../src/block/device.js";
 import { listenUnix, type NbdListener } from "../../src/nbd/listen.js";
 import {
   NBD_CMD_FLAG_DF,

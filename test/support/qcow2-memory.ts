@@ -2,7 +2,7 @@
 // writes and syncs are logged, so that a crash can be staged at any moment (Crash, below).
 
 import { setImmediate as nextTurn } from "node:timers/promises";
-import type { BlockStatus, Completion, FrozenSource, Image } from "../../src/image/device.js";
+import type { BlockStatus, Completion, FrozenSource, Image } from "../../src/block/device.js";
 import type { QcowFile } from "../../src/image/qcow2/file.js";
 
 /** `file` is its name: two files may share one log. */

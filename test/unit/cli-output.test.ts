@@ -9,7 +9,7 @@ import { qemuHex, qemuSize } from "../../src/cli/qemu-text.js";
 import { errorLine, errorMessage } from "../../src/cli/report.js";
 import type { JobSummary } from "../../src/control/jobs-from-qmp.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { BlockStatus } from "../../src/image/device.js";
+import type { BlockStatus } from "../../src/block/device.js";
 import { GiB, KiB, MiB, TiB } from "../../src/units.js";
 
 describe("errors", () => {

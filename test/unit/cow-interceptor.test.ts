@@ -9,7 +9,7 @@ import {
 } from "../../src/cow/shared.js";
 import { SpillFile } from "../../src/cow/spill.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { CowcatcherError } from "../../src/errors.js";
 import {
   BLOCK_BYTES,

@@ -11,7 +11,7 @@ import {
   RUN_RUNNING,
 } from "../../src/cow/shared.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { Completion } from "../../src/image/device.js";
+import type { Completion } from "../../src/block/device.js";
 import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
 
 const SIZE_BYTES = 2 * MiB + 5000;

@@ -5,7 +5,7 @@ import { Drainer } from "../../src/cow/drain.js";
 import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
 import { createSharedState, type SharedState } from "../../src/cow/shared.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { SourceReader } from "../../src/image/device.js";
+import type { SourceReader } from "../../src/block/device.js";
 import type { TargetWriter } from "../../src/target/target.js";
 import { Random } from "../support/random.js";
 

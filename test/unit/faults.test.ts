@@ -3,7 +3,7 @@ import { describe, expect, it } from "vitest";
 import { parseFaults, withFaults } from "../../src/backup/faults.js";
 import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../../src/cow/shared.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { SourceReader } from "../../src/image/device.js";
+import type { SourceReader } from "../../src/block/device.js";
 import type { TargetWriter } from "../../src/target/target.js";
 
 const MiB = 1024 * 1024;

@@ -7,7 +7,7 @@ import type { HostedJob, ListedJob } from "../../src/backup/hosted-job.js";
 import { JobStart, type StandIn, UNDO_GRACE_MS } from "../../src/backup/job-start.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { Completion, Image } from "../../src/image/device.js";
+import type { Completion, Image } from "../../src/block/device.js";
 import { turns } from "../support/cow-engine.js";
 import { NO_PROGRESS } from "../support/fake-job-host.js";
 

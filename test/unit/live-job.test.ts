@@ -9,7 +9,7 @@ import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
 import { CNT_DONE_BYTES, CTL_RUN, RUN_ABORTING, type SharedBuffers } from "../../src/cow/shared.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import type { Target } from "../../src/target/target.js";
 import { ColdDisk, MiB, turns } from "../support/cow-engine.js";
 

@@ -4,7 +4,7 @@ import { mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import type { Image } from "../../src/image/device.js";
+import type { Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import * as nbd from "../../src/nbd/protocol.js";
 import { MemoryDevice, requestBytes, TestServer } from "../support/nbd-peer.js";

@@ -1,7 +1,7 @@
 // Clients that mean harm, or are broken: other guests go on, memory stays bounded, nothing leaks.
 import { readdirSync } from "node:fs";
 import { afterEach, describe, expect, test, vi } from "vitest";
-import type { Completion } from "../../src/image/device.js";
+import type { Completion } from "../../src/block/device.js";
 import * as nbd from "../../src/nbd/protocol.js";
 import type { NbdServerOptions } from "../../src/nbd/server.js";
 import {

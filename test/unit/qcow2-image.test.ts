@@ -6,7 +6,7 @@ import * as os from "node:os";
 import * as path from "node:path";
 import { setImmediate as nextTurn } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import type { BlockStatus, Image } from "../../src/image/device.js";
+import type { BlockStatus, Image } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
 import { openQcow2, type Qcow2Image } from "../../src/image/qcow2/image.js";
 import { KiB, MiB, TiB } from "../../src/units.js";

@@ -5,7 +5,7 @@ import { Interceptor } from "../../src/cow/interceptor.js";
 import { allocatePages } from "../../src/cow/page-memory.js";
 import { createSharedState } from "../../src/cow/shared.js";
 import { SnapshotDevice } from "../../src/cow/snapshot-device.js";
-import type { BlockDevice, BlockStatus, Completion } from "../../src/image/device.js";
+import type { BlockDevice, BlockStatus, Completion } from "../../src/block/device.js";
 import { GiB } from "../../src/units.js";
 import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
 

@@ -6,7 +6,7 @@ import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import { backupFromArguments } from "../../src/control/backup-arguments.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
 import { CowcatcherError } from "../../src/errors.js";
-import type { BlockDevice, Completion, Image } from "../../src/image/device.js";
+import type { BlockDevice, Completion, Image } from "../../src/block/device.js";
 import { ColdDisk, MiB, turns } from "../support/cow-engine.js";
 
 class Disk extends ColdDisk {

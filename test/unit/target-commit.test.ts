@@ -5,8 +5,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { CowcatcherError } from "../../src/errors.js";
-import * as fileio from "../../src/image/fileio.js";
-import { acquireImageLock } from "../../src/image/locks.js";
+import * as fileio from "../../src/block/file/fileio.js";
+import { acquireImageLock } from "../../src/block/file/locks.js";
 import { libc } from "../../src/native/libc.js";
 import { createTarget } from "../../src/target/create.js";
 import type { Target } from "../../src/target/target.js";
@@ -14,7 +14,7 @@ import { MiB } from "../../src/units.js";
 
 let folderSync: (() => Promise<void>) | null;
 
-vi.mock("../../src/image/fileio.js", async (importOriginal) => {
+vi.mock("../../src/block/file/fileio.js", async (importOriginal) => {
   const original = await importOriginal<typeof fileio>();
   return {
     ...original,

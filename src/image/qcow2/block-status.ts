@@ -10,8 +10,8 @@
 //
 // Main thread only.
 
-import type { BlockStatus, Image } from "../device.js";
-import { FileExtents } from "../fileio.js";
+import type { BlockStatus, Image } from "../../block/device.js";
+import { FileExtents } from "../../block/file/fileio.js";
 import { endOfLastSector, lastSectorStatus } from "../last-sector.js";
 import { ClusterKind, ClusterRun, hasHost } from "./entry.js";
 import type { QcowFile } from "./file.js";

@@ -9,10 +9,10 @@
 
 import { closeSync, openSync } from "node:fs";
 import { CowcatcherError, ioError } from "../../errors.js";
-import { closeFile, readFirstBytes } from "../fileio.js";
-import type { ImageFormat } from "../format.js";
-import { openImageFile } from "../imagefile.js";
-import { acquireImageLock } from "../locks.js";
+import { closeFile, readFirstBytes } from "../../block/file/fileio.js";
+import type { ImageFormat } from "../../block/format.js";
+import { openImageFile } from "../../block/file/image-file.js";
+import { acquireImageLock } from "../../block/file/locks.js";
 import { PROBE_BYTES, probeFormat } from "../probe.js";
 import type { RepairMode } from "./check-state.js";
 import type { CheckProgress } from "./check-tables.js";

@@ -10,10 +10,10 @@
 import { ftruncateSync } from "node:fs";
 import { CowcatcherError, ioError } from "../../errors.js";
 import { TiB, formatBytes, roundUp } from "../../units.js";
-import { writeFullySync } from "../fileio.js";
-import type { ImageFormat } from "../format.js";
+import { writeFullySync } from "../../block/file/fileio.js";
+import type { ImageFormat } from "../../block/format.js";
 import { SECTOR_BYTES } from "../last-sector.js";
-import { preallocate, type Preallocation } from "../preallocate.js";
+import { preallocate, type Preallocation } from "../../block/file/preallocate.js";
 import { type Layout, Mapped, layOut, subclusterBytes } from "./create-layout.js";
 import { writeMapping, writeRefcounts, type WriteAt } from "./create-tables.js";
 import { EXTENDED_ENTRY_BYTES } from "./extended-entry.js";

@@ -10,8 +10,8 @@ import { constants } from "node:os";
 import { setImmediate as nextTurn } from "node:timers/promises";
 import { libc } from "../../native/libc.js";
 import { KiB, MiB } from "../../units.js";
-import type { Completion } from "../device.js";
-import { errnoError } from "../fileio.js";
+import type { Completion } from "../../block/device.js";
+import { errnoError } from "../../block/file/fileio.js";
 import { BufferedFile, type QcowFile } from "./file.js";
 
 /** One fallocate call. */

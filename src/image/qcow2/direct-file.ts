@@ -16,7 +16,7 @@ import {
   readOnce,
   readOnceSync,
   writeFully,
-} from "../fileio.js";
+} from "../../block/file/fileio.js";
 import { QcowFileBase, type QcowFile } from "./file.js";
 
 const BOUNCE_BYTES = 1 * MiB;

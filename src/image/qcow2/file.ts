@@ -9,9 +9,16 @@
 import * as fs from "node:fs";
 import { ioError } from "../../errors.js";
 import { EAGAIN, EOPNOTSUPP, libc } from "../../native/libc.js";
-import type { Completion } from "../device.js";
-import { sizeOf } from "../devicesize.js";
-import { closeFile, errnoError, readFully, readFullySync, syncFileData, writeFullySync } from "../fileio.js";
+import type { Completion } from "../../block/device.js";
+import { sizeOf } from "../../block/file/device-size.js";
+import {
+  closeFile,
+  errnoError,
+  readFully,
+  readFullySync,
+  syncFileData,
+  writeFullySync,
+} from "../../block/file/fileio.js";
 
 export interface QcowFile {
   readonly name: string;

@@ -10,7 +10,7 @@
 
 import { setImmediate as nextTurn } from "node:timers/promises";
 import { MiB } from "../../units.js";
-import type { Completion } from "../device.js";
+import type { Completion } from "../../block/device.js";
 import type { LentTable } from "./cached-table.js";
 import type { TablePiece } from "./entry-table.js";
 import type { QcowFile } from "./file.js";

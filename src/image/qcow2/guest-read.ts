@@ -7,7 +7,7 @@
 // Main thread only.
 
 import { toCowcatcherError } from "../../errors.js";
-import type { BlockDevice, Completion } from "../device.js";
+import type { BlockDevice, Completion } from "../../block/device.js";
 import type { Decompressor } from "./decompress.js";
 import { ClusterKind, ClusterRun } from "./entry.js";
 import type { QcowFile } from "./file.js";

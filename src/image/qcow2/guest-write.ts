@@ -21,7 +21,7 @@
 // `step` works as in guest-read.ts. Main thread only.
 
 import { toCowcatcherError } from "../../errors.js";
-import type { BlockDevice, Completion } from "../device.js";
+import type { BlockDevice, Completion } from "../../block/device.js";
 import type { CachedTable } from "./cached-table.js";
 import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "./entry.js";
 import { onesFrom, unitMask } from "./extended-entry.js";

@@ -22,7 +22,7 @@
 
 import { toCowcatcherError } from "../../errors.js";
 import { MiB } from "../../units.js";
-import type { BlockDevice, Completion } from "../device.js";
+import type { BlockDevice, Completion } from "../../block/device.js";
 import type { CachedTable } from "./cached-table.js";
 import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "./entry.js";
 import { unitMask } from "./extended-entry.js";

@@ -25,7 +25,7 @@ import type {
   ImageFile,
   Qcow2SourceDescription,
   WriteZeroesOptions,
-} from "../device.js";
+} from "../../block/device.js";
 import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./bitmap.js";
 import { BlockStatusQuery } from "./block-status.js";
 import { DataFile } from "./data-file.js";

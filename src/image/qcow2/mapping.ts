@@ -10,7 +10,7 @@
 //
 // Main thread only.
 
-import type { Completion } from "../device.js";
+import type { Completion } from "../../block/device.js";
 import { MiB } from "../../units.js";
 import { CachedTable, TableCache } from "./cached-table.js";
 import { ALL_UNITS, type EntryDecoder, HIGH_COPIED, LOW_ZERO, highWord } from "./entry.js";

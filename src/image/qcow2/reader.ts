@@ -9,7 +9,7 @@
 
 import { toCowcatcherError } from "../../errors.js";
 import { MiB } from "../../units.js";
-import type { Completion, Qcow2SourceDescription, SourceReader } from "../device.js";
+import type { Completion, Qcow2SourceDescription, SourceReader } from "../../block/device.js";
 import { CachedTable, TableCache } from "./cached-table.js";
 import { Decompressor } from "./decompress.js";
 import { ClusterKind, ClusterRun, type EntryDecoder } from "./entry.js";

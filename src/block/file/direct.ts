@@ -13,8 +13,8 @@
 // the device only, so no circle can form. Main thread only; I/O runs in libuv's pool.
 
 import { constants } from "node:fs";
-import { CowcatcherError } from "../errors.js";
-import { KiB, roundDown, roundUp } from "../units.js";
+import { CowcatcherError } from "../../errors.js";
+import { KiB, roundDown, roundUp } from "../../units.js";
 import {
   DIRECT_ALIGNMENT_BYTES,
   closeFile,

@@ -3,7 +3,7 @@
 import { readFileSync } from "node:fs";
 import type { Stats } from "node:fs";
 import { DIRECT_ALIGNMENT_BYTES, pageAlignedMemory, readFullySync } from "./fileio.js";
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError } from "../../errors.js";
 
 /** The unit of /sys/dev/block/…/size, whatever the device's own block size. */
 const SYSFS_SECTOR_BYTES = 512;

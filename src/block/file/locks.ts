@@ -11,9 +11,9 @@
 //
 // Without libc, or on a file system without such locks, nothing is locked and nothing is refused.
 
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError } from "../../errors.js";
 import { constants } from "node:os";
-import { F_RDLCK, F_UNLCK, F_WRLCK, libc } from "../native/libc.js";
+import { F_RDLCK, F_UNLCK, F_WRLCK, libc } from "../../native/libc.js";
 import { errnoError } from "./fileio.js";
 
 /** BLK_PERM_* of include/block/block-common.h: bit number and the name in QEMU's messages. */

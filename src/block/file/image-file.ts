@@ -2,7 +2,7 @@
 
 import { constants } from "node:fs";
 import type { Stats } from "node:fs";
-import { CowcatcherError, errnoOf, ioError } from "../errors.js";
+import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import { openFile, statPath } from "./fileio.js";
 
 /**

@@ -8,8 +8,8 @@
 import * as fs from "node:fs";
 import { constants } from "node:os";
 import { getSystemErrorName, promisify } from "node:util";
-import { type CowcatcherError, ioError } from "../errors.js";
-import { libc } from "../native/libc.js";
+import { type CowcatcherError, ioError } from "../../errors.js";
+import { libc } from "../../native/libc.js";
 
 /** What O_DIRECT asks of offsets, lengths and addresses at most: no device in use has larger logical blocks. */
 export const DIRECT_ALIGNMENT_BYTES = 4096;

@@ -2,8 +2,8 @@
 // Synchronous: whoever creates an image waits for it.
 
 import { constants } from "node:os";
-import { libc } from "../native/libc.js";
-import { MiB } from "../units.js";
+import { libc } from "../../native/libc.js";
+import { MiB } from "../../units.js";
 import { errnoError, writeFullySync } from "./fileio.js";
 
 /** QEMU's modes. `metadata` concerns the format's tables alone. */

@@ -2,7 +2,13 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { overlap, type Storage, storageAt, storageBelow, storageOfFd } from "../../src/image/storage.js";
+import {
+  overlap,
+  type Storage,
+  storageAt,
+  storageBelow,
+  storageOfFd,
+} from "../../../src/block/file/storage.js";
 
 let folder: string;
 const at = (...names: string[]): string => join(folder, ...names);

@@ -4,8 +4,8 @@ import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { promisify } from "node:util";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { acquireImageLock, releaseImageLock } from "../../src/image/locks.js";
-import { libc } from "../../src/native/libc.js";
+import { acquireImageLock, releaseImageLock } from "../../../src/block/file/locks.js";
+import { libc } from "../../../src/native/libc.js";
 
 const run = promisify(execFile);
 
