@@ -8,7 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { ControlClient } from "../src/control/client.js";
 import { CowcatcherError } from "../src/errors.js";
-import { NbdClient } from "../src/nbd/client.js";
+import { NbdClient } from "../src/nbd/client/client.js";
 import { MiB, formatBytes, formatDuration } from "../src/units.js";
 import { childError, runMain, runProgram, scratchFolder, sleep } from "./lib/children.js";
 import { COWCATCHER_BIN, startCowcatcher, startServe } from "./lib/cowcatcher.js";

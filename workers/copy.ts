@@ -19,8 +19,8 @@ import { toCowcatcherError } from "../src/errors.js";
 import type { SourceDescription, SourceReader } from "../src/block/device.js";
 import { openSource } from "../src/image/reader.js";
 import { libc } from "../src/native/libc.js";
-import { isForBlocking } from "../src/nbd/blocking-reader.js";
-import { parseNbdUri } from "../src/nbd/uri.js";
+import { isForBlocking } from "../src/nbd/client/blocking-reader.js";
+import { parseNbdUri } from "../src/nbd/wire/uri.js";
 import type { TargetWriter } from "../src/target/target.js";
 import { openTarget } from "../src/target/writer.js";
 

@@ -20,8 +20,8 @@ import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/er
 import type { SourceReader } from "../src/block/device.js";
 import { openImage } from "../src/image/open.js";
 import { openSource } from "../src/image/reader.js";
-import { NbdImage } from "../src/nbd/device.js";
-import { isNbdUri } from "../src/nbd/uri.js";
+import { NbdImage } from "../src/nbd/client/device.js";
+import { isNbdUri } from "../src/nbd/wire/uri.js";
 import { libc, POSIX_FADV_DONTNEED } from "../src/native/libc.js";
 import { roundUp } from "../src/units.js";
 

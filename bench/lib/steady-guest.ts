@@ -6,7 +6,7 @@
 // piled up. Latency is from the request to its reply.
 
 import { randomFillSync } from "node:crypto";
-import type { NbdClient } from "../../src/nbd/client.js";
+import type { NbdClient } from "../../src/nbd/client/client.js";
 import { KiB, MiB } from "../../src/units.js";
 import { sleep } from "./children.js";
 

@@ -3,7 +3,7 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
-import type { NbdPlace } from "../nbd/place.js";
+import type { NbdPlace } from "../nbd/wire/place.js";
 import { BufferStore } from "./buffer-store.js";
 import { ABORT_GRACE_MS } from "./copy-run.js";
 import { CopyThreads } from "./copy-threads.js";

@@ -5,7 +5,7 @@ import type { CowcatcherError } from "../errors.js";
 import type { Image } from "../block/device.js";
 import { openImage } from "../image/open.js";
 import type { ImageFormat } from "../block/format.js";
-import { NbdImage } from "../nbd/device.js";
+import { NbdImage } from "../nbd/client/device.js";
 import { createTarget } from "../target/create.js";
 import { openBacking } from "./backing-check.js";
 import { endPool, takeCopyPool } from "./copy-pool.js";

@@ -4,7 +4,7 @@
 // The image locks refuse most of it, but not everywhere: there are file systems without them, systems without libc,
 // second device nodes, and NBD. A target that got through would be the end of the disk: a file is renamed over it, a
 // device or an export is overwritten with what is old by then. So each open file of each image, and of its backing
-// chain, is compared with the target by what it is (block/file/storage.ts), and each export by where it is (nbd/place.ts).
+// chain, is compared with the target by what it is (block/file/storage.ts), and each export by where it is (nbd/wire/place.ts).
 //
 // A target may well be built on the file that the source is built on. But what a guest writes to, or what is behind
 // this server's own exports, changes under a target that is built on it: `refuseChangingBacking`.
@@ -12,8 +12,8 @@
 import { CowcatcherError } from "../errors.js";
 import type { Image } from "../block/device.js";
 import { overlap, type Storage, storageAt, storageOfFd } from "../block/file/storage.js";
-import { haveCommon, listenerKeys, type NbdPlace, resolveExport, sameExport } from "../nbd/place.js";
-import { isNbdUri, parseNbdUri } from "../nbd/uri.js";
+import { haveCommon, listenerKeys, type NbdPlace, resolveExport, sameExport } from "../nbd/wire/place.js";
+import { isNbdUri, parseNbdUri } from "../nbd/wire/uri.js";
 import { NULL_TARGET_PATH } from "../target/null.js";
 
 export interface ImageInUse {

@@ -4,7 +4,7 @@
 import { resolve } from "node:path";
 import { CowcatcherError } from "../errors.js";
 import type { Image } from "../block/device.js";
-import { NbdImage } from "../nbd/device.js";
+import { NbdImage } from "../nbd/client/device.js";
 import { NULL_TARGET_PATH } from "../target/null.js";
 import type { JobOptions } from "./options.js";
 

@@ -28,7 +28,7 @@ import {
   SIMPLE_REPLY_BYTES,
   readUint64,
   writeUint64,
-} from "../nbd/protocol.js";
+} from "../nbd/wire/protocol.js";
 import { KiB } from "../units.js";
 import { LatencyHistogram } from "./latency-histogram.js";
 

@@ -148,7 +148,7 @@ export interface NbdSourceDescription {
   sizeBytes: number;
   /** How often a lost connection is made again before a read fails. */
   retries: number;
-  /** What reads as zeroes, where that was asked for and cannot change any more (nbd/extent-map.ts). */
+  /** What reads as zeroes, where that was asked for and cannot change any more (nbd/client/extent-map.ts). */
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
 }
 

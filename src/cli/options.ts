@@ -6,7 +6,7 @@ import { Option } from "commander";
 import { MAX_PAGE_MEMORY_BYTES } from "../cow/page-memory.js";
 import { CowcatcherError } from "../errors.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../block/format.js";
-import { formatNbdUri, isNbdUri, parseNbdUri } from "../nbd/uri.js";
+import { formatNbdUri, isNbdUri, parseNbdUri } from "../nbd/wire/uri.js";
 import { GiB, parseDurationMs, parseSize } from "../units.js";
 
 export function usageError(object: string, problem: string, hint?: string): CowcatcherError {

@@ -5,8 +5,8 @@
 
 import { hasBitmap, noBitmap, readImageBitmap } from "../image/bitmaps.js";
 import type { Image } from "../block/device.js";
-import { NBD_META_DIRTY_BITMAP_PREFIX, NBD_STATE_DIRTY } from "../nbd/protocol.js";
-import type { StatusContext } from "../nbd/export.js";
+import { NBD_META_DIRTY_BITMAP_PREFIX, NBD_STATE_DIRTY } from "../nbd/wire/protocol.js";
+import type { StatusContext } from "../nbd/server/export.js";
 
 /**
  * The contexts of each image: those of the named bitmaps that it has.

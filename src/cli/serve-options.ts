@@ -5,8 +5,8 @@ import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../backup/options.js";
 import type { ImageFormat } from "../block/format.js";
 import { formatBytes } from "../units.js";
-import { MAX_STRING_BYTES } from "../nbd/protocol.js";
-import type { TlsSettings } from "../nbd/server-tls.js";
+import { MAX_STRING_BYTES } from "../nbd/wire/protocol.js";
+import type { TlsSettings } from "../nbd/server/tls.js";
 import {
   bufferSizeOption,
   countOption,

@@ -1,7 +1,7 @@
 // The --tls… options of `serve`, in nbdkit's words.
 
 import { Option, type Command } from "commander";
-import type { TlsSettings } from "../nbd/server-tls.js";
+import type { TlsSettings } from "../nbd/server/tls.js";
 import { parseChoice, textOption, usageError } from "./options.js";
 
 export interface TlsFlags {

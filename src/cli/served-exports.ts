@@ -4,8 +4,8 @@ import type { SnapshotPublisher } from "../backup/snapshot.js";
 import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import type { BlockDevice } from "../block/device.js";
-import type { StatusContext } from "../nbd/export.js";
-import type { NbdExport, NbdServer } from "../nbd/server.js";
+import type { StatusContext } from "../nbd/server/export.js";
+import type { NbdExport, NbdServer } from "../nbd/server/server.js";
 
 export class ServedExports implements SnapshotPublisher {
   /** The server looks into it for each client; it changes as jobs come and go. */

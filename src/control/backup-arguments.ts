@@ -11,7 +11,7 @@ import { IMAGE_FORMATS, isImageFormat } from "../block/format.js";
 import type { ImageFormat } from "../block/format.js";
 import { COMPRESSION_TYPES, compressionOf, DEFAULT_COMPRESSION_TYPE } from "../image/qcow2/compression.js";
 import type { Compression } from "../image/qcow2/compression.js";
-import { isNbdUri } from "../nbd/uri.js";
+import { isNbdUri } from "../nbd/wire/uri.js";
 import { KiB } from "../units.js";
 import { genericError, notSupported } from "./qmp.js";
 import type { JsonObject } from "./qmp.js";

@@ -20,7 +20,7 @@
 
 import * as path from "node:path";
 import { CowcatcherError, type ErrorCode } from "../errors.js";
-import { NBD_DEFAULT_PORT, type NbdAddress, formatNbdUri, parseNbdUri } from "../nbd/uri.js";
+import { NBD_DEFAULT_PORT, type NbdAddress, formatNbdUri, parseNbdUri } from "../nbd/wire/uri.js";
 import { type ImageFormat, isImageFormat } from "../block/format.js";
 
 /** Of a name in a qcow2 header, by the specification. */

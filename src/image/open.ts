@@ -7,8 +7,8 @@
 
 import { closeSync, openSync } from "node:fs";
 import { CowcatcherError, ioError } from "../errors.js";
-import { openNbdImage } from "../nbd/device.js";
-import { isNbdUri } from "../nbd/uri.js";
+import { openNbdImage } from "../nbd/client/device.js";
+import { isNbdUri } from "../nbd/wire/uri.js";
 import { resolveBacking } from "./backing-name.js";
 import type { Image } from "../block/device.js";
 import { type ExternalData, fileIdentity, openExternalData } from "./external-data.js";

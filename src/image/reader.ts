@@ -14,7 +14,7 @@ import {
   readFullySync,
   readOnceSync,
 } from "../block/file/fileio.js";
-import { NbdSourceReader } from "../nbd/reader.js";
+import { NbdSourceReader } from "../nbd/client/reader.js";
 import { Qcow2SourceReader } from "./qcow2/reader.js";
 
 const BOUNCE_BYTES = 64 * KiB;

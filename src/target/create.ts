@@ -1,7 +1,7 @@
 // Makes a target from what the user asked for. Main thread only.
 
 import { CowcatcherError } from "../errors.js";
-import { isNbdUri } from "../nbd/uri.js";
+import { isNbdUri } from "../nbd/wire/uri.js";
 import { createNbdTarget } from "./nbd.js";
 import { NULL_TARGET_PATH, NullTarget } from "./null.js";
 import { createQcow2Target } from "./qcow2.js";

@@ -15,16 +15,16 @@
 // --target-retries (cow/drain-io.ts); the session only connects. The flush at the end retries by itself.
 //
 // A server that was lost may have crashed, and with it what it had acknowledged and not flushed. So each new connection
-// is asked for that first (nbd/unflushed.ts); where it is gone the backup fails: its data is in no one's hands any more.
+// is asked for that first (nbd/client/unflushed.ts); where it is gone the backup fails: its data is in no one's hands any more.
 
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Completion } from "../block/device.js";
-import { NbdClient } from "../nbd/client.js";
-import { writeRange, type ZeroPolicy, zeroRange } from "../nbd/client-io.js";
-import { NbdSession } from "../nbd/client-session.js";
-import { ExtentReader, gatherZeroes } from "../nbd/extent-map.js";
-import { NBD_META_BASE_ALLOCATION } from "../nbd/protocol.js";
-import { digestOfSample, UnflushedWrites } from "../nbd/unflushed.js";
+import { NbdClient } from "../nbd/client/client.js";
+import { writeRange, type ZeroPolicy, zeroRange } from "../nbd/client/io.js";
+import { NbdSession } from "../nbd/client/session.js";
+import { ExtentReader, gatherZeroes } from "../nbd/client/extent-map.js";
+import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
+import { digestOfSample, UnflushedWrites } from "../nbd/client/unflushed.js";
 import { KiB, MiB } from "../units.js";
 import type { NbdTargetDescription, Target, TargetOptions, TargetWriter } from "./target.js";
 

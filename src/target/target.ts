@@ -100,7 +100,7 @@ export interface NbdTargetDescription {
   exportBytes: number;
   /** How often a lost connection is made again before the flush at the end fails; writes are the caller's to retry. */
   retries: number;
-  /** What read as zeroes before the copy began, so that zeroes need no write there (nbd/extent-map.ts). */
+  /** What read as zeroes before the copy began, so that zeroes need no write there (nbd/client/extent-map.ts). */
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
   direct: false;
 }

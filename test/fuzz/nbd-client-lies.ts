@@ -1,6 +1,6 @@
 // What a server may say that is not so: forged messages, and honest ones that were spoilt on their way.
 
-import * as nbd from "../../src/nbd/protocol.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 import {
   chunk,
   dataChunk,

@@ -1,8 +1,8 @@
 // What the client's fuzzer asks for, on a disk whose content no request changes, and what each must come to.
 
-import type { NbdClient } from "../../src/nbd/client.js";
-import { readRange, trimRange, writeRange, zeroRange } from "../../src/nbd/client-io.js";
-import { ExtentReader, gatherZeroes } from "../../src/nbd/extent-map.js";
+import type { NbdClient } from "../../src/nbd/client/client.js";
+import { readRange, trimRange, writeRange, zeroRange } from "../../src/nbd/client/io.js";
+import { ExtentReader, gatherZeroes } from "../../src/nbd/client/extent-map.js";
 import type { Random } from "../support/random.js";
 
 const KiB = 1024;

@@ -19,8 +19,8 @@ import type { Socket } from "node:net";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { CowcatcherError } from "../../src/errors.js";
-import { NbdSession } from "../../src/nbd/client-session.js";
-import * as nbd from "../../src/nbd/protocol.js";
+import { NbdSession } from "../../src/nbd/client/session.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 import {
   ALL_FLAGS,
   dataChunk,

@@ -1,6 +1,6 @@
 // Valid NBD conversations from a seed, ways to spoil them, and a check of what an unspoilt one is answered with.
 
-import * as nbd from "../../src/nbd/protocol.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 import { extendedRequestBytes } from "../support/nbd-extended.js";
 import { goData, metaData, optionBytes, requestBytes } from "../support/nbd-peer.js";
 import type { Random } from "../support/random.js";

@@ -17,11 +17,11 @@ import { connect, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Completion } from "../../src/block/device.js";
-import { listenUnix } from "../../src/nbd/listen.js";
-import { NbdServer, type NbdLogger } from "../../src/nbd/server.js";
+import { listenUnix } from "../../src/nbd/server/listen.js";
+import { NbdServer, type NbdLogger } from "../../src/nbd/server/server.js";
 import { MemoryDevice, RawClient, goData, optionBytes, requestBytes } from "../support/nbd-peer.js";
 import { Random } from "../support/random.js";
-import * as nbd from "../../src/nbd/protocol.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 import { type Conversation, checkReplies, makeConversation, mutate } from "./nbd-conversation.js";
 
 export interface NbdFuzzOptions {

@@ -1,5 +1,5 @@
 // A hand-driven client that speaks extended headers; no released peer on the test machines does.
-import * as nbd from "../../src/nbd/protocol.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 import { goData, metaData, optionBytes, type RawClient } from "./nbd-peer.js";
 
 export interface ExtendedFields {

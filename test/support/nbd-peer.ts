@@ -5,7 +5,7 @@ import { connect, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { BlockDevice, BlockStatus, Completion, WriteZeroesOptions } from "../../src/block/device.js";
-import { listenUnix, type NbdListener } from "../../src/nbd/listen.js";
+import { listenUnix, type NbdListener } from "../../src/nbd/server/listen.js";
 import {
   NBD_CMD_FLAG_DF,
   NBD_OPTION_MAGIC,
@@ -17,8 +17,13 @@ import {
   NBD_REQUEST_MAGIC,
   NBD_SIMPLE_REPLY_MAGIC,
   NBD_STRUCTURED_REPLY_MAGIC,
-} from "../../src/nbd/protocol.js";
-import { NbdServer, type NbdExport, type NbdLogger, type NbdServerOptions } from "../../src/nbd/server.js";
+} from "../../src/nbd/wire/protocol.js";
+import {
+  NbdServer,
+  type NbdExport,
+  type NbdLogger,
+  type NbdServerOptions,
+} from "../../src/nbd/server/server.js";
 
 export const DF = NBD_CMD_FLAG_DF;
 

@@ -9,7 +9,7 @@ import { createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { TLSSocket, type TLSSocketOptions } from "node:tls";
-import * as nbd from "../../src/nbd/protocol.js";
+import * as nbd from "../../src/nbd/wire/protocol.js";
 
 export interface ScriptRequest {
   /** Of connections, from 0 on. */

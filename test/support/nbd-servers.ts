@@ -2,7 +2,7 @@
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expect } from "vitest";
-import { NbdClient } from "../../src/nbd/client.js";
+import { NbdClient } from "../../src/nbd/client/client.js";
 import { COWCATCHER_BIN, cowcatcher, run } from "./cli.js";
 import { Process, scratchFolder } from "./server.js";
 

@@ -6,7 +6,7 @@ import {
   hasProtocol,
   resolveBacking,
 } from "../../src/image/backing-name.js";
-import { parseNbdUri } from "../../src/nbd/uri.js";
+import { parseNbdUri } from "../../src/nbd/wire/uri.js";
 
 const OVERLAY = "/images/top.qcow2";
 const ELSEWHERE = "/somewhere/else";

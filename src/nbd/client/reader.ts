@@ -1,0 +1,84 @@
+// A worker's reader of an NBD source: a connection of its own, made at the first read. One thread.
+//
+// A worker copies several chunks at the same time through it (workers/copy.ts), each read cut into pieces that are in
+// flight together, so that it is the server's throughput that counts and not the way there and back.
+//
+//   unopened ──first read─► opening ─┬─► blocking ──anything unusual─► session, for good
+//                                    └─► session
+//
+// blocking: the server is on this machine, and reads are system calls (blocking-reader.ts). The session asks again
+// for what that did not get, reconnects, and tells what is wrong.
+
+import type { Completion, NbdSourceDescription, SourceReader } from "../../block/device.js";
+import { BlockingReader } from "./blocking-reader.js";
+import { readRange } from "./io.js";
+import { NbdSession } from "./session.js";
+import { ExtentReader } from "./extent-map.js";
+import { parseNbdUri } from "../wire/uri.js";
+
+export class NbdSourceReader implements SourceReader {
+  readonly sizeBytes: number;
+  readonly #uri: string;
+  readonly #session: NbdSession;
+  readonly #zeroes: ExtentReader | null;
+  readonly #isCancelled: () => boolean;
+  #blocking: BlockingReader | null | undefined;
+  #opening: Promise<void> | undefined;
+  #isClosed = false;
+
+  /**
+   * @param isCancelled asked while an answer is awaited; true ends the wait
+   * @param mayBlock the thread waits for no other server meanwhile
+   */
+  constructor(description: NbdSourceDescription, isCancelled: () => boolean, mayBlock: boolean) {
+    const { uri, sizeBytes, retries, zeroes } = description;
+    this.sizeBytes = sizeBytes;
+    this.#uri = uri;
+    this.#isCancelled = isCancelled;
+    if (!mayBlock) this.#blocking = null;
+    this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled });
+    this.#zeroes = zeroes === null ? null : new ExtentReader(zeroes, false);
+  }
+
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    if (this.#blocking === undefined) {
+      return this.#open().then(() => this.read(buffer, bufferOffset, lengthBytes, offsetBytes));
+    }
+    if (this.#blocking !== null) {
+      if (this.#blocking.read(buffer, bufferOffset, lengthBytes, offsetBytes)) return undefined;
+      this.#blocking = null;
+    }
+    return this.#session.run((client) => readRange(client, buffer, bufferOffset, lengthBytes, offsetBytes));
+  }
+
+  #open(): Promise<void> {
+    this.#opening ??= BlockingReader.open(
+      parseNbdUri(this.#uri),
+      this.#uri,
+      this.sizeBytes,
+      this.#isCancelled,
+    ).then(
+      (reader) => {
+        this.#blocking = reader;
+        if (this.#isClosed) reader?.close();
+      },
+      // The session meets what is wrong again, and says it.
+      () => {
+        this.#blocking = null;
+      },
+    );
+    return this.#opening;
+  }
+
+  extent(offsetBytes: number, lengthBytes: number): { lengthBytes: number; zero: boolean } {
+    if (this.#zeroes === null) return { lengthBytes, zero: false };
+    const extent = this.#zeroes.extentAt(offsetBytes, lengthBytes);
+    return { lengthBytes: extent.lengthBytes, zero: extent.flag };
+  }
+
+  close(): void {
+    this.#isClosed = true;
+    this.#blocking?.close();
+    void this.#session.close();
+  }
+}

@@ -1,0 +1,179 @@
+// NBD URIs: which server and which export one names, and how the way there is secured.
+//
+// Specification: doc/uri.md of NetworkBlockDevice/nbd; the tls-… parameters are libnbd's (nbd_connect_uri(3)).
+// nbd: and nbd+unix: never use TLS and nbds: and nbds+unix: always do: nothing is opportunistic. A parameter that
+// is not known is refused, since one that is misspelt would be one that does not protect.
+
+import { CowcatcherError } from "../../errors.js";
+import { MAX_STRING_BYTES } from "./protocol.js";
+
+/** The port that IANA has assigned to NBD. */
+export const NBD_DEFAULT_PORT = 10_809;
+
+/** What an nbds URI says of TLS. */
+export interface NbdTls {
+  /** Folder of ca-cert.pem and, for a client certificate, client-cert.pem and client-key.pem. */
+  certificates?: string | undefined;
+  /** File of lines USERNAME:HEXKEY; pre-shared keys instead of certificates. */
+  pskFile?: string | undefined;
+  /** Which line of `pskFile`. */
+  username?: string | undefined;
+  /** The name that the server's certificate must have, if not the host's. */
+  hostname?: string | undefined;
+  /** False: any certificate will do. */
+  verifyPeer: boolean;
+}
+
+interface ExportAddress {
+  /** The empty name is the server's default export. */
+  exportName: string;
+  /** Undefined: no TLS. */
+  tls?: NbdTls | undefined;
+}
+
+/** A server's socket and one of its exports. */
+export type NbdAddress = ExportAddress & ({ path: string } | { host: string; port: number });
+
+const NBD_URI = /^nbds?(?:\+unix|\+vsock)?:\/\//i;
+const TLS_PARAMETERS = new Set(["tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer"]);
+
+/** Whether a SOURCE or TARGET is meant as an NBD URI (which may be a wrong one) and not as a path. */
+export function isNbdUri(text: string): boolean {
+  return NBD_URI.test(text);
+}
+
+/**
+ * @throws CowcatcherError USAGE for a text that is no NBD URI, UNSUPPORTED for vsock.
+ */
+export function parseNbdUri(text: string): NbdAddress {
+  // A user and no host (nbds+unix://alice@/…) is right by RFC 3986, yet not for URL.
+  const user = /^nbds?\+unix:\/\/([^@/?#]*)@(?=\/|\?|$)/i.exec(text)?.[1];
+  const bare = user === undefined ? text : text.replace(`//${user}@`, "//");
+  const uri = URL.canParse(bare) ? new URL(bare) : undefined;
+  const scheme = uri?.protocol;
+  if (uri === undefined || scheme === undefined || !/^nbds?(\+unix|\+vsock)?:$/.test(scheme)) {
+    throw uriError(
+      text,
+      "is not an NBD URI",
+      "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+    );
+  }
+  if (scheme.endsWith("+vsock:"))
+    throw unsupported(text, "vsock is not supported", "use nbd:// or nbd+unix://");
+  const exportName = decode(text, uri.pathname.replace(/^\//, ""));
+  if (Buffer.byteLength(exportName) > MAX_STRING_BYTES) {
+    throw uriError(text, `the export's name is longer than ${MAX_STRING_BYTES} bytes`);
+  }
+  const parameters = queryParameters(text, uri);
+  const isUnix = scheme.endsWith("+unix:");
+  const username = decode(text, user ?? uri.username);
+  const tls = scheme.startsWith("nbds") ? tlsOf(text, username, parameters) : undefined;
+  if (tls === undefined) refuseTlsParameters(text, parameters);
+  const place = isUnix ? unixPlace(text, uri, parameters) : tcpPlace(text, uri, parameters);
+  return { ...place, exportName, ...(tls !== undefined && { tls }) };
+}
+
+/** How errors and logs call an address: its URI. */
+export function formatNbdUri(address: NbdAddress): string {
+  const { exportName, tls } = address;
+  const name = encode(exportName);
+  const scheme = tls === undefined ? "nbd" : "nbds";
+  const user = tls?.username === undefined ? "" : `${encodeURIComponent(tls.username)}@`;
+  const parameters = "path" in address ? [`socket=${encode(address.path)}`] : [];
+  if (tls?.certificates !== undefined) parameters.push(`tls-certificates=${encode(tls.certificates)}`);
+  if (tls?.pskFile !== undefined) parameters.push(`tls-psk-file=${encode(tls.pskFile)}`);
+  if (tls?.hostname !== undefined) parameters.push(`tls-hostname=${encode(tls.hostname)}`);
+  if (tls?.verifyPeer === false) parameters.push("tls-verify-peer=0");
+  const query = parameters.length === 0 ? "" : `?${parameters.join("&")}`;
+  if ("path" in address) return `${scheme}+unix://${user}/${name}${query}`;
+  const host = address.host.includes(":") ? `[${address.host}]` : address.host;
+  const port = address.port === NBD_DEFAULT_PORT ? "" : `:${address.port}`;
+  return `${scheme}://${user}${host}${port}/${name}${query}`;
+}
+
+function encode(text: string): string {
+  return encodeURIComponent(text).replaceAll("%2F", "/");
+}
+
+/** URLSearchParams would turn a "+" in a path into a space: that is a form's rule, not a URI's. */
+function queryParameters(text: string, uri: URL): Map<string, string> {
+  const parameters = new Map<string, string>();
+  for (const parameter of uri.search.slice(1).split("&")) {
+    if (parameter === "") continue;
+    const at = parameter.indexOf("=");
+    const key = decode(text, at < 0 ? parameter : parameter.slice(0, at));
+    if (key !== "socket" && !TLS_PARAMETERS.has(key)) {
+      const known = ["socket", ...TLS_PARAMETERS].join(", ");
+      throw uriError(text, `has the unknown parameter '${key}'`, `there are ${known}`);
+    }
+    if (parameters.has(key)) throw uriError(text, `gives '${key}' twice`);
+    parameters.set(key, at < 0 ? "" : decode(text, parameter.slice(at + 1)));
+  }
+  return parameters;
+}
+
+function refuseTlsParameters(text: string, parameters: ReadonlyMap<string, string>): void {
+  for (const key of parameters.keys()) {
+    if (TLS_PARAMETERS.has(key)) throw uriError(text, `'${key}' needs TLS`, "write nbds: instead of nbd:");
+  }
+}
+
+function tlsOf(text: string, username: string, parameters: ReadonlyMap<string, string>): NbdTls {
+  const verify = parameters.get("tls-verify-peer") ?? "1";
+  if (!/^(0|1|true|false)$/.test(verify)) {
+    throw uriError(text, `'tls-verify-peer=${verify}' is neither 0 nor 1`);
+  }
+  const [certificates, pskFile] = [parameters.get("tls-certificates"), parameters.get("tls-psk-file")];
+  if (certificates !== undefined && pskFile !== undefined) {
+    throw uriError(text, "gives both 'tls-certificates' and 'tls-psk-file'", "leave one out");
+  }
+  return {
+    certificates,
+    pskFile,
+    username: username === "" ? undefined : username,
+    hostname: parameters.get("tls-hostname"),
+    verifyPeer: verify === "1" || verify === "true",
+  };
+}
+
+function tcpPlace(
+  text: string,
+  uri: URL,
+  parameters: ReadonlyMap<string, string>,
+): { host: string; port: number } {
+  const host = decode(text, uri.hostname.replace(/^\[(.*)\]$/, "$1"));
+  if (host === "") throw uriError(text, "names no host", "write nbd://HOST[:PORT]/EXPORT");
+  if (parameters.has("socket")) {
+    throw uriError(text, "names a host and a Unix socket", "write nbd+unix:///EXPORT?socket=PATH");
+  }
+  return { host, port: uri.port === "" ? NBD_DEFAULT_PORT : Number(uri.port) };
+}
+
+function unixPlace(text: string, uri: URL, parameters: ReadonlyMap<string, string>): { path: string } {
+  if (uri.host !== "") {
+    throw uriError(
+      text,
+      "names a host and a Unix socket",
+      "write three slashes: nbd+unix:///EXPORT?socket=PATH",
+    );
+  }
+  const path = parameters.get("socket");
+  if (path === undefined || path === "") throw uriError(text, "names no socket", "add ?socket=PATH");
+  return { path };
+}
+
+function decode(uri: string, part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    throw uriError(uri, `has a wrong percent-encoding in '${part}'`);
+  }
+}
+
+function uriError(object: string, problem: string, hint?: string): CowcatcherError {
+  return new CowcatcherError({ code: "USAGE", object, problem, hint });
+}
+
+function unsupported(object: string, problem: string, hint: string): CowcatcherError {
+  return new CowcatcherError({ code: "UNSUPPORTED", object, problem, hint });
+}
