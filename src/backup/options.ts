@@ -3,7 +3,7 @@
 
 import { availableParallelism } from "node:os";
 import type { ImageFormat } from "../block/format.js";
-import type { Compression } from "../image/qcow2/compression.js";
+import type { Compression } from "../image/qcow2/format/compression.js";
 import { KiB, MiB } from "../units.js";
 
 export const ON_BUFFER_FULL = ["spill", "wait", "cancel"] as const;

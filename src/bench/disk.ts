@@ -6,7 +6,7 @@ import { ioError } from "../errors.js";
 import type { Image } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
 import { openImage } from "../image/open.js";
-import { createQcow2, createRaw } from "../image/qcow2/create.js";
+import { createQcow2, createRaw } from "../image/qcow2/create/create.js";
 import { KiB, MiB } from "../units.js";
 
 const PIECE_BYTES = 4 * MiB;

@@ -15,7 +15,11 @@ import {
   type SyncMode,
 } from "../backup/options.js";
 import type { ImageFormat } from "../block/format.js";
-import { DEFAULT_COMPRESSION_TYPE, parseCompression, type Compression } from "../image/qcow2/compression.js";
+import {
+  DEFAULT_COMPRESSION_TYPE,
+  parseCompression,
+  type Compression,
+} from "../image/qcow2/format/compression.js";
 import { MiB, formatBytes } from "../units.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";
 import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";

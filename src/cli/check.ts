@@ -1,7 +1,12 @@
 // `check`: whether a qcow2 image's metadata is sound, and its repair, in the words of qemu-img check.
 import type { ImageFormat } from "../block/format.js";
-import type { RepairMode } from "../image/qcow2/check-state.js";
-import { checkExitCode, checkImage, checkResultToJson, type CheckResult } from "../image/qcow2/check.js";
+import type { RepairMode } from "../image/qcow2/check/state.js";
+import {
+  checkExitCode,
+  checkImage,
+  checkResultToJson,
+  type CheckResult,
+} from "../image/qcow2/check/check.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { isNbdUri, parseImage, unsupported, usageError } from "./options.js";
 

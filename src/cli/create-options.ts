@@ -1,6 +1,6 @@
 // `create -o NAME=VALUE,…`: qemu-img's option names, as far as this version has what they name.
 import { IMAGE_FORMATS, type ImageFormat } from "../block/format.js";
-import type { CompressionType } from "../image/qcow2/header.js";
+import type { CompressionType } from "../image/qcow2/format/header.js";
 import { PREALLOCATIONS, type Preallocation } from "../block/file/preallocate.js";
 import { KiB, parseSize } from "../units.js";
 import { checkClusterSize } from "./backup-options.js";

@@ -16,7 +16,7 @@ import { acquireImageLock } from "../block/file/locks.js";
 import { resolveDataFile } from "../image/external-data.js";
 import { SECTOR_BYTES, endOfLastSector } from "../image/last-sector.js";
 import { openImage, resolveBackingPath } from "../image/open.js";
-import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create.js";
+import { createQcow2, createRaw, planQcow2 } from "../image/qcow2/create/create.js";
 import { parseSize, roundUp } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { parseFormatOptions, type FormatOptions } from "./create-options.js";

@@ -5,7 +5,7 @@ import { measureTarget } from "../backup/measure.js";
 import { refuseImageAsTarget } from "../backup/target-guard.js";
 import { withBackingOf } from "../backup/top-layer.js";
 import { openImage } from "../image/open.js";
-import { checkCompression } from "../image/qcow2/compress.js";
+import { checkCompression } from "../image/qcow2/format/compress.js";
 import { resolveDestination } from "../target/destination.js";
 import type { OfflineBackupSettings } from "./backup-options.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";

@@ -13,7 +13,7 @@ import { openImageFile } from "../block/file/image-file.js";
 import { acquireImageLock } from "../block/file/locks.js";
 import { MAX_BACKING_DEPTH, openImage } from "../image/open.js";
 import { PROBE_BYTES, probeFormat } from "../image/probe.js";
-import { BufferedFile } from "../image/qcow2/file.js";
+import { BufferedFile } from "../image/qcow2/format/file.js";
 import {
   AUTOCLEAR_RAW_EXTERNAL_DATA,
   CRYPT_LUKS,
@@ -21,7 +21,7 @@ import {
   INCOMPATIBLE_EXTERNAL_DATA,
   readHeader,
   type Qcow2Header,
-} from "../image/qcow2/header.js";
+} from "../image/qcow2/format/header.js";
 import { describeImage } from "../image/qcow2/info.js";
 import { roundUp } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";

@@ -9,8 +9,12 @@ import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR, SYNC_MODES } from "../backu
 import type { JobOptions, OnIoError } from "../backup/options.js";
 import { IMAGE_FORMATS, isImageFormat } from "../block/format.js";
 import type { ImageFormat } from "../block/format.js";
-import { COMPRESSION_TYPES, compressionOf, DEFAULT_COMPRESSION_TYPE } from "../image/qcow2/compression.js";
-import type { Compression } from "../image/qcow2/compression.js";
+import {
+  COMPRESSION_TYPES,
+  compressionOf,
+  DEFAULT_COMPRESSION_TYPE,
+} from "../image/qcow2/format/compression.js";
+import type { Compression } from "../image/qcow2/format/compression.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { KiB } from "../units.js";
 import { genericError, notSupported } from "./qmp.js";

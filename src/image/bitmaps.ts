@@ -2,7 +2,7 @@
 
 import { CowcatcherError } from "../errors.js";
 import type { Image } from "../block/device.js";
-import type { DirtyBitmap } from "./qcow2/bitmap.js";
+import type { DirtyBitmap } from "./qcow2/format/bitmap.js";
 import { Qcow2Image } from "./qcow2/image.js";
 
 /** Whether the image or one of its backing files has a bitmap of this name, of use or not. */

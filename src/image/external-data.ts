@@ -12,7 +12,7 @@ import { CowcatcherError } from "../errors.js";
 import { closeFile } from "../block/file/fileio.js";
 import { openImageFile } from "../block/file/image-file.js";
 import { acquireImageLock } from "../block/file/locks.js";
-import { type Qcow2Header, hasExternalDataFile } from "./qcow2/header.js";
+import { type Qcow2Header, hasExternalDataFile } from "./qcow2/format/header.js";
 
 export interface ExternalData {
   dataFd: number;

@@ -16,8 +16,8 @@ import { closeFile, readFirstBytes, readFullySync } from "../block/file/fileio.j
 import type { ImageFormat } from "../block/format.js";
 import { acquireImageLock } from "../block/file/locks.js";
 import { PROBE_BYTES, probeFormat, probeSignature } from "./probe.js";
-import { repairIfDirty } from "./qcow2/check.js";
-import { assertSupported, type Qcow2Header, readHeader } from "./qcow2/header.js";
+import { repairIfDirty } from "./qcow2/check/check.js";
+import { assertSupported, type Qcow2Header, readHeader } from "./qcow2/format/header.js";
 import { openQcow2 } from "./qcow2/image.js";
 import { openImageFile } from "../block/file/image-file.js";
 import { openRaw } from "./raw.js";

@@ -8,7 +8,7 @@
 // On tmpfs RWF_NOWAIT is unknown, but nothing there ever waits: reads are plain preads.
 //
 // The size is fixed at opening. A file that someone cuts short meanwhile reads as zeroes past its new end.
-// A write into the first sector of a probed image passes the guard first (probeguard.ts); from there to the system
+// A write into the first sector of a probed image passes the guard first (image/probe-guard.ts); from there to the system
 // call nothing else runs, unless the file is O_DIRECT, where the range is held instead.
 
 import * as fs from "node:fs";
@@ -38,7 +38,7 @@ import {
   writeFullySync,
 } from "../block/file/fileio.js";
 import { PROBE_BYTES } from "./probe.js";
-import { ProbeGuard } from "./probeguard.js";
+import { ProbeGuard } from "./probe-guard.js";
 
 /** Copying this much takes well under a millisecond. */
 const SYNC_LIMIT_BYTES = 1 * MiB;

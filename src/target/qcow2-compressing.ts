@@ -18,8 +18,8 @@
 // be in the table already: then the worst that `qemu-img check` reports is leaked clusters.
 
 import type { Completion } from "../block/device.js";
-import { Compressor } from "../image/qcow2/compress.js";
-import type { Compression } from "../image/qcow2/compression.js";
+import { Compressor } from "../image/qcow2/format/compress.js";
+import type { Compression } from "../image/qcow2/format/compression.js";
 import { MiB } from "../units.js";
 import { enterGate, leaveGate } from "./gate.js";
 import { pwriteAll, writeError } from "./pwrite.js";

@@ -3,7 +3,7 @@
 
 import { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../block/format.js";
-import type { CompressionType } from "../image/qcow2/header.js";
+import type { CompressionType } from "../image/qcow2/format/header.js";
 import { HEADER_CLUSTER_COUNT, type Qcow2Geometry, type RefcountPlan } from "./qcow2-layout.js";
 
 const MAGIC = 0x514649fb;

@@ -16,8 +16,8 @@
 
 import { CowcatcherError } from "../errors.js";
 import { writeFully } from "../block/file/fileio.js";
-import { checkCompression } from "../image/qcow2/compress.js";
-import type { CompressionType } from "../image/qcow2/header.js";
+import { checkCompression } from "../image/qcow2/format/compress.js";
+import type { CompressionType } from "../image/qcow2/format/header.js";
 import { KiB, MiB } from "../units.js";
 import { FileTarget } from "./file-target.js";
 import { openTargetFile, syncData, type TargetFile } from "./file.js";

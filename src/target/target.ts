@@ -3,7 +3,7 @@
 
 import type { Completion } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
-import type { Compression } from "../image/qcow2/compression.js";
+import type { Compression } from "../image/qcow2/format/compression.js";
 
 export interface TargetOptions {
   /** Final path; the file is written beside it under a temporary name. "null:" throws all data away;

@@ -13,7 +13,7 @@ import { mergedEntries } from "../../src/cli/map.js";
 import { CowcatcherError } from "../../src/errors.js";
 import type { Image, SourceReader } from "../../src/block/device.js";
 import { openImage } from "../../src/image/open.js";
-import { checkImage } from "../../src/image/qcow2/check.js";
+import { checkImage } from "../../src/image/qcow2/check/check.js";
 import { openSource } from "../../src/image/reader.js";
 import { KiB, MiB } from "../../src/units.js";
 import type { Random } from "../support/random.js";

@@ -4,7 +4,7 @@
 import { closeSync, copyFileSync, mkdirSync, openSync, statSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import type { CompressionType } from "../../src/image/qcow2/header.js";
+import type { CompressionType } from "../../src/image/qcow2/format/header.js";
 import { createTarget } from "../../src/target/create.js";
 import type { TargetWriter } from "../../src/target/target.js";
 import { openTarget } from "../../src/target/writer.js";

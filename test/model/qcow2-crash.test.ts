@@ -6,7 +6,7 @@ import * as fs from "node:fs";
 import * as os from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { checkImage } from "../../src/image/qcow2/check.js";
+import { checkImage } from "../../src/image/qcow2/check/check.js";
 import { openQcow2, type Qcow2Image } from "../../src/image/qcow2/image.js";
 import { KiB, MiB } from "../../src/units.js";
 import { MemoryFile, crashedContent, randomFrom } from "../support/qcow2-memory.js";

@@ -8,10 +8,10 @@ import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { CowcatcherError } from "../../src/errors.js";
-import { refcountIn, setRefcountIn } from "../../src/image/qcow2/check-blocks.js";
-import { readHeader, type Qcow2Header } from "../../src/image/qcow2/header.js";
+import { refcountIn, setRefcountIn } from "../../src/image/qcow2/check/blocks.js";
+import { readHeader, type Qcow2Header } from "../../src/image/qcow2/format/header.js";
 import { openQcow2 } from "../../src/image/qcow2/image.js";
-import { checkMetadata } from "../../src/image/qcow2/repair.js";
+import { checkMetadata } from "../../src/image/qcow2/check/repair.js";
 import { createImage, qemuCheck, qemuIo, snapshot } from "../support/qcow2-damage.js";
 import { MemoryFile, crashedContent, randomFrom } from "../support/qcow2-memory.js";
 

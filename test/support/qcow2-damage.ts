@@ -2,7 +2,7 @@
 import { execFileSync, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
-import { readHeader, type Qcow2Header } from "../../src/image/qcow2/header.js";
+import { readHeader, type Qcow2Header } from "../../src/image/qcow2/format/header.js";
 
 export const COPIED = 1n << 63n;
 const OFFSET_MASK = 0x00fffffffffffe00n;

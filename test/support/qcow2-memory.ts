@@ -3,7 +3,7 @@
 
 import { setImmediate as nextTurn } from "node:timers/promises";
 import type { BlockStatus, Completion, FrozenSource, Image } from "../../src/block/device.js";
-import type { QcowFile } from "../../src/image/qcow2/file.js";
+import type { QcowFile } from "../../src/image/qcow2/format/file.js";
 
 /** `file` is its name: two files may share one log. */
 export type FileEvent =

@@ -7,7 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { COMPRESSION_LEVELS, parseCompression } from "../../src/image/qcow2/compression.js";
+import { COMPRESSION_LEVELS, parseCompression } from "../../src/image/qcow2/format/compression.js";
 import { createTarget } from "../../src/target/create.js";
 import { HostClusters } from "../../src/target/qcow2-hosts.js";
 import {
@@ -45,8 +45,8 @@ describe.each(["0", "1"])("the codecs (COWCATCHER_NO_NATIVE=%s)", (noNative) => 
   it.each(["zlib:1", "zlib", "zlib:9", "zstd:1", "zstd", "zstd:19"])(
     "%s goes there and back",
     async (name) => {
-      const { Compressor } = await import("../../src/image/qcow2/compress.js");
-      const { Decompressor } = await import("../../src/image/qcow2/decompress.js");
+      const { Compressor } = await import("../../src/image/qcow2/format/compress.js");
+      const { Decompressor } = await import("../../src/image/qcow2/format/decompress.js");
       const compression = parseCompression(name, "c");
       if (compression.type === "zstd" && noNative === "1" && !nodeHasZstd) {
         const refusal = /zstd.*Node 22.15 or later, or install libzstd/;

@@ -5,7 +5,7 @@
 //   file.ts         the file (direct-file.ts: O_DIRECT)     mapping.ts      L1, L2 cache, what a change needs
 //   refcounts.ts    refcounts, allocation                   frees.ts        host space on its way to being free
 //   host-space.ts   where host clusters come from           data-file.ts    an external data file
-//   guest-read.ts, guest-write.ts, guest-zero.ts            what the guest asks for
+//   guest/read.ts, guest/write.ts, guest/zero.ts            what the guest asks for
 //   flusher.ts      the order in which metadata reaches the file
 //   reader.ts       a worker's view of T0
 //
@@ -26,17 +26,17 @@ import type {
   Qcow2SourceDescription,
   WriteZeroesOptions,
 } from "../../block/device.js";
-import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./bitmap.js";
-import { BlockStatusQuery } from "./block-status.js";
-import { DataFile } from "./data-file.js";
-import { Decompressor } from "./decompress.js";
-import { DirectQcowFile } from "./direct-file.js";
-import { EntryTable } from "./entry-table.js";
-import { BufferedFile, type QcowFile } from "./file.js";
-import { Flusher } from "./flusher.js";
-import { GuestReader } from "./guest-read.js";
-import { GuestWriter } from "./guest-write.js";
-import { GuestZeroer, ZeroMode } from "./guest-zero.js";
+import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./format/bitmap.js";
+import { BlockStatusQuery } from "./guest/block-status.js";
+import { DataFile } from "./guest/data-file.js";
+import { Decompressor } from "./format/decompress.js";
+import { DirectQcowFile } from "./format/direct-file.js";
+import { EntryTable } from "./format/entry-table.js";
+import { BufferedFile, type QcowFile } from "./format/file.js";
+import { Flusher } from "./guest/flusher.js";
+import { GuestReader } from "./guest/read.js";
+import { GuestWriter } from "./guest/write.js";
+import { GuestZeroer, ZeroMode } from "./guest/zero.js";
 import {
   AUTOCLEAR_RAW_EXTERNAL_DATA,
   FIELD_OFFSET,
@@ -47,10 +47,10 @@ import {
   isDataFileRaw,
   readHeader,
   type Qcow2Header,
-} from "./header.js";
+} from "./format/header.js";
 import { describeImage, type Qcow2ImageInfo } from "./info.js";
-import { Mapping, type FrozenTables } from "./mapping.js";
-import { headerOfSnapshot, type ReadRange } from "./snapshots.js";
+import { Mapping, type FrozenTables } from "./guest/mapping.js";
+import { headerOfSnapshot, type ReadRange } from "./format/snapshots.js";
 
 export interface OpenQcow2Options {
   path: string;

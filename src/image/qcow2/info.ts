@@ -1,8 +1,8 @@
 // What an image says about itself beyond its header: internal snapshots, persistent bitmaps, and all of it in the
 // shape of `qemu-img info --output=json`. Read synchronously, as it is asked for rarely and small. Any thread.
 
-import { readBitmapDirectory, type BitmapDirectoryEntry } from "./bitmap.js";
-import type { QcowFile } from "./file.js";
+import { readBitmapDirectory, type BitmapDirectoryEntry } from "./format/bitmap.js";
+import type { QcowFile } from "./format/file.js";
 import {
   COMPATIBLE_LAZY_REFCOUNTS,
   INCOMPATIBLE_CORRUPT,
@@ -13,7 +13,7 @@ import {
   isExtendedL2,
   readNumber,
   type Qcow2Header,
-} from "./header.js";
+} from "./format/header.js";
 
 export interface SnapshotInfo {
   id: string;

@@ -10,14 +10,14 @@
 import { toCowcatcherError } from "../../errors.js";
 import { MiB } from "../../units.js";
 import type { Completion, Qcow2SourceDescription, SourceReader } from "../../block/device.js";
-import { CachedTable, TableCache } from "./cached-table.js";
-import { Decompressor } from "./decompress.js";
-import { ClusterKind, ClusterRun, type EntryDecoder } from "./entry.js";
-import { EntryTable } from "./entry-table.js";
-import { decoderFor } from "./extended-entry.js";
-import { formatError } from "./header.js";
-import { DirectQcowFile } from "./direct-file.js";
-import { BufferedFile, type QcowFile } from "./file.js";
+import { CachedTable, TableCache } from "./format/cached-table.js";
+import { Decompressor } from "./format/decompress.js";
+import { ClusterKind, ClusterRun, type EntryDecoder } from "./format/entry.js";
+import { EntryTable } from "./format/entry-table.js";
+import { decoderFor } from "./format/extended-entry.js";
+import { formatError } from "./format/header.js";
+import { DirectQcowFile } from "./format/direct-file.js";
+import { BufferedFile, type QcowFile } from "./format/file.js";
 
 const L2_CACHE_BYTES = 2 * MiB;
 const L2_CACHE_MIN_TABLES = 4;

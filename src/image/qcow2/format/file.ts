@@ -1,0 +1,151 @@
+// The layer between the qcow2 driver and its file: reads, writes, sync, and nothing else.
+//
+// It exists for two reasons: O_DIRECT needs aligned buffers, offsets and lengths, which nothing above should know;
+// and tests put a recorder here to replay every prefix of what was written.
+//
+// What lies beyond the end of the file reads as zeroes (a cluster may be allocated and never written to its end).
+// Main thread only. One process writes the file (its locks say so), so its length is known without asking.
+
+import * as fs from "node:fs";
+import { ioError } from "../../../errors.js";
+import { EAGAIN, EOPNOTSUPP, libc } from "../../../native/libc.js";
+import type { Completion } from "../../../block/device.js";
+import { sizeOf } from "../../../block/file/device-size.js";
+import {
+  closeFile,
+  errnoError,
+  readFully,
+  readFullySync,
+  syncFileData,
+  writeFullySync,
+} from "../../../block/file/fileio.js";
+
+export interface QcowFile {
+  readonly name: string;
+  readonly fd: number;
+  readonly isBlockDevice: boolean;
+  /** One past the last byte that may be other than zero. */
+  readonly endOffset: number;
+  /** Fills buffer[bufferOffset, +lengthBytes); done at once where the page cache has the data. */
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /** The same, blocking the thread: for opening, and for what is small and rare. */
+  readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void;
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /** fdatasync. */
+  sync(): Promise<void>;
+  close(): Promise<void>;
+}
+
+const TMPFS_MAGIC = 0x01021994;
+
+/** What both kinds of file have in common. */
+export abstract class QcowFileBase {
+  readonly isBlockDevice: boolean;
+  endOffset: number;
+
+  constructor(
+    readonly fd: number,
+    readonly name: string,
+  ) {
+    try {
+      const stats = fs.fstatSync(fd);
+      this.isBlockDevice = stats.isBlockDevice();
+      this.endOffset = sizeOf(name, fd, stats);
+    } catch (error) {
+      throw ioError("examine", name, error);
+    }
+  }
+
+  private syncError: Error | null = null;
+
+  /** After a failed fdatasync the kernel has dropped the pages: no later one can make them safe again. */
+  async sync(): Promise<void> {
+    if (this.syncError !== null) throw this.syncError;
+    try {
+      await syncFileData(this.fd);
+    } catch (error) {
+      this.syncError = ioError("flush", this.name, error);
+      throw this.syncError;
+    }
+  }
+
+  async close(): Promise<void> {
+    try {
+      await closeFile(this.fd);
+    } catch (error) {
+      throw ioError("close", this.name, error);
+    }
+  }
+}
+
+/** Buffered I/O: reads try the page cache first, writes go to it synchronously. */
+export class BufferedFile extends QcowFileBase implements QcowFile {
+  /** A file in memory never blocks; tmpfs may lack RWF_NOWAIT. */
+  private readonly isMemory: boolean;
+  private hasNowait = libc !== null;
+
+  constructor(fd: number, name: string) {
+    super(fd, name);
+    this.isMemory = isTmpfs(fd);
+  }
+
+  read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    const stored = Math.min(lengthBytes, Math.max(0, this.endOffset - offsetBytes));
+    if (stored < lengthBytes) buffer.fill(0, bufferOffset + stored, bufferOffset + lengthBytes);
+    if (stored === 0) return undefined;
+    const done = this.readCached(buffer, bufferOffset, stored, offsetBytes);
+    if (done === stored) return undefined;
+    return this.readRest(buffer, bufferOffset + done, stored - done, offsetBytes + done);
+  }
+
+  /** Bytes that were read without blocking. */
+  private readCached(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number {
+    if (libc === null) return 0;
+    const position = buffer.byteOffset + bufferOffset;
+    let result: number;
+    if (this.isMemory) result = libc.pread(this.fd, buffer.buffer, position, lengthBytes, offsetBytes);
+    else if (!this.hasNowait) return 0;
+    else result = libc.readNowait(this.fd, buffer.buffer, position, lengthBytes, offsetBytes);
+    if (result >= 0) return result;
+    if (result === -EOPNOTSUPP) this.hasNowait = false;
+    else if (result !== -EAGAIN) throw errnoError("read", this.name, result, offsetBytes);
+    return 0;
+  }
+
+  private async readRest(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const done = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+    if (done < lengthBytes) buffer.fill(0, bufferOffset + done, bufferOffset + lengthBytes);
+  }
+
+  readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void {
+    // Within the file's size, as read(): a file of /proc says that it is empty, and yet has bytes to read.
+    const stored = Math.min(lengthBytes, Math.max(0, this.endOffset - offsetBytes));
+    const done = readFullySync(this.name, this.fd, buffer, bufferOffset, stored, offsetBytes);
+    buffer.fill(0, bufferOffset + done, bufferOffset + lengthBytes);
+  }
+
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    // Raised before the write: one that fails halfway may have left bytes there.
+    this.endOffset = Math.max(this.endOffset, offsetBytes + lengthBytes);
+    writeFullySync(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+    return undefined;
+  }
+}
+
+function isTmpfs(fd: number): boolean {
+  try {
+    return fs.statfsSync(`/proc/self/fd/${fd}`).type === TMPFS_MAGIC;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,268 @@
+// write-zeroes and discard: whole clusters by metadata, the rest of a range by writing zeroes (or, for discard, not
+// at all).
+//
+//   cluster is       | write-zeroes, may unmap   | write-zeroes, keep storage | discard (version 3)
+//   unallocated      | zero if backing shows     | zero if backing shows      | zero if backing shows
+//   zero plain       | as it is                  | as it is                   | as it is
+//   zero allocated   | zero plain, host dropped  | as it is                   | zero plain, host dropped
+//   normal           | zero plain, host dropped  | zero flag, host kept       | zero plain, host dropped
+//   compressed       | zero plain, data dropped  | zero plain, data dropped   | zero plain, data dropped
+//
+// With subclusters, write-zeroes also handles whole subclusters of one that is not compressed by their bits alone.
+//
+// Version 2 has no zero flag: without a backing file the cluster becomes unallocated; with one, zeroes are written
+// and discard does nothing (unallocated would show the backing file). A discard skips ranges without an L2 table
+// rather than make one.
+//
+// An external data file that must read as the guest's disk by itself is zeroed first, in all of the range, and keeps
+// its clusters whatever was asked. From any other the storage is let go after the entries are changed: at a crash
+// between the two, the range still reads as the guest may expect of an operation that was not flushed.
+//
+// Steps and waiting as in guest/read.ts. Main thread only.
+
+import { toCowcatcherError } from "../../../errors.js";
+import { MiB } from "../../../units.js";
+import type { BlockDevice, Completion } from "../../../block/device.js";
+import type { CachedTable } from "../format/cached-table.js";
+import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "../format/entry.js";
+import { unitMask } from "../format/extended-entry.js";
+import type { DataFile } from "./data-file.js";
+import type { GuestWriter } from "./write.js";
+import type { Mapping } from "./mapping.js";
+
+/** Of a raw data file, zeroed in one step. */
+const RAW_STEP_BYTES = 16 * MiB;
+
+export const enum ZeroMode {
+  /** Reads as zeroes afterwards; host clusters stay allocated. */
+  Keep,
+  /** Reads as zeroes afterwards; host clusters are let go. */
+  Unmap,
+  /** Host clusters are let go; content afterwards is of no interest. */
+  Discard,
+}
+
+export class GuestZeroer {
+  private wait: Completion;
+  private readonly run = new ClusterRun();
+  private readonly zeroes: Uint8Array;
+
+  constructor(
+    private readonly mapping: Mapping,
+    private readonly backing: BlockDevice | null,
+    private readonly writer: GuestWriter,
+    private readonly version: 2 | 3,
+    private readonly sizeBytes: number,
+    private readonly name: string,
+    /** Null where the guest's clusters stand in the image file. */
+    private readonly dataFile: DataFile | null,
+  ) {
+    this.zeroes = new Uint8Array(mapping.clusterSizeBytes);
+  }
+
+  zero(offsetBytes: number, lengthBytes: number, mode: ZeroMode): Completion {
+    let done = 0;
+    try {
+      while (done < lengthBytes) {
+        const count = this.step(offsetBytes + done, lengthBytes - done, mode);
+        if (this.wait !== undefined) return this.zeroOn(count, offsetBytes + done, lengthBytes - done, mode);
+        done += count;
+      }
+      return undefined;
+    } catch (error) {
+      return Promise.reject(toCowcatcherError(error, this.name));
+    }
+  }
+
+  private async zeroOn(
+    pendingBytes: number,
+    offsetBytes: number,
+    lengthBytes: number,
+    mode: ZeroMode,
+  ): Promise<void> {
+    const operation = this.mapping.frees.beginOperation();
+    let done = 0;
+    let count = pendingBytes;
+    try {
+      for (;;) {
+        const { wait } = this;
+        this.wait = undefined;
+        if (wait !== undefined) await wait;
+        done += count;
+        if (done >= lengthBytes) return;
+        count = this.step(offsetBytes + done, lengthBytes - done, mode);
+      }
+    } finally {
+      this.mapping.frees.endOperation(operation);
+    }
+  }
+
+  private step(offsetBytes: number, lengthBytes: number, mode: ZeroMode): number {
+    const { mapping } = this;
+    const { clusterSizeBytes, entriesPerTable } = mapping;
+    const cluster = Math.floor(offsetBytes / clusterSizeBytes);
+    const inCluster = offsetBytes - cluster * clusterSizeBytes;
+    const l1Index = Math.floor(cluster / entriesPerTable);
+    if (this.dataFile?.isRaw) return this.zeroRaw(this.dataFile, offsetBytes, lengthBytes, mode);
+    const table = mapping.tableFor(l1Index);
+    if (table === null) {
+      this.wait = mapping.takeWait();
+      if (this.wait !== undefined) return 0;
+      const showsNothing = this.backing === null || this.backing.sizeBytes <= offsetBytes;
+      if (showsNothing || mode === ZeroMode.Discard) {
+        return Math.min(lengthBytes, (l1Index + 1) * mapping.bytesPerTable - offsetBytes);
+      }
+    }
+    const reachesEnd = offsetBytes + lengthBytes >= this.sizeBytes;
+    const wholeClusters = reachesEnd
+      ? Math.ceil((inCluster + lengthBytes) / clusterSizeBytes)
+      : Math.floor((inCluster + lengthBytes) / clusterSizeBytes);
+    if (inCluster > 0 || wholeClusters === 0) {
+      const partBytes = Math.min(lengthBytes, clusterSizeBytes - inCluster);
+      return this.zeroPart(table, cluster, offsetBytes, partBytes, mode);
+    }
+    if (this.version < 3 && this.backing !== null) {
+      if (mode === ZeroMode.Discard) return lengthBytes;
+      const count = Math.min(lengthBytes, clusterSizeBytes);
+      return this.zeroPart(table, cluster, offsetBytes, count, mode);
+    }
+    const count = Math.min(wholeClusters, entriesPerTable - (cluster - l1Index * entriesPerTable));
+    return Math.min(lengthBytes, this.zeroWhole(cluster, count, mode) * clusterSizeBytes);
+  }
+
+  /** A range within one cluster. */
+  private zeroPart(
+    table: CachedTable | null,
+    cluster: number,
+    offsetBytes: number,
+    wantedBytes: number,
+    mode: ZeroMode,
+  ): number {
+    if (mode === ZeroMode.Discard) return wantedBytes;
+    let lengthBytes = wantedBytes;
+    if (this.mapping.hasSubclusters) {
+      const inUnit = offsetBytes % this.mapping.unitSizeBytes;
+      const unitCount = inUnit > 0 ? 0 : this.wholeUnits(offsetBytes, lengthBytes);
+      if (unitCount > 0) return this.zeroUnits(cluster, offsetBytes, lengthBytes, unitCount);
+      lengthBytes = Math.min(lengthBytes, this.mapping.unitSizeBytes - inUnit);
+    }
+    if (!this.writer.inFlight.has(cluster) && this.readsAsZero(table, offsetBytes)) return lengthBytes;
+    return this.writeZeroes(offsetBytes, lengthBytes);
+  }
+
+  private writeZeroes(offsetBytes: number, lengthBytes: number): number {
+    const count = this.writer.step(this.zeroes, 0, lengthBytes, offsetBytes);
+    this.wait = this.writer.wait;
+    this.writer.wait = undefined;
+    return count;
+  }
+
+  /** Of a range that starts with a unit; the last one counts as whole where the disk ends within it. */
+  private wholeUnits(offsetBytes: number, lengthBytes: number): number {
+    const count = lengthBytes / this.mapping.unitSizeBytes;
+    return offsetBytes + lengthBytes >= this.sizeBytes ? Math.ceil(count) : Math.floor(count);
+  }
+
+  private readsAsZero(table: CachedTable | null, offsetBytes: number): boolean {
+    const { mapping, run, backing } = this;
+    const unit = Math.floor(offsetBytes / mapping.unitSizeBytes);
+    const showsNothing = backing === null || backing.sizeBytes <= unit * mapping.unitSizeBytes;
+    if (table === null) return showsNothing;
+    mapping.decoder.scan(table.view, unit % mapping.unitsPerTable, 1, run);
+    const isUnallocated = run.kind === ClusterKind.Unallocated || run.kind === ClusterKind.UnallocatedHosted;
+    if (isUnallocated) return showsNothing;
+    return run.kind === ClusterKind.ZeroPlain || run.kind === ClusterKind.ZeroAllocated;
+  }
+
+  /** Whole subclusters of one cluster, by their bits; returns the bytes done (0 with `wait` set). */
+  private zeroUnits(cluster: number, offsetBytes: number, lengthBytes: number, unitCount: number): number {
+    const { mapping, run } = this;
+    const { unitSizeBytes } = mapping;
+    const table = this.tableToChange(cluster);
+    if (table === null) return 0;
+    const index = cluster % mapping.entriesPerTable;
+    mapping.decoder.scanClusters(table.view, index, 1, run);
+    if (run.kind === ClusterKind.Compressed) return this.writeZeroes(offsetBytes, lengthBytes);
+    const first = (offsetBytes / unitSizeBytes) % mapping.decoder.unitsPerCluster;
+    const units = unitMask(first, first + unitCount);
+    const showsNothing = this.backing === null || this.backing.sizeBytes <= offsetBytes;
+    const isZero = (units & ~run.zeroBits) === 0 || (showsNothing && (units & run.allocatedBits) === 0);
+    if (!isZero) mapping.setZeroUnits(table, index, units);
+    return Math.min(lengthBytes, unitCount * unitSizeBytes);
+  }
+
+  /** The L2 table, if the cluster may be changed now; null with `wait` set. */
+  private tableToChange(cluster: number): CachedTable | null {
+    const { mapping, writer } = this;
+    this.wait = writer.inFlight.get(cluster);
+    if (this.wait !== undefined) return null;
+    const table = mapping.writableTable(Math.floor(cluster / mapping.entriesPerTable));
+    if (table === null) this.wait = mapping.takeWait();
+    return table;
+  }
+
+  /** Changes up to `count` entries; returns how many clusters are done (0 with `wait` set). */
+  private zeroWhole(cluster: number, count: number, mode: ZeroMode): number {
+    const { mapping, writer } = this;
+    const table = this.tableToChange(cluster);
+    if (table === null) return 0;
+    const { clusterSizeBytes } = mapping;
+    const firstIndex = cluster % mapping.entriesPerTable;
+    let done = 0;
+    for (; done < count; done++) {
+      if (writer.inFlight.size > 0 && writer.inFlight.has(cluster + done)) break;
+      this.zeroEntry(table, firstIndex + done, (cluster + done) * clusterSizeBytes, mode);
+    }
+    if (this.dataFile !== null && mode !== ZeroMode.Keep) {
+      const pending = this.dataFile.discard(cluster * clusterSizeBytes, done * clusterSizeBytes);
+      if (pending !== undefined) this.holdUntil(pending, cluster, done);
+    }
+    return done;
+  }
+
+  private zeroEntry(table: CachedTable, index: number, startBytes: number, mode: ZeroMode): void {
+    const { mapping, run, backing } = this;
+    mapping.decoder.scanClusters(table.view, index, 1, run);
+    const { kind } = run;
+    const isAllZero = mapping.hasSubclusters && run.zeroBits === ALL_UNITS;
+    if (kind === ClusterKind.ZeroPlain) return;
+    if (kind === ClusterKind.Unallocated) {
+      if (isAllZero || backing === null || backing.sizeBytes <= startBytes) return;
+    } else if (mode === ZeroMode.Keep && (kind === ClusterKind.ZeroAllocated || isAllZero)) {
+      return;
+    } else if (mode === ZeroMode.Keep && hasHost(kind) && this.version >= 3) {
+      mapping.setZeroUnits(table, index, ALL_UNITS);
+      return;
+    } else {
+      this.writer.dropEntry(table, index, -1);
+    }
+    mapping.setZeroPlain(table, index, this.version >= 3);
+  }
+
+  /** A raw data file is zeroed itself, whatever the entries say; they stay as they are. */
+  private zeroRaw(dataFile: DataFile, offsetBytes: number, wantedBytes: number, mode: ZeroMode): number {
+    const { clusterSizeBytes } = this.mapping;
+    const { inFlight } = this.writer;
+    const first = Math.floor(offsetBytes / clusterSizeBytes);
+    const end = Math.ceil((offsetBytes + Math.min(wantedBytes, RAW_STEP_BYTES)) / clusterSizeBytes);
+    for (let cluster = first; inFlight.size > 0 && cluster < end; cluster++) {
+      // Who is at it may have read the old content, and be about to write it back around its own.
+      this.wait = inFlight.get(cluster);
+      if (this.wait !== undefined) return 0;
+    }
+    const lengthBytes = Math.min(wantedBytes, end * clusterSizeBytes - offsetBytes);
+    const pending = dataFile.zero(offsetBytes, lengthBytes, mode !== ZeroMode.Keep);
+    this.writer.markUnsynced();
+    if (pending !== undefined) {
+      const marked = pending.then(() => this.writer.markUnsynced());
+      this.holdUntil(marked, first, end - first);
+    }
+    return lengthBytes;
+  }
+
+  private holdUntil(pending: Promise<void>, cluster: number, count: number): void {
+    this.writer.track(cluster, count, pending);
+    this.wait = this.writer.wait;
+    this.writer.wait = undefined;
+  }
+}
