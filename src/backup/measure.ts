@@ -7,7 +7,7 @@
 import { geometryOf } from "../cow/geometry.js";
 import type { BlockStatus, Image } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
-import { planFullImage, planGeometry, SECTOR_BYTES } from "../target/qcow2-layout.js";
+import { planFullImage, planGeometry, SECTOR_BYTES } from "../target/qcow2/layout.js";
 import { roundUp } from "../units.js";
 
 export interface MeasuredTarget {

@@ -6,7 +6,7 @@ import { stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import type { SpillDescription } from "../cow/spill.js";
-import { createTemporary, removeStale, unlinkTemporary } from "../target/temporary.js";
+import { createTemporary, removeStale, unlinkTemporary } from "../target/file/temporary.js";
 
 const PREFIX = "spill";
 

@@ -6,7 +6,7 @@ import { refuseImageAsTarget } from "../backup/target-guard.js";
 import { withBackingOf } from "../backup/top-layer.js";
 import { openImage } from "../image/open.js";
 import { checkCompression } from "../image/qcow2/format/compress.js";
-import { resolveDestination } from "../target/destination.js";
+import { resolveDestination } from "../target/file/destination.js";
 import type { OfflineBackupSettings } from "./backup-options.js";
 import { printJsonDocument, printLine, type CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";

@@ -4,8 +4,8 @@ import { CowcatcherError } from "../errors.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { createNbdTarget } from "./nbd.js";
 import { NULL_TARGET_PATH, NullTarget } from "./null.js";
-import { createQcow2Target } from "./qcow2.js";
-import { createRawTarget } from "./raw.js";
+import { createQcow2Target } from "./qcow2/qcow2.js";
+import { createRawTarget } from "./file/raw.js";
 import type { Target, TargetOptions } from "./target.js";
 
 /**

@@ -60,7 +60,7 @@ export interface RawTargetDescription {
   direct: boolean;
   /** The target reads as zeroes where nothing was written (a new file), so zeroes need no write. */
   startsZeroed: boolean;
-  /** See target/gate.ts. */
+  /** See target/file/gate.ts. */
   shared: SharedArrayBuffer;
 }
 
@@ -77,7 +77,7 @@ export interface Qcow2TargetDescription {
   hasBacking: boolean;
   /** As in RawTargetDescription; where false, L2 tables are zeroed when they are allocated. */
   startsZeroed: boolean;
-  /** Layout: see target/qcow2-layout.ts. Next free host cluster, and the place of each L2 table. */
+  /** Layout: see target/qcow2/layout.ts. Next free host cluster, and the place of each L2 table. */
   shared: SharedArrayBuffer;
   compression: Compression | null;
   /** Of a compressed target, 16 bits a host cluster. */

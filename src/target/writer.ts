@@ -2,9 +2,9 @@
 
 import { NbdTargetWriter } from "./nbd.js";
 import { NullWriter } from "./null.js";
-import { CompressingWriter } from "./qcow2-compressing.js";
-import { Qcow2Writer } from "./qcow2-writer.js";
-import { RawWriter } from "./raw.js";
+import { CompressingWriter } from "./qcow2/compressing.js";
+import { Qcow2Writer } from "./qcow2/writer.js";
+import { RawWriter } from "./file/raw.js";
 import type { TargetDescription, TargetWriter } from "./target.js";
 
 /** @param isCancelled asked while a server's answer is awaited; true ends the wait */

@@ -11,7 +11,7 @@
 // writer and leaves the descriptors open until it is gone. A worker that was terminated in the middle of a write
 // never leaves: the descriptors stay open then, which costs two numbers and harms nobody.
 
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError } from "../../errors.js";
 
 const STATE = 0;
 const IN_FLIGHT = 1;

@@ -4,17 +4,17 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { CowcatcherError } from "../../src/errors.js";
-import * as fileio from "../../src/block/file/fileio.js";
-import { acquireImageLock } from "../../src/block/file/locks.js";
-import { libc } from "../../src/native/libc.js";
-import { createTarget } from "../../src/target/create.js";
-import type { Target } from "../../src/target/target.js";
-import { MiB } from "../../src/units.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import * as fileio from "../../../src/block/file/fileio.js";
+import { acquireImageLock } from "../../../src/block/file/locks.js";
+import { libc } from "../../../src/native/libc.js";
+import { createTarget } from "../../../src/target/create.js";
+import type { Target } from "../../../src/target/target.js";
+import { MiB } from "../../../src/units.js";
 
 let folderSync: (() => Promise<void>) | null;
 
-vi.mock("../../src/block/file/fileio.js", async (importOriginal) => {
+vi.mock("../../../src/block/file/fileio.js", async (importOriginal) => {
   const original = await importOriginal<typeof fileio>();
   return {
     ...original,

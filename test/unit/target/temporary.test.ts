@@ -3,7 +3,7 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { F_WRLCK, libc } from "../../src/native/libc.js";
+import { F_WRLCK, libc } from "../../../src/native/libc.js";
 import {
   createTemporary,
   keepTemporary,
@@ -11,7 +11,7 @@ import {
   removeStaleTemporaries,
   unlinkAllTemporaries,
   unlinkTemporary,
-} from "../../src/target/temporary.js";
+} from "../../../src/target/file/temporary.js";
 
 let folder: string;
 beforeEach(() => {

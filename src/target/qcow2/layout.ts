@@ -9,7 +9,7 @@
 //   3      CLUSTER_LIMIT  NEXT_FREE never exceeds it; constant
 //   4      RELEASED_COUNT runs of host clusters that were allocated but hold nothing; may exceed the capacity
 //   5..    released runs, RELEASED_CAPACITY pairs (first host cluster, count)
-//   then   PACK_LOCK, PACK_CLUSTER, PACK_BYTES: where the next compressed cluster goes (qcow2-hosts.ts)
+//   then   PACK_LOCK, PACK_CLUSTER, PACK_BYTES: where the next compressed cluster goes (qcow2/hosts.ts)
 //   then   L2 places: one word an L1 entry, NONE, ALLOCATING or the L2 table's host cluster
 //
 // A compressed target has a second block of shared memory: a 16-bit refcount for each host cluster that may come to
@@ -24,9 +24,9 @@
 // Memory bound: 4 bytes an L1 entry, so at most 16 MiB (QEMU's 32 MiB of L1 table); 512 KiB for 64 TiB with
 // 64 KiB clusters, where an L1 entry covers 512 MiB.
 
-import { CowcatcherError } from "../errors.js";
-import { formatBytes, KiB, MiB, roundUp } from "../units.js";
-import { GATE_WORDS } from "./gate.js";
+import { CowcatcherError } from "../../errors.js";
+import { formatBytes, KiB, MiB, roundUp } from "../../units.js";
+import { GATE_WORDS } from "../file/gate.js";
 
 export const SECTOR_BYTES = 512;
 export const ENTRY_BYTES = 8;

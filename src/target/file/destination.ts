@@ -2,9 +2,9 @@
 
 import * as fs from "node:fs";
 import { dirname, basename, join, resolve } from "node:path";
-import { CowcatcherError, errnoOf, ioError } from "../errors.js";
-import { closeFile, openFile } from "../block/file/fileio.js";
-import { acquireImageLock } from "../block/file/locks.js";
+import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import { closeFile, openFile } from "../../block/file/fileio.js";
+import { acquireImageLock } from "../../block/file/locks.js";
 
 export interface FileDestination {
   kind: "file";

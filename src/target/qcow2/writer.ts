@@ -14,14 +14,14 @@
 // host clusters; when the caller gives up and goes on, the run is released, unless some of its entries may be in
 // the table already: then it stays allocated, and in the worst case `qemu-img check` reports a few leaked clusters.
 
-import { CowcatcherError } from "../errors.js";
-import type { Completion } from "../block/device.js";
-import { enterGate, leaveGate } from "./gate.js";
-import { pwriteAll, pwriteData, writeError } from "./pwrite.js";
-import { HostClusters } from "./qcow2-hosts.js";
-import { ENTRY_BYTES } from "./qcow2-layout.js";
-import { L2Tables } from "./qcow2-tables.js";
-import type { Qcow2TargetDescription, TargetWriter } from "./target.js";
+import { CowcatcherError } from "../../errors.js";
+import type { Completion } from "../../block/device.js";
+import { enterGate, leaveGate } from "../file/gate.js";
+import { pwriteAll, pwriteData, writeError } from "../file/pwrite.js";
+import { HostClusters } from "./hosts.js";
+import { ENTRY_BYTES } from "./layout.js";
+import { L2Tables } from "./tables.js";
+import type { Qcow2TargetDescription, TargetWriter } from "../target.js";
 
 /** Longest run written at once: bounds the buffer for entries to 32 KiB. */
 const RUN_CLUSTER_COUNT_MAX = 4096;

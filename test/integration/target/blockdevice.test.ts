@@ -4,8 +4,8 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { openImage } from "../../src/image/open.js";
-import { MiB } from "../../src/units.js";
+import { openImage } from "../../../src/image/open.js";
+import { MiB } from "../../../src/units.js";
 
 /** Not a multiple of 4096, as block devices may be: only of their own block of 512. */
 const DEVICE_BYTES = 8 * MiB + 512;

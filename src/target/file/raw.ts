@@ -5,13 +5,13 @@
 
 import { promisify } from "node:util";
 import * as fs from "node:fs";
-import { CowcatcherError, ioError } from "../errors.js";
-import type { Completion } from "../block/device.js";
+import { CowcatcherError, ioError } from "../../errors.js";
+import type { Completion } from "../../block/device.js";
 import { FileTarget } from "./file-target.js";
 import { openTargetFile, type TargetFile } from "./file.js";
 import { enterGate, GATE_WORDS, leaveGate } from "./gate.js";
 import { pwriteData, writeError, Zeroer } from "./pwrite.js";
-import type { RawTargetDescription, Target, TargetOptions, TargetWriter } from "./target.js";
+import type { RawTargetDescription, Target, TargetOptions, TargetWriter } from "../target.js";
 
 const truncateFile: (fd: number, lengthBytes: number) => Promise<void> = promisify(fs.ftruncate);
 

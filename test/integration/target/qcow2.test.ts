@@ -10,11 +10,16 @@ import { dirname, join, resolve } from "node:path";
 import { Worker } from "node:worker_threads";
 import ts from "typescript";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { createTarget } from "../../src/target/create.js";
-import { CLUSTER_LIMIT, NEXT_FREE } from "../../src/target/qcow2-layout.js";
-import type { Qcow2TargetDescription, Target, TargetOptions, TargetWriter } from "../../src/target/target.js";
-import { openTarget } from "../../src/target/writer.js";
-import { GiB, KiB, MiB, roundUp, TiB } from "../../src/units.js";
+import { createTarget } from "../../../src/target/create.js";
+import { CLUSTER_LIMIT, NEXT_FREE } from "../../../src/target/qcow2/layout.js";
+import type {
+  Qcow2TargetDescription,
+  Target,
+  TargetOptions,
+  TargetWriter,
+} from "../../../src/target/target.js";
+import { openTarget } from "../../../src/target/writer.js";
+import { GiB, KiB, MiB, roundUp, TiB } from "../../../src/units.js";
 
 let folder: string;
 let path: string;
@@ -389,7 +394,7 @@ let compiled: string;
 /** Translates these modules and all that they import. */
 function translateFrom(...modules: string[]): void {
   const compilerOptions = { module: ts.ModuleKind.ESNext, target: ts.ScriptTarget.ES2023 };
-  const root = resolve(import.meta.dirname, "../../src");
+  const root = resolve(import.meta.dirname, "../../../src");
   const wanted = new Set(modules);
   for (const module of wanted) {
     const source = fs.readFileSync(join(root, module.replace(/\.js$/, ".ts")), "utf8");

@@ -4,10 +4,10 @@
 
 import { writeSync } from "node:fs";
 import { constants } from "node:os";
-import { type CowcatcherError } from "../errors.js";
-import { errnoError, pageAlignedMemory } from "../block/file/fileio.js";
-import { libc } from "../native/libc.js";
-import { MiB } from "../units.js";
+import { type CowcatcherError } from "../../errors.js";
+import { errnoError, pageAlignedMemory } from "../../block/file/fileio.js";
+import { libc } from "../../native/libc.js";
+import { MiB } from "../../units.js";
 
 const { EINTR, EINVAL, EIO } = constants.errno;
 

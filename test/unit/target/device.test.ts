@@ -5,11 +5,11 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { CowcatcherError } from "../../src/errors.js";
-import { createTarget } from "../../src/target/create.js";
-import type { TargetFile } from "../../src/target/file.js";
-import type { Target } from "../../src/target/target.js";
-import { KiB, MiB } from "../../src/units.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import { createTarget } from "../../../src/target/create.js";
+import type { TargetFile } from "../../../src/target/file/file.js";
+import type { Target } from "../../../src/target/target.js";
+import { KiB, MiB } from "../../../src/units.js";
 
 /** Of each sync, in order: what the device's first word was then. */
 let headersAtSync: string[];
@@ -17,7 +17,7 @@ let headersAtSync: string[];
 let nextSyncs: (() => Promise<void>)[];
 let openDescriptorCount: number;
 
-vi.mock("../../src/target/file.js", () => ({
+vi.mock("../../../src/target/file/file.js", () => ({
   openTargetFile: ({ path }: { path: string }): Promise<TargetFile> => {
     const fd = fs.openSync(path, "r+");
     openDescriptorCount++;

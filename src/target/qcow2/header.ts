@@ -1,10 +1,10 @@
 // The header cluster of a qcow2 version 3 image, as QEMU's docs/interop/qcow2.txt has it: 112 bytes of fields, the
 // extensions, the backing file's name.
 
-import { CowcatcherError } from "../errors.js";
-import type { ImageFormat } from "../block/format.js";
-import type { CompressionType } from "../image/qcow2/format/header.js";
-import { HEADER_CLUSTER_COUNT, type Qcow2Geometry, type RefcountPlan } from "./qcow2-layout.js";
+import { CowcatcherError } from "../../errors.js";
+import type { ImageFormat } from "../../block/format.js";
+import type { CompressionType } from "../../image/qcow2/format/header.js";
+import { HEADER_CLUSTER_COUNT, type Qcow2Geometry, type RefcountPlan } from "./layout.js";
 
 const MAGIC = 0x514649fb;
 const VERSION = 3;

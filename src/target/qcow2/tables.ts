@@ -7,11 +7,11 @@
 // writes of one page through the page cache from losing each other's bytes. That is why tables never go through
 // O_DIRECT, and why O_DIRECT needs clusters that are whole pages (qcow2.ts).
 
-import { CowcatcherError } from "../errors.js";
-import { pwriteAll, writeError, Zeroer } from "./pwrite.js";
-import type { HostClusters } from "./qcow2-hosts.js";
-import { ALLOCATING, ENTRY_BYTES, L2_PLACES, NONE } from "./qcow2-layout.js";
-import type { Qcow2TargetDescription } from "./target.js";
+import { CowcatcherError } from "../../errors.js";
+import { pwriteAll, writeError, Zeroer } from "../file/pwrite.js";
+import type { HostClusters } from "./hosts.js";
+import { ALLOCATING, ENTRY_BYTES, L2_PLACES, NONE } from "./layout.js";
+import type { Qcow2TargetDescription } from "../target.js";
 
 /** Allocating takes microseconds in a file, one zeroed cluster on a device; a worker that died never publishes. */
 const L2_WAIT_MS_MAX = 60_000;

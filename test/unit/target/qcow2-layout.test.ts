@@ -7,9 +7,9 @@ import {
   NEXT_FREE,
   planGeometry,
   planRefcounts,
-} from "../../src/target/qcow2-layout.js";
-import { encodeHeaderCluster } from "../../src/target/qcow2-header.js";
-import { GiB, KiB, MiB, TiB } from "../../src/units.js";
+} from "../../../src/target/qcow2/layout.js";
+import { encodeHeaderCluster } from "../../../src/target/qcow2/header.js";
+import { GiB, KiB, MiB, TiB } from "../../../src/units.js";
 
 describe("the refcount plan", () => {
   it("covers the whole image, itself included, and no block or table cluster too many", () => {

@@ -20,8 +20,8 @@ import * as fs from "node:fs";
 import { createHash, randomBytes } from "node:crypto";
 import { constants as os } from "node:os";
 import { basename, dirname, join } from "node:path";
-import { CowcatcherError, errnoOf, ioError } from "../errors.js";
-import { F_WRLCK, libc } from "../native/libc.js";
+import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import { F_WRLCK, libc } from "../../native/libc.js";
 
 export interface Temporary {
   path: string;

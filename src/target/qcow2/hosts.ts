@@ -13,16 +13,9 @@
 // In a compressed target every use of a host cluster is counted in `refcounts`, a compressed cluster's only when its
 // data is written. So bytes that a failed write has left behind are no leaks.
 
-import { CowcatcherError } from "../errors.js";
-import {
-  allocateClusters,
-  NONE,
-  PACK_BYTES,
-  PACK_CLUSTER,
-  PACK_LOCK,
-  releaseClusters,
-} from "./qcow2-layout.js";
-import type { Qcow2TargetDescription } from "./target.js";
+import { CowcatcherError } from "../../errors.js";
+import { allocateClusters, NONE, PACK_BYTES, PACK_CLUSTER, PACK_LOCK, releaseClusters } from "./layout.js";
+import type { Qcow2TargetDescription } from "../target.js";
 
 const LOCKED = 1;
 /** The lock is held for microseconds; a worker that died in it never gives it back. */

@@ -2,26 +2,26 @@
 //
 //   cluster 0        header; written last
 //   1 ..             L1 table; written at the end
-//   ..               guest clusters and L2 tables, as workers come by them (qcow2-writer.ts)
+//   ..               guest clusters and L2 tables, as workers come by them (qcow2/writer.ts)
 //   at the end       refcount table, then refcount blocks
 //
 // Every cluster that was handed out is used once, so all refcounts are 1 and need no memory: they are made up
 // while they are written. (Runs that a failed write gave back are 0.) Only where compressed clusters share host
-// clusters are they counted, in memory, as the workers go (qcow2-hosts.ts). complete() writes them, the L1 table and the
+// clusters are they counted, in memory, as the workers go (qcow2/hosts.ts). complete() writes them, the L1 table and the
 // header through libuv's pool, 1 MiB at a time, as this thread serves the guest meanwhile.
 //
 // On a block device the old header is wiped first, so that an unfinished target is not taken for an image, and
 // the new one is written after all else is synced, and wiped again if the target is given up then. Each wipe is synced:
 // after a crash no old header may come back over new clusters. A file needs none of it: it has no name yet.
 
-import { CowcatcherError } from "../errors.js";
-import { writeFully } from "../block/file/fileio.js";
-import { checkCompression } from "../image/qcow2/format/compress.js";
-import type { CompressionType } from "../image/qcow2/format/header.js";
-import { KiB, MiB } from "../units.js";
-import { FileTarget } from "./file-target.js";
-import { openTargetFile, syncData, type TargetFile } from "./file.js";
-import { type Backing, encodeHeaderCluster } from "./qcow2-header.js";
+import { CowcatcherError } from "../../errors.js";
+import { writeFully } from "../../block/file/fileio.js";
+import { checkCompression } from "../../image/qcow2/format/compress.js";
+import type { CompressionType } from "../../image/qcow2/format/header.js";
+import { KiB, MiB } from "../../units.js";
+import { FileTarget } from "../file/file-target.js";
+import { openTargetFile, syncData, type TargetFile } from "../file/file.js";
+import { type Backing, encodeHeaderCluster } from "./header.js";
 import {
   createRefcounts,
   createShared,
@@ -37,9 +37,9 @@ import {
   RELEASED_CAPACITY,
   RELEASED_COUNT,
   RELEASED_RUNS,
-} from "./qcow2-layout.js";
-import { COPIED_HIGH_WORD, TWO_POW_32 } from "./qcow2-writer.js";
-import type { Qcow2TargetDescription, Target, TargetOptions } from "./target.js";
+} from "./layout.js";
+import { COPIED_HIGH_WORD, TWO_POW_32 } from "./writer.js";
+import type { Qcow2TargetDescription, Target, TargetOptions } from "../target.js";
 
 const WRITE_BYTES = 1 * MiB;
 /** Data and tables must not share a page: the largest page of the platforms that Node runs on. */
@@ -197,7 +197,7 @@ class MetadataWriter {
 
   async #writeRefcountTable(plan: RefcountPlan): Promise<void> {
     const { clusterBytes } = this.geometry;
-    // At most 8 MiB (see qcow2-layout.ts).
+    // At most 8 MiB (see qcow2/layout.ts).
     const table = Buffer.alloc(plan.tableClusterCount * clusterBytes);
     const firstBlock = plan.tableFirstCluster + plan.tableClusterCount;
     for (let i = 0; i < plan.blockCount; i++) {

@@ -1,4 +1,4 @@
-// Compressed qcow2 targets below the file: codecs, packing, failures. QEMU's view is test/integration/compress.test.ts.
+// Compressed qcow2 targets below the file: codecs, packing, failures. QEMU's view is test/integration/target/compress.test.ts.
 
 import { execFileSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
@@ -7,19 +7,19 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { COMPRESSION_LEVELS, parseCompression } from "../../src/image/qcow2/format/compression.js";
-import { createTarget } from "../../src/target/create.js";
-import { HostClusters } from "../../src/target/qcow2-hosts.js";
+import { COMPRESSION_LEVELS, parseCompression } from "../../../src/image/qcow2/format/compression.js";
+import { createTarget } from "../../../src/target/create.js";
+import { HostClusters } from "../../../src/target/qcow2/hosts.js";
 import {
   CLUSTER_LIMIT,
   createRefcounts,
   createShared,
   NEXT_FREE,
   planGeometry,
-} from "../../src/target/qcow2-layout.js";
-import type { Qcow2TargetDescription, Target } from "../../src/target/target.js";
-import { openTarget } from "../../src/target/writer.js";
-import { GiB, KiB, MiB, TiB } from "../../src/units.js";
+} from "../../../src/target/qcow2/layout.js";
+import type { Qcow2TargetDescription, Target } from "../../../src/target/target.js";
+import { openTarget } from "../../../src/target/writer.js";
+import { GiB, KiB, MiB, TiB } from "../../../src/units.js";
 
 const CLUSTER = 64 * KiB;
 
@@ -45,8 +45,8 @@ describe.each(["0", "1"])("the codecs (COWCATCHER_NO_NATIVE=%s)", (noNative) => 
   it.each(["zlib:1", "zlib", "zlib:9", "zstd:1", "zstd", "zstd:19"])(
     "%s goes there and back",
     async (name) => {
-      const { Compressor } = await import("../../src/image/qcow2/format/compress.js");
-      const { Decompressor } = await import("../../src/image/qcow2/format/decompress.js");
+      const { Compressor } = await import("../../../src/image/qcow2/format/compress.js");
+      const { Decompressor } = await import("../../../src/image/qcow2/format/decompress.js");
       const compression = parseCompression(name, "c");
       if (compression.type === "zstd" && noNative === "1" && !nodeHasZstd) {
         const refusal = /zstd.*Node 22.15 or later, or install libzstd/;

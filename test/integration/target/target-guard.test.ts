@@ -15,15 +15,15 @@ import {
 } from "node:fs";
 import { join, relative } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import type { JobOptions } from "../../src/backup/options.js";
-import { argumentsFromBackup } from "../../src/control/backup-arguments.js";
-import { ControlClient } from "../../src/control/client.js";
-import { watchJob } from "../../src/control/jobs-from-qmp.js";
-import { CowcatcherError } from "../../src/errors.js";
-import { cowcatcher, run } from "../support/cli.js";
-import { expectSame, makeDisk, noise } from "../support/disks.js";
-import { type RunningServer, startServer } from "../support/nbd-servers.js";
-import { mustRun, scratchFolder, Server, stopAll } from "../support/server.js";
+import type { JobOptions } from "../../../src/backup/options.js";
+import { argumentsFromBackup } from "../../../src/control/backup-arguments.js";
+import { ControlClient } from "../../../src/control/client.js";
+import { watchJob } from "../../../src/control/jobs-from-qmp.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import { cowcatcher, run } from "../../support/cli.js";
+import { expectSame, makeDisk, noise } from "../../support/disks.js";
+import { type RunningServer, startServer } from "../../support/nbd-servers.js";
+import { mustRun, scratchFolder, Server, stopAll } from "../../support/server.js";
 
 const MiB = 1024 * 1024;
 const WITHOUT_LOCKS = { COWCATCHER_NO_NATIVE: "1" };

@@ -3,7 +3,7 @@
 // A batch is a run of guest clusters, at most a chunk. Its way:
 //
 //   compress each cluster into the worker's own buffer, one after another
-//   take places for what got smaller (qcow2-hosts.ts): most of it in one contiguous stretch of the file
+//   take places for what got smaller (qcow2/hosts.ts): most of it in one contiguous stretch of the file
 //   write the stretches; count the uses of their host clusters; write the L2 entries
 //   hand the clusters that did not get smaller to the plain writer, run by run
 //
@@ -17,17 +17,17 @@
 // failed, with the same places. When the caller gives up, the places stay unused and uncounted, unless entries may
 // be in the table already: then the worst that `qemu-img check` reports is leaked clusters.
 
-import type { Completion } from "../block/device.js";
-import { Compressor } from "../image/qcow2/format/compress.js";
-import type { Compression } from "../image/qcow2/format/compression.js";
-import { MiB } from "../units.js";
-import { enterGate, leaveGate } from "./gate.js";
-import { pwriteAll, writeError } from "./pwrite.js";
-import { HostClusters } from "./qcow2-hosts.js";
-import { ENTRY_BYTES, SECTOR_BYTES } from "./qcow2-layout.js";
-import { L2Tables } from "./qcow2-tables.js";
-import { checkRange, Qcow2Writer, TWO_POW_32 } from "./qcow2-writer.js";
-import type { Qcow2TargetDescription, TargetWriter } from "./target.js";
+import type { Completion } from "../../block/device.js";
+import { Compressor } from "../../image/qcow2/format/compress.js";
+import type { Compression } from "../../image/qcow2/format/compression.js";
+import { MiB } from "../../units.js";
+import { enterGate, leaveGate } from "../file/gate.js";
+import { pwriteAll, writeError } from "../file/pwrite.js";
+import { HostClusters } from "./hosts.js";
+import { ENTRY_BYTES, SECTOR_BYTES } from "./layout.js";
+import { L2Tables } from "./tables.js";
+import { checkRange, Qcow2Writer, TWO_POW_32 } from "./writer.js";
+import type { Qcow2TargetDescription, TargetWriter } from "../target.js";
 
 /** A drain's chunk, so that most batches are one write. */
 const BATCH_BYTES = 1 * MiB;

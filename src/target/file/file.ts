@@ -9,11 +9,11 @@
 
 import * as fs from "node:fs";
 import { basename, dirname } from "node:path";
-import { CowcatcherError, errnoOf, ioError } from "../errors.js";
-import { closeFile, openFile, syncFileData } from "../block/file/fileio.js";
-import { acquireImageLock } from "../block/file/locks.js";
+import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import { closeFile, openFile, syncFileData } from "../../block/file/fileio.js";
+import { acquireImageLock } from "../../block/file/locks.js";
 import { existsError, type FileDestination, lockReplaced, resolveDestination } from "./destination.js";
-import type { TargetOptions } from "./target.js";
+import type { TargetOptions } from "../target.js";
 import {
   createTemporary,
   keepTemporary,

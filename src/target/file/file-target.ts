@@ -11,10 +11,10 @@
 // it off again (`retract`), after the step that is in flight, which might write it yet. abort() waits for that for a
 // while, as the process may end then; if the storage answers later, it is done later. Main thread only.
 
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError } from "../../errors.js";
 import { syncData, type TargetFile } from "./file.js";
 import { closeGate, writesInFlight } from "./gate.js";
-import type { Target, TargetDescription } from "./target.js";
+import type { Target, TargetDescription } from "../target.js";
 
 const CLOSE_POLL_MS = 100;
 /** A write that hangs for longer keeps its descriptors until the process ends. */
