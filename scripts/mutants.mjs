@@ -142,7 +142,7 @@ const MUTANTS = [
   },
   {
     rule: "snapshot: a status that comes late says nothing of what was captured meanwhile",
-    test: "test/unit/snapshot-device.test.ts",
+    test: "test/unit/cow/snapshot-device.test.ts",
     file: "src/cow/snapshot-device.ts",
     from: "const bytes = Math.min(answer.lengthBytes, this.#unchangedBytes(offsetBytes, unchangedBytes));",
     to: "const bytes = answer.lengthBytes;",

@@ -1,6 +1,6 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
-import { HeldBlocks } from "../../src/cow/held-blocks.js";
+import { HeldBlocks } from "../../../src/cow/held-blocks.js";
 
 const BLOCKS_PER_CHUNK = 256;
 const CHUNK_COUNT = 16;

@@ -1,8 +1,8 @@
 import { describe, expect, it } from "vitest";
-import { DiskNode } from "../../src/cow/disk-node.js";
-import type { Interceptor } from "../../src/cow/interceptor.js";
-import type { Completion, Image } from "../../src/block/device.js";
-import { turns } from "../support/cow-engine.js";
+import { DiskNode } from "../../../src/cow/disk-node.js";
+import type { Interceptor } from "../../../src/cow/interceptor.js";
+import type { Completion, Image } from "../../../src/block/device.js";
+import { turns } from "../../support/cow-engine.js";
 
 /** An image whose writes end when the test says so, while `slow`. */
 function makeNode(name: string) {

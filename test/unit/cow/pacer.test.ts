@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
-import { geometryOf } from "../../src/cow/geometry.js";
-import { Pacer } from "../../src/cow/pacer.js";
-import { createSharedState, CTL_USED_BLOCKS, type SharedState } from "../../src/cow/shared.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
+import { Pacer } from "../../../src/cow/pacer.js";
+import { createSharedState, CTL_USED_BLOCKS, type SharedState } from "../../../src/cow/shared.js";
 
 const BUFFER = 4 * 1024 * 1024;
 const BLOCKS = BUFFER / 4096;

@@ -1,13 +1,13 @@
 // The T0 view one rule at a time; test/model/snapshot.test.ts has the schedules.
 import { describe, expect, it } from "vitest";
-import { geometryOf } from "../../src/cow/geometry.js";
-import { Interceptor } from "../../src/cow/interceptor.js";
-import { allocatePages } from "../../src/cow/page-memory.js";
-import { createSharedState } from "../../src/cow/shared.js";
-import { SnapshotDevice } from "../../src/cow/snapshot-device.js";
-import type { BlockDevice, BlockStatus, Completion } from "../../src/block/device.js";
-import { GiB } from "../../src/units.js";
-import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
+import { Interceptor } from "../../../src/cow/interceptor.js";
+import { allocatePages } from "../../../src/cow/page-memory.js";
+import { createSharedState } from "../../../src/cow/shared.js";
+import { SnapshotDevice } from "../../../src/cow/snapshot-device.js";
+import type { BlockDevice, BlockStatus, Completion } from "../../../src/block/device.js";
+import { GiB } from "../../../src/units.js";
+import { BLOCK_BYTES, MiB } from "../../support/cow-engine.js";
 
 const SIZE_BYTES = 4 * MiB;
 

@@ -1,18 +1,18 @@
 // What --on-source-error ignore leaves out of a backup: the blocks that cannot be read, and nothing else.
 import { describe, expect, it } from "vitest";
-import { Drainer } from "../../src/cow/drain.js";
-import type { DrainStep } from "../../src/cow/drain-io.js";
-import { geometryOf } from "../../src/cow/geometry.js";
+import { Drainer } from "../../../src/cow/drain.js";
+import type { DrainStep } from "../../../src/cow/drain-io.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
 import {
   createSharedState,
   CTL_IGNORED_ERRORS,
   CTL_RUN,
   RUN_ABORTING,
   RUN_RUNNING,
-} from "../../src/cow/shared.js";
-import { CowcatcherError } from "../../src/errors.js";
-import type { Completion } from "../../src/block/device.js";
-import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
+} from "../../../src/cow/shared.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import type { Completion } from "../../../src/block/device.js";
+import { BLOCK_BYTES, MiB } from "../../support/cow-engine.js";
 
 const SIZE_BYTES = 2 * MiB + 5000;
 

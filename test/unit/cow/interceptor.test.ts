@@ -6,11 +6,11 @@ import {
   DONE,
   READING,
   OWNER_MASK,
-} from "../../src/cow/shared.js";
-import { SpillFile } from "../../src/cow/spill.js";
-import { DiskNode } from "../../src/cow/disk-node.js";
-import type { Image } from "../../src/block/device.js";
-import { CowcatcherError } from "../../src/errors.js";
+} from "../../../src/cow/shared.js";
+import { SpillFile } from "../../../src/cow/spill.js";
+import { DiskNode } from "../../../src/cow/disk-node.js";
+import type { Image } from "../../../src/block/device.js";
+import { CowcatcherError } from "../../../src/errors.js";
 import {
   BLOCK_BYTES,
   type Engine,
@@ -18,7 +18,7 @@ import {
   makeEngine,
   MiB,
   turns,
-} from "../support/cow-engine.js";
+} from "../../support/cow-engine.js";
 
 const CLUSTER = 64 * 1024;
 let engine: Engine;

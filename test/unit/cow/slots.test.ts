@@ -1,7 +1,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { SlotAllocator } from "../../src/cow/slots.js";
-import { BLOCKS_PER_SLOT } from "../../src/cow/geometry.js";
+import { SlotAllocator } from "../../../src/cow/slots.js";
+import { BLOCKS_PER_SLOT } from "../../../src/cow/geometry.js";
 
 interface Run {
   first: number;

@@ -4,11 +4,11 @@ import { closeSync, mkdtempSync, openSync, readFileSync, rmSync } from "node:fs"
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, it } from "vitest";
-import { Interceptor } from "../../src/cow/interceptor.js";
-import { BLOCK_BYTES, geometryOf, SLOT_BYTES } from "../../src/cow/geometry.js";
-import { createSharedState, OWNER_MASK, type SharedState } from "../../src/cow/shared.js";
-import { SpillFile } from "../../src/cow/spill.js";
-import { MemoryDevice } from "../support/nbd-peer.js";
+import { Interceptor } from "../../../src/cow/interceptor.js";
+import { BLOCK_BYTES, geometryOf, SLOT_BYTES } from "../../../src/cow/geometry.js";
+import { createSharedState, OWNER_MASK, type SharedState } from "../../../src/cow/shared.js";
+import { SpillFile } from "../../../src/cow/spill.js";
+import { MemoryDevice } from "../../support/nbd-peer.js";
 
 const DISK_BYTES = 1024 * 1024;
 

@@ -1,13 +1,13 @@
 // What --verify compares with: digests of T0, alone and as a worker records them.
 import { describe, expect, it } from "vitest";
-import { allocateDigests, ClusterDigests } from "../../src/cow/digests.js";
-import { Drainer } from "../../src/cow/drain.js";
-import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
-import { createSharedState, type SharedState } from "../../src/cow/shared.js";
-import { CowcatcherError } from "../../src/errors.js";
-import type { SourceReader } from "../../src/block/device.js";
-import type { TargetWriter } from "../../src/target/target.js";
-import { Random } from "../support/random.js";
+import { allocateDigests, ClusterDigests } from "../../../src/cow/digests.js";
+import { Drainer } from "../../../src/cow/drain.js";
+import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
+import { createSharedState, type SharedState } from "../../../src/cow/shared.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import type { SourceReader } from "../../../src/block/device.js";
+import type { TargetWriter } from "../../../src/target/target.js";
+import { Random } from "../../support/random.js";
 
 const KiB = 1024;
 const MiB = 1024 * KiB;

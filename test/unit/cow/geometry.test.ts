@@ -1,6 +1,6 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
+import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
 
 describe("geometryOf", () => {
   it("cuts every disk into whole parts, with the last of each kind holding the end", () => {

@@ -1,8 +1,8 @@
 import fc from "fast-check";
 import { afterEach, describe, expect, it, vi } from "vitest";
-import { Drainer } from "../../src/cow/drain.js";
-import type { DrainStep } from "../../src/cow/drain-io.js";
-import { geometryOf } from "../../src/cow/geometry.js";
+import { Drainer } from "../../../src/cow/drain.js";
+import type { DrainStep } from "../../../src/cow/drain-io.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
 import {
   CNT_RATE_LIMIT,
   CNT_RATE_NEXT_NS,
@@ -11,8 +11,8 @@ import {
   RUN_ABORTING,
   RUN_PAUSED,
   RUN_RUNNING,
-} from "../../src/cow/shared.js";
-import { bookTransfer, changeLimit } from "../../src/cow/throttle.js";
+} from "../../../src/cow/shared.js";
+import { bookTransfer, changeLimit } from "../../../src/cow/throttle.js";
 
 const SECOND = 1_000_000_000n;
 const MiB = 1024 * 1024;

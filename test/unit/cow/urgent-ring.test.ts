@@ -1,6 +1,6 @@
 import { expect, it } from "vitest";
-import { Drainer } from "../../src/cow/drain.js";
-import { geometryOf } from "../../src/cow/geometry.js";
+import { Drainer } from "../../../src/cow/drain.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
 import {
   createSharedState,
   CTL_RUN,
@@ -10,8 +10,8 @@ import {
   QUEUED,
   RUN_RUNNING,
   type SharedState,
-} from "../../src/cow/shared.js";
-import { BLOCK_BYTES, makeEngine, MiB } from "../support/cow-engine.js";
+} from "../../../src/cow/shared.js";
+import { BLOCK_BYTES, makeEngine, MiB } from "../../support/cow-engine.js";
 
 function popAll(shared: SharedState): number[] {
   const chunks: number[] = [];

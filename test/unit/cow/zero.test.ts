@@ -1,8 +1,8 @@
 import fc from "fast-check";
 import { expect, it } from "vitest";
-import { allocatePages } from "../../src/cow/page-memory.js";
-import { endOfData, isZero } from "../../src/cow/zero.js";
-import { GiB } from "../../src/units.js";
+import { allocatePages } from "../../../src/cow/page-memory.js";
+import { endOfData, isZero } from "../../../src/cow/zero.js";
+import { GiB } from "../../../src/units.js";
 
 it("agrees with a byte by byte look, at every alignment, in views that begin anywhere", () => {
   const range = fc.tuple(fc.nat(600), fc.nat(600), fc.nat(64), fc.option(fc.nat(700)));

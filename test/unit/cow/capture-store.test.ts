@@ -1,10 +1,10 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { CaptureStore, CaptureWork } from "../../src/cow/capture-store.js";
-import { geometryOf } from "../../src/cow/geometry.js";
-import { captureLength, createSharedState, type SharedState } from "../../src/cow/shared.js";
-import type { BlockDevice } from "../../src/block/device.js";
-import { BLOCK_BYTES, MiB } from "../support/cow-engine.js";
+import { CaptureStore, CaptureWork } from "../../../src/cow/capture-store.js";
+import { geometryOf } from "../../../src/cow/geometry.js";
+import { captureLength, createSharedState, type SharedState } from "../../../src/cow/shared.js";
+import type { BlockDevice } from "../../../src/block/device.js";
+import { BLOCK_BYTES, MiB } from "../../support/cow-engine.js";
 
 /** A store over a disk of zeroes; writes of some blocks each, one after another. */
 function makeStore(bufferBytes: number, sizeBytes: number) {

@@ -2,9 +2,9 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
-import { SpillFile } from "../../src/cow/spill.js";
-import { CowcatcherError } from "../../src/errors.js";
+import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
+import { SpillFile } from "../../../src/cow/spill.js";
+import { CowcatcherError } from "../../../src/errors.js";
 
 const MiB = 1024 * 1024;
 let folder: string;
