@@ -6,9 +6,9 @@
 import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import type { MessagePort } from "node:worker_threads";
-import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy-task.js";
-import { FAULTS_VARIABLE, withFaults } from "../src/backup/faults.js";
-import { bootIsOver } from "../src/backup/thread-boots.js";
+import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy/task.js";
+import { FAULTS_VARIABLE, withFaults } from "../src/backup/copy/faults.js";
+import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { Drainer } from "../src/cow/drain.js";
 import type { DrainStep } from "../src/cow/drain-io.js";
 import { BLOCK_BYTES } from "../src/cow/geometry.js";

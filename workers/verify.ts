@@ -1,18 +1,18 @@
 // A worker of --verify: reads the target back, stretch by stretch, and compares each cluster with its digest of T0.
-// It meets the others only in the counter that shares the stretches out; see src/backup/verify-run.ts.
+// It meets the others only in the counter that shares the stretches out; see src/backup/copy/verify-run.ts.
 //
 // Each worker opens the target itself, as an image like any other: what a restore would read is what is compared. No
 // lock is taken, as the process that writes the target holds its own.
 
 import { closeSync, openSync } from "node:fs";
-import { FAULTS_VARIABLE, withTargetReadFaults } from "../src/backup/faults.js";
+import { FAULTS_VARIABLE, withTargetReadFaults } from "../src/backup/copy/faults.js";
 import {
   CTL_NEXT_STRETCH,
   STRETCH_BYTES,
   type VerifyResult,
   type VerifyTask,
-} from "../src/backup/verify-task.js";
-import { bootIsOver } from "../src/backup/thread-boots.js";
+} from "../src/backup/copy/verify-task.js";
+import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { ClusterDigests } from "../src/cow/digests.js";
 import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING } from "../src/cow/shared.js";

@@ -2,7 +2,7 @@
 
 import { randomBytes } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
-import { startOfflineCopy } from "../backup/offline.js";
+import { startOfflineCopy } from "../backup/job/offline.js";
 import { ControlClient } from "../control/client.js";
 import { listJobs, startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
 import { isJsonObject } from "../control/qmp.js";

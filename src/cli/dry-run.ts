@@ -1,9 +1,9 @@
 // `backup --dry-run`: opens the source, looks whether the target could be made, and says how large it would be.
-import { checkBacking } from "../backup/backing-check.js";
-import { dirtyRuns } from "../backup/incremental.js";
-import { measureTarget } from "../backup/measure.js";
-import { refuseImageAsTarget } from "../backup/target-guard.js";
-import { withBackingOf } from "../backup/top-layer.js";
+import { checkBacking } from "../backup/guard/backing-check.js";
+import { dirtyRuns } from "../backup/copy/incremental.js";
+import { measureTarget } from "../backup/job/measure.js";
+import { refuseImageAsTarget } from "../backup/guard/target-guard.js";
+import { withBackingOf } from "../backup/job/top-layer.js";
 import { openImage } from "../image/open.js";
 import { checkCompression } from "../image/qcow2/format/compress.js";
 import { resolveDestination } from "../target/file/destination.js";

@@ -4,7 +4,7 @@ import { ioError, toCowcatcherError } from "../errors.js";
 import type { CommandContext } from "./context.js";
 import { EXIT } from "./exit-codes.js";
 import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
-import { endProcess, mayEndProcess } from "../backup/thread-boots.js";
+import { endProcess, mayEndProcess } from "../backup/copy/thread-boots.js";
 import { errorLine, reportError } from "./report.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
@@ -28,7 +28,7 @@ process.on("uncaughtException", (thrown: unknown) => {
 
 const argv = process.argv.slice(2);
 if (isOfflineCopy(argv)) {
-  const { startCopyPoolEarly } = await import("../backup/copy-pool.js");
+  const { startCopyPoolEarly } = await import("../backup/copy/pool.js");
   startCopyPoolEarly(OFFLINE_WORKER_COUNT);
 }
 const { runProgram } = await import("./program.js");

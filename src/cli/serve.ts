@@ -1,7 +1,7 @@
 // `serve`: opens the images, serves them to guests over NBD, and takes backup jobs on the control socket.
 
 import { unlinkSync } from "node:fs";
-import { LiveHost } from "../backup/live-host.js";
+import { LiveHost } from "../backup/job/live-host.js";
 import { ControlServer } from "../control/server.js";
 import { DiskNode } from "../cow/disk-node.js";
 import type { Image } from "../block/device.js";

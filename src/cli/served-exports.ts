@@ -1,6 +1,6 @@
 // What `serve` offers by NBD: its disks from the start to the end, and the T0 views of jobs for as long as those run.
 
-import type { SnapshotPublisher } from "../backup/snapshot.js";
+import type { SnapshotPublisher } from "../backup/job/snapshot.js";
 import type { DiskNode } from "../cow/disk-node.js";
 import { CowcatcherError } from "../errors.js";
 import type { BlockDevice } from "../block/device.js";

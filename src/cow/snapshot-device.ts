@@ -1,7 +1,7 @@
 // The disk as it was at T0, as a read-only device: what a guest write has changed since comes from the captures,
 // all else from the image that the guest goes on writing to. Main thread only.
 //
-// It reads what an interceptor without workers has captured (backup/snapshot.ts). Nothing is drained there: a block
+// It reads what an interceptor without workers has captured (backup/job/snapshot.ts). Nothing is drained there: a block
 // that was captured once stays where it is until the snapshot ends, so there are three kinds of block only:
 //
 //   not held ──capture──► in a slot, or in the spill          and never back

@@ -3,7 +3,7 @@
 import { readdirSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, it } from "vitest";
-import { measureTarget } from "../../src/backup/measure.js";
+import { measureTarget } from "../../src/backup/job/measure.js";
 import { openImage } from "../../src/image/open.js";
 import { GiB, KiB, MiB, TiB } from "../../src/units.js";
 import { cowcatcher, type RunResult } from "../support/cli.js";

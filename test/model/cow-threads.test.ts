@@ -5,7 +5,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
-import type { LiveHost as LiveHostType } from "../../src/backup/live-host.js";
+import type { LiveHost as LiveHostType } from "../../src/backup/job/live-host.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import type { DiskNode as DiskNodeType } from "../../src/cow/disk-node.js";
 import type { openImage as openImageType } from "../../src/image/open.js";

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { markClean, runsOfMap } from "../../../../src/backup/incremental.js";
+import { markClean, runsOfMap } from "../../../../src/backup/copy/incremental.js";
 import { geometryOf } from "../../../../src/cow/geometry.js";
 import {
   CNT_DONE_BYTES,

@@ -1,0 +1,75 @@
+// The threads of a copy, which may be started before it is known what they are to copy. Main thread.
+//
+// A thread takes some 50 ms to boot, about as long as it takes to parse the command line, load what opens images and
+// open them. An offline copy that starts its threads first has both at the same time.
+
+import { Piscina } from "piscina";
+import { type Boots, bootsOver, expectBoots, noMoreBoots } from "./thread-boots.js";
+import { COPY_WORKER } from "../worker-files.js";
+
+/** A worker's heap holds tables, never data: small limits keep a job's memory at its buffer. */
+export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
+
+const bootsOf = new WeakMap<Piscina, Boots>();
+
+/**
+ * Threads that boot while the caller goes on: `startAtOnce` of them now, the others when there is a task for each. The
+ * caller ends the pool by `endPool`.
+ */
+export function createCopyPool(
+  workerCount: number,
+  { file = COPY_WORKER, heap = WORKER_HEAP, startAtOnce = workerCount } = {},
+): Piscina {
+  const boots = expectBoots(workerCount);
+  const pool = new Piscina({
+    filename: file.href,
+    minThreads: startAtOnce,
+    maxThreads: workerCount,
+    idleTimeout: Infinity,
+    concurrentTasksPerWorker: 1,
+    // A thread that is kept goes on with its events after a task: sockets and ports are closed in them.
+    atomics: "disabled",
+    resourceLimits: heap,
+    workerData: boots.notes,
+    recordTiming: false,
+  });
+  boots.threads = () => pool.threads;
+  bootsOf.set(pool, boots);
+  return pool;
+}
+
+/** Settles when each thread that the pool has now is up. Never rejects. */
+export async function poolHasBooted(pool: Piscina): Promise<void> {
+  const boots = bootsOf.get(pool);
+  if (boots !== undefined) await bootsOver(boots);
+}
+
+/**
+ * Ends the pool's threads, those that boot once they have. Settles when they are gone, which for one that sits in a
+ * system call may be never. Never rejects.
+ */
+export async function endPool(pool: Piscina): Promise<void> {
+  await poolHasBooted(pool);
+  await pool.destroy().catch(() => undefined);
+  const boots = bootsOf.get(pool);
+  if (boots !== undefined) noMoreBoots(boots);
+}
+
+let early: { pool: Piscina; workerCount: number } | undefined;
+
+/** Starts the threads of the process's first copy. The process may end without ever using them. */
+export function startCopyPoolEarly(workerCount: number): void {
+  const pool = createCopyPool(workerCount);
+  // Whoever takes the pool listens then; unheard, a thread that cannot be started would end the process.
+  pool.on("error", () => undefined);
+  early = { pool, workerCount };
+}
+
+/** The pool that was started early where it has that many threads, else a new one. */
+export function takeCopyPool(workerCount: number): Piscina {
+  const taken = early;
+  early = undefined;
+  if (taken?.workerCount === workerCount) return taken.pool;
+  if (taken !== undefined) void endPool(taken.pool);
+  return createCopyPool(workerCount);
+}

@@ -1,0 +1,388 @@
+// The copy itself, live or offline: a target, the memory that threads share, and the pool that drains into it.
+// Main thread.
+//
+//   prepare ──(workers ready)──► begin, at T0 ──► ended: every chunk is in the target, or the first failure
+//
+// The run ends by itself when the sweep is over, or by `abort`: the workers see it at their next step; one that
+// sits in a write to a target that does not answer is left behind after ABORT_GRACE_MS. Either way `ended`
+// settles, once, with the first cause.
+
+import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
+import { MessageChannel, type MessagePort } from "node:worker_threads";
+import type { Piscina } from "piscina";
+import { geometryOf, type Geometry, BLOCK_BYTES } from "../../cow/geometry.js";
+import {
+  type AllocateTable,
+  CNT_DONE_BYTES,
+  CNT_WRITTEN_BYTES,
+  createSharedState,
+  CTL_IGNORED_ERRORS,
+  CTL_RUN,
+  CTL_USED_BLOCKS,
+  RUN_ABORTING,
+  RUN_PAUSED,
+  RUN_PREPARING,
+  RUN_RUNNING,
+  type SharedState,
+} from "../../cow/shared.js";
+import { changeLimit } from "../../cow/throttle.js";
+import { CowcatcherError, messageOf } from "../../errors.js";
+import type { SourceDescription } from "../../block/device.js";
+import type { Target } from "../../target/target.js";
+import { type DirtyRuns, markClean } from "./incremental.js";
+import { createCopyPool, endPool, poolHasBooted } from "./pool.js";
+import type { CopyThreads } from "./threads.js";
+import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
+import type { JobOptions } from "../options.js";
+import { type JobProgress, NO_PROGRESS } from "../progress.js";
+import { RateMeter } from "./rate-meter.js";
+import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
+
+/** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
+const LIVE_WORKER_NICENESS = 10;
+export const ABORT_GRACE_MS = 2_000;
+export interface CopyRunOptions {
+  job: JobOptions;
+  /** Of `job.workerCount` threads; becomes the run's, which ends it. Made by the run where undefined. */
+  pool?: Piscina | undefined;
+  /** Where the run has its pool from instead, and gives it back to if all threads are fit for another job. */
+  threads?: CopyThreads | undefined;
+  /** Gives the tables; see table-store.ts. Plain memory where undefined. */
+  allocateTable?: AllocateTable | undefined;
+  target: Target;
+  sizeBytes: number;
+  sourceClusterBytes: number;
+  /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
+  slots: SharedArrayBuffer;
+  bufferBytes: number;
+  live: boolean;
+  /** Ends the run when it is aborted before T0. */
+  signal?: AbortSignal | undefined;
+  /** Before `ended` settles: a worker may still touch the shared tables and, if it was not ready yet, the buffer. */
+  onLeftBehind?: (() => void) | undefined;
+  /** Most workers that the source is fit for; undefined: any number. */
+  workerLimit?: number | undefined;
+  /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
+  dirty?: DirtyRuns | undefined;
+  /** A worker has paused the job for an error under the policy `stop`. */
+  onStopped?: ((error: CowcatcherError) => void) | undefined;
+  /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
+  onFailed?: ((error: CowcatcherError) => void) | undefined;
+}
+
+export class CopyRun {
+  /** Fulfilled when everything is in the target; rejects with the first cause. */
+  readonly ended: Promise<void>;
+  readonly shared: SharedState;
+  readonly geometry: Geometry;
+  readonly spill: OpenSpill | null;
+  readonly #options: CopyRunOptions;
+  readonly #pool: Piscina;
+  readonly #ports: MessagePort[] = [];
+  readonly #rate = new RateMeter();
+  #firstError: CowcatcherError | undefined;
+  /** What a worker gave up with because another one had failed, whose own error may arrive later. */
+  #consequence: CowcatcherError | undefined;
+  #startMs = 0;
+  #endMs: number | undefined;
+  #begun = false;
+  #leftBehind = false;
+  #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
+
+  private constructor(options: CopyRunOptions, shared: SharedState, spill: OpenSpill | null) {
+    this.#options = options;
+    this.shared = shared;
+    this.geometry = shared.geometry;
+    this.spill = spill;
+    const { promise, resolve, reject } = withResolvers();
+    this.ended = promise;
+    this.#settle = { resolve, reject };
+    // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
+    promise.catch(() => {});
+    const { pool, threads, job } = options;
+    this.#pool = pool ?? threads?.take(job.workerCount) ?? createCopyPool(job.workerCount);
+    // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
+    this.#pool.on("error", this.#onPoolError);
+  }
+
+  /**
+   * Starts the workers, and for a live backup waits until each is ready: T0 is to find them at their places, with
+   * the buffer prefaulted. An offline copy has no T0 to be ready for, and the first worker there begins.
+   * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
+   */
+  static async prepare(given: CopyRunOptions): Promise<CopyRun> {
+    const options = withinLimits(given);
+    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live, allocateTable } = options;
+    if (job.verify) checkReadable(target);
+    const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
+    const shared = createSharedState(geometry, slots, bufferBytes, job.verify, allocateTable);
+    const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
+    const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
+    if (options.dirty) markClean(shared, options.dirty);
+    if (options.signal?.aborted) {
+      spill?.close();
+      options.signal.throwIfAborted();
+    }
+    const run = new CopyRun(options, shared, spill);
+    run.setSpeed(job.rateLimitBytes);
+    const cancel = (): void => run.abort(workerError(options.signal?.reason));
+    options.signal?.addEventListener("abort", cancel, { once: true });
+    try {
+      await run.#startWorkers();
+    } catch (error) {
+      run.abort(workerError(error));
+      await run.ended.catch(() => {});
+      throw run.#firstError ?? error;
+    }
+    return run;
+  }
+
+  async #startWorkers(): Promise<void> {
+    const { live, job } = this.#options;
+    const { workerCount } = job;
+    const ready: Promise<void>[] = [];
+    const tasks: Promise<CopyResult>[] = [];
+    try {
+      for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
+        const { port1, port2 } = new MessageChannel();
+        this.#ports.push(port1);
+        const task = this.#pool.run(this.#task(workerIndex, port2), {
+          transferList: [port2],
+        }) as Promise<CopyResult>;
+        tasks.push(task);
+        const isReady = this.#listen(port1, task);
+        // Whoever awaits them all hears of it; until then a failure is not an unhandled one.
+        isReady.catch(() => {});
+        ready.push(isReady);
+        if (live) await this.#letGuestGoFirst();
+        if (this.#firstError !== undefined) break;
+      }
+    } finally {
+      // Also where the system has no thread for the next one: those that are there are seen to their end.
+      void this.#watch(tasks);
+    }
+    const allReady = Promise.all(ready);
+    // One that is left behind says nothing any more.
+    if (live) await Promise.race([allReady, this.ended]);
+    // A worker that fails before it is ready fails its task, and with it the run.
+    else allReady.catch(() => {});
+  }
+
+  /** One thread boots at a time, as four at once took the guest's processors for 40 ms. */
+  async #letGuestGoFirst(): Promise<void> {
+    await poolHasBooted(this.#pool);
+    await nextTurn();
+  }
+
+  #task(workerIndex: number, port: MessagePort): CopyTask {
+    const { job, target, live } = this.#options;
+    return {
+      shared: this.shared.buffers,
+      target: target.description,
+      spill: this.spill === null ? null : { path: this.spill.path, fd: this.spill.fd },
+      topOnly: job.sync === "top",
+      zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
+      onSourceError: job.onSourceError,
+      onTargetError: job.onTargetError,
+      targetRetries: job.targetRetries,
+      workerIndex,
+      workerCount: job.workerCount,
+      niceness: live ? LIVE_WORKER_NICENESS : 0,
+      port,
+    };
+  }
+
+  /** Fulfilled when the worker says that it is ready; a task that ends before has failed. */
+  #listen(port: MessagePort, task: Promise<CopyResult>): Promise<void> {
+    return new Promise((resolve, reject) => {
+      port.on("message", (message: WorkerMessage) => {
+        if (message.kind === "ready") resolve();
+        else this.#options.onStopped?.(new CowcatcherError(message.error));
+      });
+      task.then((result) => {
+        if (result.error) reject(new CowcatcherError(result.error));
+        resolve();
+      }, reject);
+    });
+  }
+
+  /** Sees every worker to its end, whatever it is, then settles `ended`. */
+  async #watch(tasks: Promise<CopyResult>[]): Promise<void> {
+    const all = Promise.all(
+      tasks.map(async (task) => {
+        try {
+          const { error, stack } = await task;
+          if (error) this.#workerFailed(new CowcatcherError({ ...error, cause: stack }));
+          return true;
+        } catch (error) {
+          this.abort(workerError(error));
+          return false;
+        }
+      }),
+    );
+    const areAlive = await Promise.race([all, this.#abandoned]);
+    this.#leftBehind = areAlive === undefined;
+    if (this.#leftBehind) this.#options.onLeftBehind?.();
+    if (this.#consequence !== undefined) this.abort(this.#consequence);
+    this.#endMs = performance.now();
+    for (const port of this.#ports) port.close();
+    await this.#endThreads(areAlive?.every(Boolean) ?? false);
+    void all.then(() => this.spill?.close());
+    if (this.#firstError) this.#settle.reject(this.#firstError);
+    else this.#settle.resolve();
+  }
+
+  async #endThreads(areFit: boolean): Promise<void> {
+    const { threads, live } = this.#options;
+    if (areFit && threads !== undefined) {
+      this.#pool.off("error", this.#onPoolError);
+      threads.giveBack(this.#pool);
+      return;
+    }
+    // After an offline copy that went well nothing of the threads is used again, and the process need not wait for them.
+    const ended = endPool(this.#pool);
+    if (live || this.#firstError)
+      await Promise.race([ended, delay(ABORT_GRACE_MS, undefined, { ref: false })]);
+  }
+
+  readonly #onPoolError = (error: unknown): void => this.abort(workerError(error));
+
+  /** After `ended`: a worker may still touch the shared tables, some time later. */
+  get leftBehind(): boolean {
+    return this.#leftBehind;
+  }
+
+  /** A worker that fails ends the others' waits by itself; they may be here before it, and are not the cause. */
+  #workerFailed(error: CowcatcherError): void {
+    if (error.code !== "CANCELLED") {
+      this.abort(error);
+      return;
+    }
+    if (this.#firstError !== undefined || this.#consequence !== undefined) return;
+    this.#consequence = error;
+    setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
+  }
+
+  #giveUp: () => void = () => {};
+  /** Fulfilled some time after `abort`. */
+  readonly #abandoned = new Promise<void>((resolve) => {
+    this.#giveUp = resolve;
+  });
+
+  /** T0: the workers start. Synchronous; `source` describes the disk as it is now. */
+  begin(source: SourceDescription): void {
+    this.#begun = true;
+    this.#startMs = performance.now();
+    // An abort may have come since the workers were ready.
+    Atomics.compareExchange(this.shared.control, CTL_RUN, RUN_PREPARING, RUN_RUNNING);
+    this.#command({ kind: "begin", source });
+  }
+
+  #command(command: WorkerCommand): void {
+    for (const port of this.#ports) port.postMessage(command);
+  }
+
+  /** Ends the run with this error, unless it has failed already. Returns at once; idempotent. */
+  abort(error: CowcatcherError): void {
+    if (this.#firstError !== undefined || this.#endMs !== undefined) return;
+    this.#firstError = error;
+    this.#setRunState(RUN_ABORTING);
+    if (this.#begun) this.#options.onFailed?.(error);
+    else this.#command({ kind: "leave" });
+    setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
+  }
+
+  /** What the run has failed with, from the moment on at which it is known. */
+  get failure(): CowcatcherError | undefined {
+    return this.#firstError;
+  }
+
+  get paused(): boolean {
+    return Atomics.load(this.shared.control, CTL_RUN) === RUN_PAUSED;
+  }
+
+  pause(): void {
+    this.#changeRunState(RUN_RUNNING, RUN_PAUSED);
+  }
+
+  resume(): void {
+    this.#changeRunState(RUN_PAUSED, RUN_RUNNING);
+  }
+
+  /** Bytes a second to the target from now on; 0: no limit. */
+  setSpeed(bytesPerSecond: number): void {
+    changeLimit(this.shared.counters, bytesPerSecond);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  #setRunState(state: number): void {
+    Atomics.store(this.shared.control, CTL_RUN, state);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  #changeRunState(from: number, to: number): void {
+    Atomics.compareExchange(this.shared.control, CTL_RUN, from, to);
+    Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  /** The counters of the copy; those of the guest's path are the interceptor's. */
+  progress(): JobProgress {
+    const { control, counters, bufferBlockCount } = this.shared;
+    const nowMs = this.#endMs ?? performance.now();
+    const bytesWritten = Number(Atomics.load(counters, CNT_WRITTEN_BYTES));
+    return {
+      ...NO_PROGRESS,
+      bytesDone: Number(Atomics.load(counters, CNT_DONE_BYTES)),
+      bytesTotal: this.geometry.sizeBytes,
+      bytesWritten,
+      bufferBytesUsed: Atomics.load(control, CTL_USED_BLOCKS) * BLOCK_BYTES,
+      bufferBytesTotal: bufferBlockCount * BLOCK_BYTES,
+      targetRate: this.#rate.sample(nowMs, bytesWritten),
+      elapsedMs: this.#begun ? nowMs - this.#startMs : 0,
+      ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),
+    };
+  }
+}
+
+/** A server that takes one connection at a time makes it one worker. */
+function withinLimits(options: CopyRunOptions): CopyRunOptions {
+  const { job, target, workerLimit } = options;
+  const workerCount = Math.min(job.workerCount, workerLimit ?? Infinity, target.workerLimit ?? Infinity);
+  return { ...options, job: { ...job, workerCount } };
+}
+
+function withResolvers(): {
+  promise: Promise<void>;
+  resolve: () => void;
+  reject: (error: CowcatcherError) => void;
+} {
+  let resolve: () => void = () => {};
+  let reject: (error: CowcatcherError) => void = () => {};
+  const promise = new Promise<void>((onResolve, onReject) => {
+    resolve = onResolve;
+    reject = onReject;
+  });
+  return { promise, resolve, reject };
+}
+
+function checkReadable({ name, unfinishedPath }: Target): void {
+  if (unfinishedPath !== null) return;
+  throw new CowcatcherError({
+    code: "USAGE",
+    object: "--verify",
+    problem: `${name} cannot be read back`,
+    hint: "leave --verify out",
+  });
+}
+
+/** A task that rejected: the thread threw outside our own code, ran out of memory, or was ended from outside. */
+export function workerError(error: unknown): CowcatcherError {
+  if (error instanceof CowcatcherError) return error;
+  return new CowcatcherError({
+    code: "WORKER",
+    object: "backup",
+    problem: `a worker thread died: ${messageOf(error)}`,
+    hint: "start the backup again; with --log-level debug the log has the stack",
+    cause: error,
+  });
+}

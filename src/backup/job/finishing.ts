@@ -1,0 +1,74 @@
+// What follows the copy: metadata and sync, the check if it was asked for, the final name. A target that does not
+// pass the check, or whose job is cancelled before it gets its name, never has one. Main thread.
+
+import type { SharedState } from "../../cow/shared.js";
+import type { CowcatcherError } from "../../errors.js";
+import type { Target } from "../../target/target.js";
+import type { CopyThreads } from "../copy/threads.js";
+import type { JobOptions } from "../options.js";
+import { VerifyRun } from "../copy/verify-run.js";
+
+export class Finishing {
+  readonly #target: Target;
+  readonly #job: JobOptions;
+  readonly #shared: SharedState;
+  readonly #threads: CopyThreads | undefined;
+  #check: VerifyRun | null = null;
+  #cancelled: CowcatcherError | undefined;
+  #named = false;
+  #giveUp: (error: CowcatcherError) => void = () => {};
+  /** Rejects at `cancel`: a sync to storage that does not answer may never end, and nobody has to wait for it. */
+  readonly #givenUp = new Promise<never>((_resolve, reject) => {
+    this.#giveUp = reject;
+  });
+
+  /** @param threads whose the check's threads are; its own where undefined. */
+  constructor(target: Target, job: JobOptions, shared: SharedState, threads?: CopyThreads) {
+    this.#target = target;
+    this.#job = job;
+    this.#shared = shared;
+    this.#threads = threads;
+    this.#givenUp.catch(() => {});
+  }
+
+  /** The workers have ended. @throws CowcatcherError; the target is still to be aborted then. */
+  async run(): Promise<void> {
+    this.#throwIfCancelled();
+    await Promise.race([this.#target.complete(), this.#givenUp]);
+    this.#throwIfCancelled();
+    await this.#verify();
+    this.#throwIfCancelled();
+    this.#named = true;
+    await this.#target.commit();
+  }
+
+  /** Ends it with this error. False: too late, the target is getting its name. */
+  cancel(error: CowcatcherError): boolean {
+    if (this.#named) return false;
+    this.#cancelled ??= error;
+    this.#giveUp(error);
+    this.#check?.cancel(error);
+    return true;
+  }
+
+  async #verify(): Promise<void> {
+    const { geometry, digests } = this.#shared.buffers;
+    const { unfinishedPath, name, description } = this.#target;
+    if (digests === undefined || unfinishedPath === null || description.format === "null") return;
+    this.#check = new VerifyRun({
+      geometry,
+      digests,
+      path: unfinishedPath,
+      name,
+      format: description.format === "nbd" ? "raw" : description.format,
+      direct: description.direct,
+      threads: this.#threads,
+      workerCount: Math.min(this.#job.workerCount, this.#target.workerLimit ?? Infinity),
+    });
+    await this.#check.ended;
+  }
+
+  #throwIfCancelled(): void {
+    if (this.#cancelled !== undefined) throw this.#cancelled;
+  }
+}

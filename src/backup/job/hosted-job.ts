@@ -1,0 +1,47 @@
+// What LiveHost and JobStart need of a job besides what everybody sees of it: its start with others at one T0, and its
+// end.
+
+import type { DiskNode } from "../../cow/disk-node.js";
+import type { BufferStore } from "../memory/buffer-store.js";
+import type { Target } from "../../target/target.js";
+import type { CopyThreads } from "../copy/threads.js";
+import type { BackupJob, JobStatus } from "../host.js";
+import type { JobOptions } from "../options.js";
+import type { SnapshotPublisher } from "./snapshot.js";
+import type { TableStore } from "../memory/table-store.js";
+
+export interface HostedJobParts {
+  id: string;
+  node: DiskNode;
+  options: JobOptions;
+  buffers: BufferStore;
+  tables: TableStore;
+  threads: CopyThreads;
+  /** Undefined where nothing could offer a T0 view. */
+  publisher?: SnapshotPublisher | undefined;
+  /** Aborted when the start is cancelled; never after T0. */
+  signal: AbortSignal;
+  /** Called when there is a target, long before the job is prepared. */
+  onTarget(target: Pick<Target, "abortSync">): void;
+  /** Called synchronously at each change of status. */
+  onStatus(job: BackupJob, status: JobStatus): void;
+}
+
+/** In the list of jobs: one from its T0 on, or what stands for it before. */
+export interface ListedJob extends BackupJob {
+  /** Fulfilled when the job is concluded and everything of it is cleaned up, or given up. */
+  readonly concluded: Promise<void>;
+  /** Forgets the job: only JobHost.dismiss. */
+  dismiss(): void;
+  /** The process ends now: what must not stay behind goes. */
+  abortSync(): void;
+}
+
+export interface HostedJob extends ListedJob {
+  /** @throws CowcatcherError what has failed since the job was prepared. */
+  checkReady(): void;
+  /** The step at T0: synchronous, with no guest write in flight. */
+  start(): void;
+  /** Before T0, or when start() has thrown: the group does not start. */
+  abandon(): Promise<void>;
+}

@@ -1,0 +1,219 @@
+// The disks that `serve` has open and the jobs on them: the engine's side of JobHost. Main thread.
+
+import { setTimeout as delay } from "node:timers/promises";
+import type { DiskNode } from "../../cow/disk-node.js";
+import { CowcatcherError } from "../../errors.js";
+import type { NbdPlace } from "../../nbd/wire/place.js";
+import { BufferStore } from "../memory/buffer-store.js";
+import { ABORT_GRACE_MS } from "../copy/run.js";
+import { CopyThreads } from "../copy/threads.js";
+import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "../host.js";
+import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
+import { JobStart } from "./start.js";
+import { LiveJob } from "./live-job.js";
+import type { SnapshotPublisher } from "./snapshot.js";
+import { SnapshotJob } from "./snapshot-job.js";
+import { TableStore } from "../memory/table-store.js";
+import { TargetClaims } from "../guard/target-claims.js";
+import type { InUse } from "../guard/target-guard.js";
+import { withBackingOf } from "./top-layer.js";
+
+/** A machine has a handful of disks; more jobs at once than this is a runaway script. */
+const MAX_JOBS = 64;
+/** A cancelled start gives up its workers after one such time, their threads after another, then its target goes. */
+const UNDO_MS_MAX = 2 * ABORT_GRACE_MS + 1_000;
+
+export class LiveHost implements JobHost {
+  readonly #nodes: ReadonlyMap<string, DiskNode>;
+  readonly #jobs = new Map<string, ListedJob>();
+  /** Under way, or cancelled and not undone yet. */
+  readonly #starts = new Set<JobStart>();
+  readonly #listeners = new Set<JobStatusListener>();
+  readonly #buffers = new BufferStore();
+  readonly #tables = new TableStore();
+  readonly #threads = new CopyThreads();
+  readonly #targets = new TargetClaims();
+  #places: readonly NbdPlace[] = [];
+  readonly #onQuit: () => void;
+  readonly #publisher: SnapshotPublisher | undefined;
+  #closing = false;
+
+  /** @param publisher who exports T0 views; without one, jobs that offer one are refused. */
+  constructor(nodes: ReadonlyMap<string, DiskNode>, onQuit: () => void, publisher?: SnapshotPublisher) {
+    this.#nodes = nodes;
+    this.#onQuit = onQuit;
+    this.#publisher = publisher;
+    process.on("exit", this.#atExit);
+  }
+
+  /** Tells where this process serves its disks: an export of its own is no target. */
+  listensAt(places: readonly NbdPlace[]): void {
+    this.#places = places;
+  }
+
+  disks(): readonly DiskInfo[] {
+    return [...this.#nodes.values()].map(({ nodeName, image }) => ({
+      name: nodeName,
+      path: image.path,
+      format: image.format,
+      sizeBytes: image.sizeBytes,
+      readOnly: image.readOnly,
+    }));
+  }
+
+  jobs(): readonly BackupJob[] {
+    return [...this.#jobs.values()];
+  }
+
+  async startBackups(asked: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
+    this.#refuseIfClosing();
+    const requests = asked.map((request) => ({
+      ...request,
+      options: withBackingOf(this.#node(request.disk).image, request.options),
+    }));
+    const start = new JobStart({
+      requests,
+      nodeOf: (disk) => this.#node(disk),
+      claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
+      prepare: (request, ...parts) => this.#prepare(request, ...parts),
+      list: (job) => this.#jobs.set(job.id, job),
+      forget: (job) => {
+        this.#jobs.delete(job.id);
+        job.dismiss();
+      },
+      dismiss: (id) => this.dismiss(id),
+      onStatus: (job, status) => this.#changed(job, status),
+    });
+    this.#accept(start);
+    return start.run(() => this.#starts.delete(start));
+  }
+
+  #prepare(
+    { id, disk, options }: BackupRequest,
+    signal: AbortSignal,
+    onTarget: HostedJobParts["onTarget"],
+  ): Promise<HostedJob> {
+    const Job = options.sync === "none" ? SnapshotJob : LiveJob;
+    return Job.prepare({
+      id,
+      node: this.#node(disk),
+      options,
+      buffers: this.#buffers,
+      tables: this.#tables,
+      threads: this.#threads,
+      publisher: this.#publisher,
+      signal,
+      onTarget,
+      onStatus: (job, status) => this.#changed(job, status),
+    });
+  }
+
+  /** What the target must not be, nor be built on. */
+  #inUseBy({ disk }: BackupRequest): InUse {
+    const images = [...this.#nodes].map(([name, { image }]) => ({ image, isSource: name === disk }));
+    return { images, listeners: this.#places };
+  }
+
+  /** Lists its jobs, whose ids and disks are taken from now on. */
+  #accept(start: JobStart): void {
+    const listed: ListedJob[] = [];
+    try {
+      for (const job of start.jobs) {
+        this.#refuseTaken(job);
+        this.#jobs.set(job.id, job);
+        listed.push(job);
+      }
+      this.#refuseTooMany();
+    } catch (error) {
+      for (const { id } of listed) this.#jobs.delete(id);
+      throw error;
+    }
+    this.#starts.add(start);
+    for (const job of start.jobs) this.#changed(job, "created");
+  }
+
+  #refuseTaken({ id, disk }: ListedJob): void {
+    const refuse = (object: string, problem: string): never => {
+      throw new CowcatcherError({ code: "BUSY", object, problem });
+    };
+    if (this.#jobs.has(id)) refuse(id, "a job with this id is there already");
+    const isBusy = [...this.#jobs.values()].some((job) => job.disk === disk && isActive(job.status));
+    if (isBusy) refuse(disk, "the disk has a backup running already");
+  }
+
+  #refuseTooMany(): void {
+    let jobCount = this.#jobs.size;
+    for (const { leftBehindCount } of this.#starts) jobCount += leftBehindCount;
+    if (jobCount <= MAX_JOBS) return;
+    const hangs = jobCount > this.#jobs.size;
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: "jobs",
+      problem: `more than ${MAX_JOBS} jobs`,
+      hint: hangs
+        ? "some were cancelled whose storage does not answer yet: see to it"
+        : "dismiss those that have concluded",
+    });
+  }
+
+  #refuseIfClosing(): void {
+    if (this.#closing) {
+      throw new CowcatcherError({ code: "BUSY", object: "serve", problem: "the server is ending" });
+    }
+  }
+
+  #node(disk: string): DiskNode {
+    const node = this.#nodes.get(disk);
+    if (node !== undefined) return node;
+    throw new CowcatcherError({
+      code: "NOT_FOUND",
+      object: disk,
+      problem: "no such disk is served",
+      hint: `there are: ${[...this.#nodes.keys()].join(", ")}`,
+    });
+  }
+
+  #changed(job: BackupJob, status: JobStatus): void {
+    for (const listener of this.#listeners) listener(job, status);
+  }
+
+  dismiss(id: string): void {
+    const job = this.#jobs.get(id);
+    if (job === undefined || isActive(job.status)) return;
+    this.#jobs.delete(id);
+    job.dismiss();
+  }
+
+  onStatus(listener: JobStatusListener): () => void {
+    this.#listeners.add(listener);
+    return () => this.#listeners.delete(listener);
+  }
+
+  quit(): void {
+    this.#onQuit();
+  }
+
+  /**
+   * Cancels what runs and waits until its targets are removed, but no longer than a while for those of a start that
+   * hangs; the process's end sees to them. New jobs are refused from now on.
+   */
+  async close(): Promise<void> {
+    this.#closing = true;
+    const jobs = [...this.#jobs.values()];
+    for (const job of jobs) job.cancel();
+    await Promise.all(jobs.filter((job) => isActive(job.status)).map((job) => job.concluded));
+    const settled = Promise.all([...this.#starts].map((start) => start.settled));
+    await Promise.race([settled, delay(UNDO_MS_MAX, undefined, { ref: false })]);
+    this.#threads.close();
+    if (this.#starts.size === 0) process.removeListener("exit", this.#atExit);
+  }
+
+  readonly #atExit = (): void => {
+    for (const start of this.#starts) start.abortSync();
+    for (const job of this.#jobs.values()) if (isActive(job.status)) job.abortSync();
+  };
+}
+
+function isActive(status: JobStatus): boolean {
+  return status !== "concluded" && status !== "null";
+}

@@ -1,0 +1,300 @@
+// A live backup of one disk: prepare → start at T0 → copy → finish, or an end before that.
+//
+//   created ─start─► running ⇄ paused ─copied─► waiting ─► pending ─target complete─► concluded ─► null
+//                       └──── failure or cancel ────► aborting ─cleaned up─► concluded ─► null
+//
+// Whatever ends the copy, the first thing done is to detach the interceptor: from that moment the guest's writes
+// go straight to its disk. Then the workers are told, the target is finished or removed, and the status follows.
+
+import { setImmediate as nextTurn } from "node:timers/promises";
+import { BLOCK_BYTES, SLOT_BYTES } from "../../cow/geometry.js";
+import type { DiskNode } from "../../cow/disk-node.js";
+import { Interceptor } from "../../cow/interceptor.js";
+import { SpillFile } from "../../cow/spill.js";
+import { CowcatcherError, toCowcatcherError } from "../../errors.js";
+import type { FrozenSource } from "../../block/device.js";
+import { createTarget } from "../../target/create.js";
+import type { Target } from "../../target/target.js";
+import { roundUp } from "../../units.js";
+import { CopyRun } from "../copy/run.js";
+import { Finishing } from "./finishing.js";
+import type { JobStatus, SnapshotInfo } from "../host.js";
+import type { HostedJob, HostedJobParts } from "./hosted-job.js";
+import type { JobOptions } from "../options.js";
+import type { JobProgress } from "../progress.js";
+import type { BufferLease } from "../memory/buffer-store.js";
+import { Snapshot } from "./snapshot.js";
+import type { TableLease } from "../memory/table-store.js";
+
+export class LiveJob implements HostedJob {
+  readonly id: string;
+  readonly disk: string;
+  readonly options: JobOptions;
+  status: JobStatus = "created";
+  error: CowcatcherError | undefined;
+  speed: number;
+  /** Fulfilled when the job is concluded and everything of it is cleaned up. */
+  readonly concluded: Promise<void>;
+  readonly #parts: HostedJobParts;
+  readonly #target: Target;
+  readonly #run: CopyRun;
+  readonly #lease: BufferLease;
+  readonly #tables: TableLease;
+  /** The T0 view beside the backup, if the server offers one. */
+  readonly #snapshot: Snapshot | null;
+  /** Made before T0, as its tables take milliseconds. */
+  readonly #interceptor: Interceptor;
+  #frozen: FrozenSource | null = null;
+  /** Once the copy is done: what can still be cancelled. */
+  #finishing: Finishing | null = null;
+  #markConcluded: () => void = () => {};
+
+  private constructor(
+    parts: HostedJobParts,
+    target: Target,
+    run: CopyRun,
+    lease: BufferLease,
+    tables: TableLease,
+    snapshot: Snapshot | null,
+  ) {
+    this.id = parts.id;
+    this.disk = parts.node.nodeName;
+    this.options = parts.options;
+    this.speed = parts.options.rateLimitBytes;
+    this.#parts = parts;
+    this.#target = target;
+    this.#run = run;
+    this.#lease = lease;
+    this.#tables = tables;
+    this.#snapshot = snapshot;
+    const { node, options } = parts;
+    const { shared, spill } = run;
+    this.#interceptor = new Interceptor({
+      shared,
+      image: node.image,
+      openSpill: spill === null ? undefined : () => new SpillFile(spill, shared.geometry),
+      spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
+      policy: options,
+      onBroken: (error) => this.#fail(error),
+    });
+    this.concluded = new Promise((resolve) => {
+      this.#markConcluded = resolve;
+    });
+  }
+
+  /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
+  static async prepare(parts: HostedJobParts): Promise<LiveJob> {
+    const { options, node, buffers, publisher, threads, signal } = parts;
+    const target = await createTarget({
+      path: options.target,
+      format: options.targetFormat,
+      sizeBytes: node.sizeBytes,
+      clusterSizeBytes: options.clusterSizeBytes,
+      backingFile: options.backingFile,
+      backingFormat: options.backingFormat,
+      compression: options.compression,
+      force: options.force,
+      direct: options.direct,
+      targetRetries: options.targetRetries,
+      isCancelled: () => signal.aborted,
+    });
+    parts.onTarget(target);
+    let lease: BufferLease | undefined;
+    const tables = parts.tables.lease();
+    let snapshot: Snapshot | null = null;
+    let isLeftBehind = false;
+    try {
+      signal.throwIfAborted();
+      const bufferBytes = bufferSizeOf(options, node, target);
+      lease = buffers.take(bufferBytes);
+      // Its loss is its readers' business: the backup goes on.
+      const viewParts = {
+        node,
+        options,
+        buffers,
+        tables: parts.tables,
+        publisher,
+        signal,
+        onBroken: () => {},
+      };
+      if (options.snapshotExport) snapshot = await Snapshot.prepare(viewParts);
+      const run = await CopyRun.prepare({
+        job: options,
+        target,
+        sizeBytes: node.sizeBytes,
+        sourceClusterBytes: node.clusterSizeBytes,
+        slots: lease.memory,
+        bufferBytes,
+        allocateTable: tables.allocate,
+        threads,
+        live: true,
+        signal,
+        onLeftBehind: () => (isLeftBehind = true),
+        onStopped: (error) => job.#stopped(error),
+        onFailed: (error) => job.#fail(error),
+      });
+      const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot);
+      // What the guest has sent meanwhile is not to wait for T0 as well.
+      await nextTurn();
+      return job;
+    } catch (error) {
+      await snapshot?.end();
+      if (!isLeftBehind) {
+        lease?.release();
+        tables.release();
+      }
+      await target.abort();
+      throw error;
+    }
+  }
+
+  get snapshot(): SnapshotInfo | undefined {
+    return this.status === "concluded" || this.status === "null" ? undefined : this.#snapshot?.info;
+  }
+
+  /** @throws CowcatcherError what the workers have failed with since they were ready. */
+  checkReady(): void {
+    if (this.#run.failure !== undefined) throw this.#run.failure;
+  }
+
+  /** The step at T0: synchronous, with no guest write in flight. */
+  start(): void {
+    const { node } = this.#parts;
+    this.#frozen = node.image.freeze();
+    this.#snapshot?.start();
+    node.addInterceptor(this.#interceptor);
+    this.#run.begin(this.#frozen.description);
+    this.#setStatus("running");
+    void this.#watch();
+  }
+
+  /** Before T0, or when start() has thrown: the group does not start. */
+  async abandon(): Promise<void> {
+    this.#detach();
+    this.#run.abort(this.#cancelled());
+    await this.#run.ended.catch(() => {});
+    await this.#snapshot?.end();
+    this.#frozen?.release();
+    // A worker that was left behind may still be at its share of the buffer, and would write zeroes into what another
+    // job captures there.
+    if (!this.#run.leftBehind) this.#releaseMemory();
+    await this.#target.abort();
+  }
+
+  #releaseMemory(): void {
+    this.#lease.release();
+    if (!this.#run.leftBehind) this.#tables.release();
+  }
+
+  async #watch(): Promise<void> {
+    try {
+      await this.#run.ended;
+      // Cancelled when the last chunk was written and the threads were on their way out.
+      if (this.status === "aborting") throw this.error ?? this.#cancelled();
+      this.#detach();
+      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared, this.#parts.threads);
+      this.#setStatus("waiting");
+      this.#setStatus("pending");
+      await this.#finishing.run();
+    } catch (error) {
+      this.#fail(toCowcatcherError(error, this.options.target));
+      await this.#run.ended.catch(() => {});
+      await this.#target.abort();
+    }
+    // A capture from a slow disk may still be on its way into the buffer.
+    await this.#interceptor.idle();
+    await this.#snapshot?.end();
+    this.#frozen?.release();
+    this.#releaseMemory();
+    this.#setStatus("concluded");
+    this.#markConcluded();
+  }
+
+  /** The first cause stays; the guest is free at once. */
+  #fail(error: CowcatcherError): void {
+    this.error ??= error;
+    this.#detach();
+    this.#snapshot?.detach();
+    this.#run.abort(this.error);
+    if (this.status !== "aborting" && this.status !== "concluded" && this.status !== "null") {
+      this.#setStatus("aborting");
+    }
+  }
+
+  #detach(): void {
+    this.#interceptor.detach();
+    this.#parts.node.removeInterceptor(this.#interceptor);
+  }
+
+  /** A worker has paused the job for an error under the policy `stop`. */
+  #stopped(error: CowcatcherError): void {
+    // Of two workers that stop at once, the second one's message may come after the job was resumed.
+    if (this.status !== "running" || !this.#run.paused) return;
+    this.error = error;
+    this.#setStatus("paused");
+  }
+
+  #setStatus(status: JobStatus): void {
+    this.status = status;
+    this.#parts.onStatus(this, status);
+  }
+
+  /** Forgets the job: only JobHost.dismiss. */
+  dismiss(): void {
+    this.#setStatus("null");
+  }
+
+  cancel(): void {
+    // Paused for an error: the error is what ended the backup, not the user who gave up.
+    const error = this.error ?? this.#cancelled();
+    const isCopying = this.status === "running" || this.status === "paused";
+    const isFinishing = this.status === "waiting" || this.status === "pending";
+    if (isCopying || (isFinishing && this.#finishing?.cancel(error) === true)) this.#fail(error);
+  }
+
+  #cancelled(): CowcatcherError {
+    return new CowcatcherError({
+      code: "CANCELLED",
+      object: this.options.target,
+      problem: "the backup was cancelled",
+    });
+  }
+
+  pause(): void {
+    if (this.status !== "running") return;
+    this.#run.pause();
+    this.#setStatus("paused");
+  }
+
+  resume(): void {
+    if (this.status !== "paused") return;
+    // Set if it was an error that paused the job; the operation is tried again.
+    this.error = undefined;
+    this.#setStatus("running");
+    this.#run.resume();
+  }
+
+  setSpeed(bytesPerSecond: number): void {
+    this.speed = bytesPerSecond;
+    this.#run.setSpeed(bytesPerSecond);
+  }
+
+  progress(): JobProgress {
+    return { ...this.#run.progress(), ...this.#interceptor.counters };
+  }
+
+  /** The process ends now: what must not stay behind goes. */
+  abortSync(): void {
+    this.#target.abortSync();
+  }
+}
+
+/**
+ * The buffer that the job really gets: whole slots, and room for the captures of a few chunks, so that no single
+ * guest write can need more than there is. 0 stays 0.
+ */
+function bufferSizeOf(options: JobOptions, node: DiskNode, target: Target): number {
+  if (options.cowBufferSizeBytes === 0) return 0;
+  const largestChunk = Math.max(1024 * 1024, node.clusterSizeBytes, target.granularityBytes);
+  return roundUp(Math.max(options.cowBufferSizeBytes, 2 * largestChunk), SLOT_BYTES);
+}

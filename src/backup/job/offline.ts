@@ -1,0 +1,137 @@
+// A backup of an image that no one writes, and `restore`: the same pool without an interceptor. Main thread.
+
+import type { Piscina } from "piscina";
+import type { CowcatcherError } from "../../errors.js";
+import type { Image } from "../../block/device.js";
+import { openImage } from "../../image/open.js";
+import type { ImageFormat } from "../../block/format.js";
+import { NbdImage } from "../../nbd/client/device.js";
+import { createTarget } from "../../target/create.js";
+import { openBacking } from "../guard/backing-check.js";
+import { endPool, takeCopyPool } from "../copy/pool.js";
+import { CopyRun } from "../copy/run.js";
+import { Finishing } from "./finishing.js";
+import { dirtyRuns } from "../copy/incremental.js";
+import type { JobOptions } from "../options.js";
+import type { JobProgress } from "../progress.js";
+import { refuseImageAsTarget } from "../guard/target-guard.js";
+import { withBackingOf } from "./top-layer.js";
+
+export interface OfflineCopyRequest {
+  source: string;
+  /** Undefined: probed. */
+  sourceFormat: ImageFormat | undefined;
+  /** Id or name of an internal snapshot of the source; undefined: the disk as it is. */
+  snapshot?: string | undefined;
+  /** targetFormat undefined: the source's. */
+  job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
+  /** Asked while a server's answer is awaited before the copy begins; true ends it. */
+  isCancelled?: (() => boolean) | undefined;
+  onStarted: (totalBytes: number) => void;
+  onStopped: (error: CowcatcherError) => void;
+}
+
+export interface OfflineCopy {
+  readonly totalBytes: number;
+  progress(): JobProgress;
+  cancel(error: CowcatcherError): void;
+  /** The process ends now: removes the unfinished target. */
+  abortSync(): void;
+  /** Fulfilled when the target is complete and synced. */
+  readonly ended: Promise<void>;
+}
+
+/** @throws CowcatcherError when source or target cannot be opened; later failures are `ended`'s. */
+export async function startOfflineCopy(request: OfflineCopyRequest): Promise<OfflineCopy> {
+  const pool = takeCopyPool(request.job.workerCount);
+  try {
+    return await startWithPool(request, pool);
+  } catch (error) {
+    void endPool(pool);
+    throw error;
+  }
+}
+
+async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promise<OfflineCopy> {
+  const { source, sourceFormat, onStopped } = request;
+  const image = await openImage(source, {
+    format: sourceFormat,
+    readOnly: true,
+    direct: request.job.direct,
+    bitmap: request.job.bitmap,
+    isCancelled: request.isCancelled,
+    snapshot: request.snapshot,
+  });
+  let backing: Image | null = null;
+  try {
+    const targetFormat = request.job.targetFormat ?? image.format;
+    const job = withBackingOf(image, { ...request.job, targetFormat });
+    await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+    const dirty = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
+    // Before the workers connect: a server may take one connection at a time.
+    const remote = nbdLayerOf(image);
+    await remote?.handOver();
+    backing = await openBacking({ ...job, path: job.target });
+    const target = await createTarget({
+      ...job,
+      path: job.target,
+      format: job.targetFormat,
+      sizeBytes: image.sizeBytes,
+      isCancelled: request.isCancelled,
+    });
+    try {
+      const run = await CopyRun.prepare({
+        job,
+        pool,
+        target,
+        sizeBytes: image.sizeBytes,
+        sourceClusterBytes: image.clusterSizeBytes,
+        slots: new SharedArrayBuffer(0),
+        bufferBytes: 0,
+        live: false,
+        workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
+        dirty,
+        onStopped,
+      });
+      const frozen = image.freeze();
+      run.begin(frozen.description);
+      request.onStarted(image.sizeBytes);
+      const finishing = new Finishing(target, job, run.shared);
+      const finish = async (): Promise<void> => {
+        try {
+          await run.ended;
+          await finishing.run();
+        } finally {
+          await target.abort();
+          frozen.release();
+          await backing?.close();
+          await image.close();
+        }
+      };
+      return {
+        totalBytes: image.sizeBytes,
+        progress: () => run.progress(),
+        cancel(error) {
+          run.abort(error);
+          finishing.cancel(error);
+        },
+        abortSync: () => target.abortSync(),
+        ended: finish(),
+      };
+    } catch (error) {
+      await target.abort();
+      throw error;
+    }
+  } catch (error) {
+    await backing?.close();
+    await image.close();
+    throw error;
+  }
+}
+
+/** An export has no backing file: it is the source itself, or the last of its chain. */
+function nbdLayerOf(image: Image): NbdImage | null {
+  let layer = image;
+  while (layer.backing !== null) layer = layer.backing;
+  return layer instanceof NbdImage ? layer : null;
+}

@@ -1,0 +1,214 @@
+// The T0 view of a disk as an export: captures before each guest write, as for a backup, but nobody drains them.
+// They fill the buffer, then the spill, until the snapshot ends. Main thread only; there are no workers.
+//
+//   prepare (buffer, spill file) ─► start, at T0: intercept, publish ─► detach: the guest is free, readers get EIO
+//                                                                     ─► end: the export goes, then the memory
+//
+// A backup with a T0 view (`serve --snapshot-export`) has one of these beside its own interceptor rather than sharing
+// captures with it. Its workers hand slots back as soon as the target has the data, and clusters that are DONE are
+// not captured any more; a reader needs both kept. Two interceptors read a block twice before its first overwrite,
+// a few µs, and in return neither can harm the other: a snapshot that runs out of room leaves the backup whole, and
+// nothing in the backup's path knows of snapshots.
+
+import type { DiskNode } from "../../cow/disk-node.js";
+import { BLOCK_BYTES, geometryOf, SLOT_BYTES, type Geometry } from "../../cow/geometry.js";
+import { type GuestWaitCounters, Interceptor } from "../../cow/interceptor.js";
+import { createSharedState, CTL_USED_BLOCKS, type SharedState } from "../../cow/shared.js";
+import { SnapshotDevice } from "../../cow/snapshot-device.js";
+import { SpillFile } from "../../cow/spill.js";
+import { CowcatcherError } from "../../errors.js";
+import type { BlockDevice } from "../../block/device.js";
+import { MiB, roundUp } from "../../units.js";
+import type { BufferLease, BufferStore } from "../memory/buffer-store.js";
+import type { TableLease, TableStore } from "../memory/table-store.js";
+import type { SnapshotInfo } from "../host.js";
+import { JOB_DEFAULTS, type JobOptions } from "../options.js";
+import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
+
+/** Who offers a device to readers; in `serve`, the NBD server. */
+export interface SnapshotPublisher {
+  /**
+   * From now on readers find the device under the name; the result takes it away again, from them, too. Synchronous,
+   * as T0 is. @throws CowcatherError EXISTS for a name that is in use.
+   */
+  publish(name: string, device: BlockDevice): () => void;
+}
+
+export interface SnapshotParts {
+  node: DiskNode;
+  options: JobOptions;
+  buffers: BufferStore;
+  tables: TableStore;
+  publisher: SnapshotPublisher | undefined;
+  /** Ends its preparation. */
+  signal: AbortSignal;
+  /** The snapshot is lost; called once, when the guest goes on already. */
+  onBroken(error: CowcatcherError): void;
+}
+
+/** Touched in one turn of the event loop, some 0.1 ms. */
+const PREFAULT_BYTES = 1 * MiB;
+const SMALLEST_BUFFER_BYTES = 2 * MiB;
+
+/** The export of a disk's T0 view. */
+export function snapshotNameOf(disk: string): string {
+  return `${disk}-snapshot`;
+}
+
+export class Snapshot {
+  readonly info: SnapshotInfo;
+  readonly #parts: SnapshotParts;
+  readonly #publisher: SnapshotPublisher;
+  readonly #shared: SharedState;
+  readonly #lease: BufferLease;
+  readonly #tables: TableLease;
+  readonly #spill: OpenSpill | null;
+  #interceptor: Interceptor | undefined;
+  #device: SnapshotDevice | undefined;
+  #withdraw: (() => void) | undefined;
+  #ending: Promise<void> | undefined;
+
+  private constructor(
+    parts: SnapshotParts,
+    publisher: SnapshotPublisher,
+    shared: SharedState,
+    lease: BufferLease,
+    tables: TableLease,
+    spill: OpenSpill | null,
+  ) {
+    this.#parts = parts;
+    this.#publisher = publisher;
+    this.#shared = shared;
+    this.#lease = lease;
+    this.#tables = tables;
+    this.#spill = spill;
+    this.info = { exportName: snapshotNameOf(parts.node.nodeName), error: undefined };
+  }
+
+  /** All that takes time before T0. @throws CowcatcherError; nothing is left then. */
+  static async prepare(parts: SnapshotParts): Promise<Snapshot> {
+    const { node, options, buffers, publisher, signal } = parts;
+    if (publisher === undefined) {
+      throw new CowcatcherError({
+        code: "UNSUPPORTED",
+        object: node.nodeName,
+        problem: "nothing here could export its snapshot",
+      });
+    }
+    const bufferBytes = bufferSizeOf(options);
+    const lease = buffers.take(bufferBytes);
+    const tables = parts.tables.lease();
+    try {
+      const shared = createSharedState(
+        geometryOf(node.sizeBytes),
+        lease.memory,
+        bufferBytes,
+        false,
+        tables.allocate,
+      );
+      await prefault(shared, signal);
+      const spills = options.onBufferFull === "spill";
+      const spill = spills ? await openSpillFile(options.spillDir, options.target) : null;
+      return new Snapshot(parts, publisher, shared, lease, tables, spill);
+    } catch (error) {
+      lease.release();
+      tables.release();
+      throw error;
+    }
+  }
+
+  get geometry(): Geometry {
+    return this.#shared.geometry;
+  }
+
+  /** The step at T0: synchronous, with no guest write in flight. @throws CowcatcherError EXISTS: nothing has begun. */
+  start(): void {
+    const { node, options } = this.#parts;
+    const shared = this.#shared;
+    const spill = this.#spill === null ? undefined : new SpillFile(this.#spill, shared.geometry);
+    const interceptor = new Interceptor({
+      shared,
+      image: node.image,
+      openSpill: spill === undefined ? undefined : () => spill,
+      spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
+      policy: {
+        ...options,
+        // Nothing is drained, so room never comes back: waiting for it would only delay the end.
+        onBufferFull: spill === undefined ? "cancel" : "spill",
+        // A backup is not the snapshot's to fail, nor is a guest's write because of a view beside a backup.
+        onCbwError: options.sync === "none" ? options.onCbwError : "break-snapshot",
+      },
+      onBroken: (error) => this.#broken(error),
+    });
+    const { exportName } = this.info;
+    const device = new SnapshotDevice({
+      name: exportName,
+      image: node.image,
+      shared,
+      spill,
+      source: interceptor,
+    });
+    this.#withdraw = this.#publisher.publish(exportName, device);
+    this.#device = device;
+    this.#interceptor = interceptor;
+    node.addInterceptor(interceptor);
+  }
+
+  get counters(): GuestWaitCounters | undefined {
+    return this.#interceptor?.counters;
+  }
+
+  get bufferBytesUsed(): number {
+    return Atomics.load(this.#shared.control, CTL_USED_BLOCKS) * BLOCK_BYTES;
+  }
+
+  get bufferBytesTotal(): number {
+    return this.#shared.bufferBlockCount * BLOCK_BYTES;
+  }
+
+  #broken(error: CowcatcherError): void {
+    this.info.error = error;
+    this.detach();
+    this.#parts.onBroken(error);
+  }
+
+  /** The guest's writes go straight to its disk, and readers get errors. Synchronous; idempotent. */
+  detach(): void {
+    if (this.#interceptor === undefined) return;
+    this.#interceptor.detach();
+    this.#parts.node.removeInterceptor(this.#interceptor);
+  }
+
+  /** Takes the export away and gives back what the snapshot has, once nothing uses it any more. Idempotent. */
+  end(): Promise<void> {
+    this.#ending ??= this.#release();
+    return this.#ending;
+  }
+
+  async #release(): Promise<void> {
+    this.detach();
+    this.#withdraw?.();
+    await this.#device?.close();
+    await this.#interceptor?.idle();
+    this.#spill?.close();
+    this.#lease.release();
+    this.#tables.release();
+  }
+}
+
+/** A job without a buffer of its own still needs one for the view: without workers nobody else takes a capture. */
+function bufferSizeOf({ cowBufferSizeBytes }: JobOptions): number {
+  const bytes = cowBufferSizeBytes === 0 ? JOB_DEFAULTS.cowBufferSizeBytes : cowBufferSizeBytes;
+  return roundUp(Math.max(bytes, SMALLEST_BUFFER_BYTES), SLOT_BYTES);
+}
+
+/** Touches the slots, so that no capture pays for a page fault; piecemeal, so that no guest waits for it. */
+async function prefault({ slots, bufferBlockCount }: SharedState, signal: AbortSignal): Promise<void> {
+  const end = bufferBlockCount * BLOCK_BYTES;
+  for (let from = 0; from < end; from += PREFAULT_BYTES) {
+    const to = Math.min(from + PREFAULT_BYTES, end);
+    for (let at = from; at < to; at += BLOCK_BYTES) Atomics.store(slots, at, 0);
+    await new Promise((resolve) => setImmediate(resolve));
+    signal.throwIfAborted();
+  }
+}
