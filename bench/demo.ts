@@ -6,7 +6,7 @@
 import { closeSync, copyFileSync, constants, openSync, readSync, statfsSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { ControlClient } from "../src/control/client.js";
+import { ControlClient } from "../src/qmp/client.js";
 import { CowcatcherError } from "../src/errors.js";
 import { NbdClient } from "../src/nbd/client/client.js";
 import { MiB, formatBytes, formatDuration } from "../src/units.js";

@@ -10,7 +10,7 @@
 
 import { closeSync, ftruncateSync, openSync, statSync } from "node:fs";
 import { join } from "node:path";
-import { ControlClient } from "../../src/control/client.js";
+import { ControlClient } from "../../src/qmp/client.js";
 import { CowcatcherError } from "../../src/errors.js";
 import { Child, runProgram, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";

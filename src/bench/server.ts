@@ -3,8 +3,8 @@
 
 import { spawn, type ChildProcess } from "node:child_process";
 import { fileURLToPath } from "node:url";
-import { ControlClient } from "../control/client.js";
-import { errorFromWire } from "../control/qmp.js";
+import { ControlClient } from "../qmp/client.js";
+import { errorFromWire } from "../qmp/protocol.js";
 import { CowcatcherError, ioError } from "../errors.js";
 
 const MAIN = fileURLToPath(new URL("../cli/main.js", import.meta.url));

@@ -3,9 +3,9 @@
 import { randomBytes } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { startOfflineCopy } from "../backup/job/offline.js";
-import { ControlClient } from "../control/client.js";
+import { ControlClient } from "../qmp/client.js";
 import { listJobs, startBackup, watchJob, type BackupOrder } from "../control/jobs-from-qmp.js";
-import { isJsonObject } from "../control/qmp.js";
+import { isJsonObject } from "../qmp/protocol.js";
 import { CowcatcherError } from "../errors.js";
 import type { LiveBackupSettings, LiveDiskSettings, OfflineBackupSettings } from "./backup-options.js";
 import { type CommandContext, printLine, type RunBackup } from "./context.js";

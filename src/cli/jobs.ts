@@ -1,7 +1,7 @@
 // `jobs`: what a server is backing up, and the commands to a job, over the control socket.
-import { ControlClient } from "../control/client.js";
+import { ControlClient } from "../qmp/client.js";
 import { listJobs, type JobSummary } from "../control/jobs-from-qmp.js";
-import { QmpError } from "../control/qmp.js";
+import { QmpError } from "../qmp/protocol.js";
 import { CowcatcherError } from "../errors.js";
 import { formatBytes, formatDuration, parseSize } from "../units.js";
 import { printJsonDocument, printLine, type CommandContext, type OutputSettings } from "./context.js";

@@ -17,10 +17,20 @@ import {
 import type { Compression } from "../image/qcow2/format/compression.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { KiB } from "../units.js";
-import { genericError, notSupported } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
-import { boolean, integer, object, oneOf, optional, positiveUpTo, size, string, upTo } from "./schema.js";
-import type { Arguments } from "./schema.js";
+import { genericError, notSupported } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import {
+  boolean,
+  integer,
+  object,
+  oneOf,
+  optional,
+  positiveUpTo,
+  size,
+  string,
+  upTo,
+} from "../qmp/schema.js";
+import type { Arguments } from "../qmp/schema.js";
 
 const ON_ERROR = ["report", "ignore", "enospc", "stop", "auto"] as const;
 

@@ -5,9 +5,9 @@ import { backupFromArguments, BACKUP_COMMON, DRIVE_BACKUP } from "./backup-argum
 import type { BackupStart, DriveBackupArguments } from "./backup-arguments.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
-import { QmpError, genericError, notSupported } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
-import { anyObject, checkMembers, list, object, oneOf, optional, string } from "./schema.js";
+import { QmpError, genericError, notSupported } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { anyObject, checkMembers, list, object, oneOf, optional, string } from "../qmp/schema.js";
 
 /** The disks of one machine, with room; a longer list is somebody's mistake. */
 const ACTION_COUNT_MAX = 256;

@@ -4,9 +4,9 @@ import type { Logger } from "../log.js";
 import type { JobHost } from "../backup/host.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobMonitor } from "./job-monitor.js";
-import { checkMembers } from "./schema.js";
-import type { Arguments, Members } from "./schema.js";
-import type { JsonObject } from "./qmp.js";
+import { checkMembers } from "../qmp/schema.js";
+import type { Arguments, Members } from "../qmp/schema.js";
+import type { JsonObject } from "../qmp/protocol.js";
 
 export interface CommandContext {
   readonly host: JobHost;

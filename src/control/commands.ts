@@ -5,9 +5,9 @@ import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
 import { JOB_COMMANDS } from "./job-commands.js";
-import { DIALECT_VERSION, QmpError } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
-import { boolean, optional } from "./schema.js";
+import { DIALECT_VERSION, QmpError } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { boolean, optional } from "../qmp/schema.js";
 
 /** VersionInfo: the dialect that is spoken, and who speaks it. */
 export function versionInfo(version: string): JsonObject {

@@ -8,11 +8,11 @@ import type { Socket } from "node:net";
 import type { Logger } from "../log.js";
 import { toCowcatcherError } from "../errors.js";
 import { NEGOTIATE } from "./commands.js";
-import { JsonStream } from "./json-stream.js";
-import type { JsonItem } from "./json-stream.js";
-import { QmpError, REQUEST_LIMITS, errorAnswer, genericError, isJsonObject } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
-import { checkMembers, list, optional, string } from "./schema.js";
+import { JsonStream } from "../qmp/json-stream.js";
+import type { JsonItem } from "../qmp/json-stream.js";
+import { QmpError, REQUEST_LIMITS, errorAnswer, genericError, isJsonObject } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { checkMembers, list, optional, string } from "../qmp/schema.js";
 
 /** Unsent bytes at which a client that does not read is given up, besides what the system's own buffer holds. */
 export const OUTPUT_BYTES_MAX = 1024 * 1024;

@@ -5,9 +5,10 @@ import type { BackupJob, JobStatus } from "../backup/host.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
 import { ioStatus } from "./job-monitor.js";
-import { QmpError, genericError, jobToWire } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
-import { boolean, integer, optional, string } from "./schema.js";
+import { QmpError, genericError } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { boolean, integer, optional, string } from "../qmp/schema.js";
+import { jobToWire } from "./job-wire.js";
 
 type Verb = "cancel" | "pause" | "resume" | "set-speed" | "complete" | "finalize" | "dismiss";
 

@@ -18,8 +18,9 @@
 import type { CowcatcherError, ErrorCode } from "../errors.js";
 import type { Logger } from "../log.js";
 import type { BackupJob, JobHost, JobStatus } from "../backup/host.js";
-import { genericError, jobToWire } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
+import { genericError } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { jobToWire } from "./job-wire.js";
 
 export type EmitEvent = (event: string, data: JsonObject) => void;
 

@@ -12,9 +12,10 @@ import { JOB_DEFAULTS } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { argumentsFromBackup } from "./backup-arguments.js";
 import type { BackupOrder } from "./backup-arguments.js";
-import { COMMAND_MS, type ControlClient, type ControlEvent } from "./client.js";
-import { errorFromWire, isJsonObject, progressFromWire } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
+import { COMMAND_MS, type ControlClient, type ControlEvent } from "../qmp/client.js";
+import { errorFromWire, isJsonObject } from "../qmp/protocol.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import { progressFromWire } from "./job-wire.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
 

@@ -11,7 +11,7 @@ import { execute, versionInfo } from "./commands.js";
 import type { CommandContext } from "./command.js";
 import { ControlConnection } from "./connection.js";
 import { JobMonitor } from "./job-monitor.js";
-import type { JsonObject } from "./qmp.js";
+import type { JsonObject } from "../qmp/protocol.js";
 import { listenAtPath } from "../unix-socket.js";
 
 /** Each may hold REQUEST_LIMITS.maxBytes of input and OUTPUT_BYTES_MAX of output. */

@@ -5,7 +5,7 @@ import { join } from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { runProgram } from "../../src/cli/program.js";
-import { ControlClient } from "../../src/control/client.js";
+import { ControlClient } from "../../src/qmp/client.js";
 import { startBackup } from "../../src/control/jobs-from-qmp.js";
 import { ControlServer } from "../../src/control/server.js";
 import { MiB } from "../../src/units.js";

@@ -4,7 +4,7 @@
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, expect, it } from "vitest";
-import { ControlClient } from "../../../src/control/client.js";
+import { ControlClient } from "../../../src/qmp/client.js";
 import { startBackup, watchJob } from "../../../src/control/jobs-from-qmp.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../../src/backup/options.js";
 import { MiB } from "../../../src/units.js";

@@ -17,7 +17,7 @@ import { join, relative } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { JobOptions } from "../../../src/backup/options.js";
 import { argumentsFromBackup } from "../../../src/control/backup-arguments.js";
-import { ControlClient } from "../../../src/control/client.js";
+import { ControlClient } from "../../../src/qmp/client.js";
 import { watchJob } from "../../../src/control/jobs-from-qmp.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import { cowcatcher, run } from "../../support/cli.js";

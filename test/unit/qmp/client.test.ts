@@ -5,11 +5,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { CowcatcherError } from "../../src/errors.js";
-import { ControlClient } from "../../src/control/client.js";
-import { listJobs, startBackup, watchJob } from "../../src/control/jobs-from-qmp.js";
-import { ControlServer } from "../../src/control/server.js";
-import { FakeJobHost, NO_PROGRESS } from "../support/fake-job-host.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import { ControlClient } from "../../../src/qmp/client.js";
+import { listJobs, startBackup, watchJob } from "../../../src/control/jobs-from-qmp.js";
+import { ControlServer } from "../../../src/control/server.js";
+import { FakeJobHost, NO_PROGRESS } from "../../support/fake-job-host.js";
 
 const logger = pino({ level: "silent" });
 

@@ -1,7 +1,7 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { JsonStream } from "../../src/control/json-stream.js";
-import type { JsonItem } from "../../src/control/json-stream.js";
+import { JsonStream } from "../../../src/qmp/json-stream.js";
+import type { JsonItem } from "../../../src/qmp/json-stream.js";
 
 const LIMITS = { maxBytes: 1000, maxDepth: 8 };
 

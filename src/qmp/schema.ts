@@ -4,7 +4,7 @@
 // members that the schema does not have are refused last. A path ("x-perf.max-workers", "actions[0].data.sync")
 // names nested members.
 
-import { genericError, isJsonObject } from "./qmp.js";
+import { genericError, isJsonObject } from "./protocol.js";
 
 /** Checks a value and returns it typed. @throws QmpError GenericError naming `path`. */
 export interface Type<T> {

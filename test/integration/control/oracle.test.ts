@@ -6,9 +6,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pino } from "pino";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { ControlServer } from "../../src/control/server.js";
-import { FakeJobHost } from "../support/fake-job-host.js";
-import { RawQmp } from "../support/raw-qmp.js";
+import { ControlServer } from "../../../src/control/server.js";
+import { FakeJobHost } from "../../support/fake-job-host.js";
+import { RawQmp } from "../../support/raw-qmp.js";
 
 let folder: string;
 let daemon: ChildProcess;

@@ -7,8 +7,8 @@ import { connect as connectSocket } from "node:net";
 import type { Socket } from "node:net";
 import { CowcatcherError, errnoOf, ioError } from "../errors.js";
 import { JsonStream } from "./json-stream.js";
-import { ANSWER_LIMITS, errorFromAnswer, isJsonObject } from "./qmp.js";
-import type { JsonObject } from "./qmp.js";
+import { ANSWER_LIMITS, errorFromAnswer, isJsonObject } from "./protocol.js";
+import type { JsonObject } from "./protocol.js";
 
 const CONNECT_MS = 10_000;
 /** Long enough for what a busy server does besides. */

@@ -6,10 +6,10 @@ import { join } from "node:path";
 import { spawnSync } from "node:child_process";
 import { pino } from "pino";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { CowcatcherError } from "../../src/errors.js";
-import { ControlServer } from "../../src/control/server.js";
-import { FakeJobHost } from "../support/fake-job-host.js";
-import { RawQmp } from "../support/raw-qmp.js";
+import { CowcatcherError } from "../../../src/errors.js";
+import { ControlServer } from "../../../src/control/server.js";
+import { FakeJobHost } from "../../support/fake-job-host.js";
+import { RawQmp } from "../../support/raw-qmp.js";
 
 const logger = pino({ level: "silent" });
 

@@ -1,0 +1,45 @@
+// The `x-cowcatcher` object of a job: the counters that QMP has no field for. Written and read here and nowhere else.
+
+import type { BackupJob } from "../backup/host.js";
+import type { JobProgress } from "../backup/progress.js";
+import { errorToWire, type JsonObject } from "../qmp/protocol.js";
+
+const PROGRESS_FIELDS: Record<keyof JobProgress, string> = {
+  bytesDone: "bytes-done",
+  bytesTotal: "bytes-total",
+  bytesWritten: "bytes-written",
+  bufferBytesUsed: "buffer-bytes-used",
+  bufferBytesTotal: "buffer-bytes-total",
+  captureCount: "capture-count",
+  capturedBytes: "captured-bytes",
+  spilledBytes: "spilled-bytes",
+  guestWaitCount: "guest-wait-count",
+  guestWaitMsMax: "guest-wait-ms-max",
+  guestWaitMsTotal: "guest-wait-ms-total",
+  targetRate: "target-rate",
+  elapsedMs: "elapsed-ms",
+  ignoredErrorCount: "ignored-error-count",
+};
+const PROGRESS_KEYS = Object.keys(PROGRESS_FIELDS) as (keyof JobProgress)[];
+
+/** A job's `x-cowcatcher` object: its counters, what it is about, and its first error. */
+export function jobToWire(job: BackupJob): JsonObject {
+  const progress = job.progress();
+  const wire: JsonObject = { disk: job.disk, target: job.options.target, speed: job.speed };
+  for (const key of PROGRESS_KEYS) wire[PROGRESS_FIELDS[key]] = progress[key];
+  if (job.error !== undefined) wire.error = errorToWire(job.error);
+  if (job.snapshot !== undefined) {
+    wire["snapshot-export"] = job.snapshot.exportName;
+    if (job.snapshot.error !== undefined) wire["snapshot-error"] = errorToWire(job.snapshot.error);
+  }
+  return wire;
+}
+
+/** Reads the counters; one that is missing (an older server) is 0. */
+export function progressFromWire(wire: JsonObject): JobProgress {
+  const entries = PROGRESS_KEYS.map((key) => {
+    const value = wire[PROGRESS_FIELDS[key]];
+    return [key, typeof value === "number" ? value : 0] as const;
+  });
+  return Object.fromEntries(entries) as unknown as JobProgress;
+}
