@@ -1,5 +1,5 @@
 // The log: pino's JSON lines, to stderr or to a file. It is for whoever looks into a failure; what a user must
-// know goes through src/cli/report.ts and the progress views instead.
+// know goes through src/cli/output/report.ts and the progress views instead.
 //
 // The destination is synchronous, so that the last lines before a crash or an exit are not lost. At the default
 // level next to nothing is written, and nothing on a guest's path logs at all.

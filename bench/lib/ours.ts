@@ -2,7 +2,7 @@
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import { LOOP_DELAY_MESSAGE } from "../../src/cli/loop-delay.js";
+import { LOOP_DELAY_MESSAGE } from "../../src/cli/actions/loop-delay.js";
 import { childError, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
 import { startCowcatcher, startServe } from "./cowcatcher.js";

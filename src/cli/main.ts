@@ -1,11 +1,11 @@
 #!/usr/bin/env node
 // The entry: streams, last resorts and the end of the process.
 import { ioError, toCowcatcherError } from "../errors.js";
-import type { CommandContext } from "./context.js";
-import { EXIT } from "./exit-codes.js";
+import type { CommandContext } from "./output/context.js";
+import { EXIT } from "./output/exit-codes.js";
 import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
 import { endProcess, mayEndProcess } from "../backup/copy/thread-boots.js";
-import { errorLine, reportError } from "./report.js";
+import { errorLine, reportError } from "./output/report.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
 process.on("SIGUSR1", () => undefined);

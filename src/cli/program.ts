@@ -2,13 +2,20 @@
 // and says which exit code that is. Nothing here ends the process.
 import { Command } from "commander";
 import { DEFAULT_LOG_LEVEL } from "../log-levels.js";
-import { addCommands, type CommonFlags } from "./commands.js";
-import type { CommandContext, OutputSettings, TextOutput } from "./context.js";
-import { COMMAND_NAMES, EXIT, exitCodeOfError, interruptExitCode, type CommandName } from "./exit-codes.js";
-import { reportError } from "./report.js";
-import type { Environment } from "./serve-options.js";
-import { asReportedError, isFinishedRequest } from "./usage-errors.js";
-import { usageError } from "./options.js";
+import { addCommands } from "./commands/all.js";
+import type { CommonFlags } from "./commands/definition.js";
+import type { CommandContext, OutputSettings, TextOutput } from "./output/context.js";
+import {
+  COMMAND_NAMES,
+  EXIT,
+  exitCodeOfError,
+  interruptExitCode,
+  type CommandName,
+} from "./output/exit-codes.js";
+import { reportError } from "./output/report.js";
+import type { Environment } from "./output/context.js";
+import { asReportedError, isFinishedRequest } from "./options/usage-errors.js";
+import { usageError } from "./options/options.js";
 import { packageVersion } from "./version.js";
 
 export interface ProgramIo {

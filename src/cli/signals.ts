@@ -1,8 +1,8 @@
 // SIGINT and SIGTERM: the first asks for an end in good order, the second ends the process at once. SIGHUP asks, too,
 // and never presses: when a terminal goes, the kernel and the shell may both send it.
 import { endProcess } from "../backup/copy/thread-boots.js";
-import type { CommandContext } from "./context.js";
-import { interruptExitCode, type InterruptSignal } from "./exit-codes.js";
+import type { CommandContext } from "./output/context.js";
+import { interruptExitCode, type InterruptSignal } from "./output/exit-codes.js";
 
 const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM", "SIGHUP"];
 

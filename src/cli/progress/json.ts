@@ -2,7 +2,7 @@
 // (percent_done, total_bytes, bytes_done, seconds_elapsed, seconds_remaining), snake_case ones of our own
 // elsewhere. `summary` and `error` messages are summary.ts's and report.ts's.
 import type { JobProgress } from "../../backup/progress.js";
-import { printJsonLine, type OutputSettings } from "../context.js";
+import { printJsonLine, type OutputSettings } from "../output/context.js";
 import { WatchedJobs, type WatchedJob } from "./jobs.js";
 import { fractionDone } from "./pace.js";
 import type { JobInfo, JobResult, PrintableView } from "./view.js";

@@ -1,6 +1,6 @@
 // Progress where no terminal is: one line a job every few seconds, on stderr.
 import type { JobProgress } from "../../backup/progress.js";
-import type { TextOutput } from "../context.js";
+import type { TextOutput } from "../output/context.js";
 import { WatchedJobs, type WatchedJob } from "./jobs.js";
 import { progressParts } from "./text.js";
 import type { JobInfo, JobResult, PrintableView } from "./view.js";

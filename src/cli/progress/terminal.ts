@@ -4,8 +4,8 @@
 // that no bar takes two rows, which would leave its remains behind at the next redraw.
 import { MultiBar, type Options, type Params, type SingleBar } from "cli-progress";
 import type { JobProgress } from "../../backup/progress.js";
-import type { TextOutput } from "../context.js";
-import type { Environment } from "../serve-options.js";
+import type { TextOutput } from "../output/context.js";
+import type { Environment } from "../output/context.js";
 import { WatchedJobs, type WatchedJob } from "./jobs.js";
 import { bufferFraction, fractionDone } from "./pace.js";
 import { progressLine } from "./plain.js";

@@ -7,7 +7,7 @@ import * as fs from "node:fs";
 import * as os from "node:os";
 import * as path from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { type MapEntry, mergedEntries } from "../../../src/cli/map.js";
+import { type MapEntry, mergedEntries } from "../../../src/cli/actions/map.js";
 import type { Image } from "../../../src/block/device.js";
 import { openImage } from "../../../src/image/open.js";
 import { createQcow2 } from "../../../src/image/qcow2/create/create.js";

@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import { cowcatcher } from "../../support/cli.js";
 import { NBD_CMD_WRITE, NBD_EIO } from "../../../src/nbd/wire/protocol.js";
-import { EXIT } from "../../../src/cli/exit-codes.js";
+import { EXIT } from "../../../src/cli/output/exit-codes.js";
 import {
   diskBytes,
   file,

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { BufferStore } from "../../../src/backup/memory/buffer-store.js";
-import { checkBufferMemory } from "../../../src/cli/buffer-memory.js";
+import { checkBufferMemory } from "../../../src/cli/actions/buffer-memory.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import { systemMemory, type SystemMemory } from "../../../src/native/memory.js";
 import { GiB, KiB, MiB } from "../../../src/units.js";

@@ -4,7 +4,7 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { parseCheckRequest, repairLines } from "../../../../src/cli/check.js";
+import { parseCheckRequest, repairLines } from "../../../../src/cli/actions/check.js";
 import { refcountIn, setRefcountIn } from "../../../../src/image/qcow2/check/blocks.js";
 import { checkExitCode, checkImage } from "../../../../src/image/qcow2/check/check.js";
 import { readHeader } from "../../../../src/image/qcow2/format/header.js";

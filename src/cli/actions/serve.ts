@@ -1,0 +1,149 @@
+// `serve`: opens the images, serves them to guests over NBD, and takes backup jobs on the control socket.
+
+import { unlinkSync } from "node:fs";
+import { LiveHost } from "../../backup/job/live-host.js";
+import { ControlServer } from "../../control/server.js";
+import { DiskNode } from "../../cow/disk-node.js";
+import type { Image } from "../../block/device.js";
+import { openImage } from "../../image/open.js";
+import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
+import { notifyReady } from "../../nbd/server/notify.js";
+import { NbdServer } from "../../nbd/server/server.js";
+import { loadTlsCredentials } from "../../nbd/server/tls.js";
+import { checkBufferMemory } from "./buffer-memory.js";
+import { type CommandContext, printJsonLine, printLine } from "../output/context.js";
+import { EXIT } from "../output/exit-codes.js";
+import { logLoopDelay } from "./loop-delay.js";
+import { bitmapContexts } from "./serve-bitmaps.js";
+import { ServedExports } from "./served-exports.js";
+import type { ListenSettings, ServedImage, ServeSettings } from "../options/serve-options.js";
+import { onInterrupt } from "../signals.js";
+import { packageVersion } from "../version.js";
+
+/** Resolves to the exit code, when the server has ended. @throws CowcatcherError, which the program reports. */
+export async function runServe(settings: ServeSettings, context: CommandContext): Promise<number> {
+  if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
+  const images: { served: ServedImage; image: Image }[] = [];
+  let quit: () => void = () => {};
+  const quitting = new Promise<void>((resolve) => {
+    quit = resolve;
+  });
+  // `bench` is on the other end of this channel, where there is one: without it the server has no one to serve.
+  process.once("disconnect", quit);
+  const removeHandlers = onInterrupt(context, { onFirst: quit, onSecond: () => removeSockets(settings) });
+  try {
+    for (const served of settings.images) {
+      const options = { format: served.format, readOnly: settings.readOnly, direct: settings.direct };
+      images.push({ served, image: await openImage(served.path, options) });
+    }
+    const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
+    const opened = images.map(({ image }) => image);
+    const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));
+    const host = new LiveHost(nodes, quit, exports);
+    await serveNodes(settings, context, exports, host, quitting);
+  } finally {
+    removeHandlers();
+    process.removeListener("disconnect", quit);
+    // Flushes: what a guest was told is stored must be, whatever ended the server.
+    const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
+    const failure = closed.find((result) => result.status === "rejected");
+    if (failure !== undefined) throw failure.reason;
+  }
+  return EXIT.done;
+}
+
+async function serveNodes(
+  settings: ServeSettings,
+  context: CommandContext,
+  exports: ServedExports,
+  host: LiveHost,
+  quitting: Promise<void>,
+): Promise<void> {
+  const { logger } = context;
+  const tls = settings.tls && loadTlsCredentials(settings.tls);
+  const server = new NbdServer({
+    exports: exports.byName,
+    maxConnections: settings.maxConnections,
+    logger,
+    tls,
+  });
+  exports.attach(server);
+  const control = new ControlServer({
+    host,
+    logger,
+    jobDefaults: {
+      cowBufferSizeBytes: settings.cowBufferSizeBytes,
+      snapshotExport: settings.snapshotExport,
+    },
+    version: packageVersion(),
+  });
+  const listeners: NbdListener[] = [];
+  const stopLoopDelay = logLoopDelay(logger);
+  try {
+    listeners.push(...(await listen(settings.listen)));
+    host.listensAt(listeners.flatMap(({ place }) => place ?? []));
+    if (settings.control !== undefined) await control.listen(settings.control);
+    for (const listener of listeners) listener.serve(server);
+    announce(settings, context, listeners);
+    await quitting;
+  } finally {
+    stopLoopDelay();
+    await Promise.all(listeners.map((listener) => listener.close()));
+    // Jobs first: a guest that waits for one is let go, so that its last requests can be answered.
+    await host.close();
+    await server.close();
+    await control.close();
+  }
+}
+
+async function listen(settings: ListenSettings): Promise<NbdListener[]> {
+  switch (settings.type) {
+    case "unix":
+      return [await listenUnix(settings.path, { mode: settings.mode })];
+    case "tcp":
+      return [await listenTcp(settings.address, settings.port)];
+    case "inherited":
+      return systemdListeners();
+  }
+}
+
+function announce(
+  settings: ServeSettings,
+  { output, logger }: CommandContext,
+  listeners: readonly NbdListener[],
+): void {
+  const addresses = listeners.map(({ address }) => address);
+  const names = settings.images.map(({ name }) => name);
+  if (output.json) {
+    printJsonLine(output, {
+      message_type: "listening",
+      addresses,
+      exports: names,
+      control: settings.control ?? null,
+    });
+  } else {
+    printLine(output, `listening on ${addresses.join(", ")} (${names.join(", ")})`);
+  }
+  notifySystemd(logger);
+}
+
+function notifySystemd(logger: CommandContext["logger"]): void {
+  try {
+    notifyReady();
+  } catch (error) {
+    // Without libc there is no way to say so; the disks are served all the same.
+    logger.warn({ err: error }, "systemd was not told that the server is ready");
+  }
+}
+
+/** The process ends at once: the sockets' files would stay. */
+function removeSockets({ listen, control }: ServeSettings): void {
+  for (const path of [listen.type === "unix" ? listen.path : undefined, control]) {
+    if (path === undefined) continue;
+    try {
+      unlinkSync(path);
+    } catch {
+      // Gone already.
+    }
+  }
+}

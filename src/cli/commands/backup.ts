@@ -1,0 +1,45 @@
+import type { Command } from "commander";
+import type { BackupFlags } from "../options/backup-flags.js";
+import { addBackupOptions, parseBackupSettings } from "../options/backup-options.js";
+import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
+
+const NBD_NOTES =
+  "NBD URIs: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; with nbds: for TLS,\n" +
+  "and libnbd's tls-certificates=DIR, tls-psk-file=FILE, tls-hostname=NAME, tls-verify-peer=0. An export is raw. As a\n" +
+  "TARGET it exists already, at least as large as the disk, and is written in place, as qemu-img convert -n does:\n" +
+  "no --force is asked for, what a larger export has behind the disk's end stays, and a backup that fails or is\n" +
+  "interrupted leaves a mixture of old and new there. A lost connection is made again: a source's up to 5 times, a\n" +
+  "target's up to --target-retries times.\n" +
+  "With --bitmap NAME a dirty bitmap of the qcow2 image or of QEMU's export says what is copied, into an overlay of\n" +
+  "--backing-file; clearing the bitmap is QEMU's business. Not supported in this version: bitmaps of served disks.";
+
+export function addBackup(program: Command, run: RunCommand): void {
+  const command = define(program, "backup", {
+    summary: "point-in-time copy of an image, or of a disk that a guest is using",
+    usage:
+      "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
+    notes:
+      "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away. Without --control no one\n" +
+      "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
+      "What is about the guest's writes (the buffer, the spill, --guest-timeout, --on-cbw-error) goes with it alone.\n" +
+      "With --sync top the backup holds what SOURCE's own layer does, and builds on what SOURCE builds on (or on -b).\n" +
+      "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
+      "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
+      "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
+      NBD_NOTES,
+    examples: [
+      "cowcatcher backup -c disk.img /backup/disk.qcow2",
+      "cowcatcher backup --control /run/vm1.ctl /backup/vm1.qcow2",
+      "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
+    ],
+  }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
+  addCommonOptions(addBackupOptions(command)).action((args: string[], flags: BackupFlags & CommonFlags) =>
+    run("backup", flags, async (context) => {
+      const settings = parseBackupSettings(args, flags);
+      if (flags.dryRun === true && settings.mode === "offline") {
+        return (await import("../actions/dry-run.js")).runDryRun(settings, context);
+      }
+      return (await import("../actions/backup.js")).runBackup(settings, context);
+    }),
+  );
+}

@@ -1,0 +1,37 @@
+// What commander makes of the options of `backup` and `restore`: each value parsed by itself, none checked against another.
+import type { OnBufferFull, OnCbwError, OnIoError, SyncMode } from "../../backup/options.js";
+import type { ImageFormat } from "../../block/format.js";
+import type { Compression } from "../../image/qcow2/format/compression.js";
+
+export interface CopyFlags {
+  sourceFormat?: ImageFormat;
+  targetFormat?: ImageFormat;
+  workers?: number;
+  clusterSize?: number;
+  rateLimit?: number;
+  onSourceError?: OnIoError;
+  onTargetError?: OnIoError;
+  targetRetries?: number;
+  direct?: boolean;
+  verify?: boolean;
+  force?: boolean;
+}
+
+export interface BackupFlags extends CopyFlags {
+  control?: string;
+  disk?: string[];
+  backingFile?: string;
+  backingFormat?: ImageFormat;
+  snapshot?: string;
+  compress?: Compression;
+  dryRun?: boolean;
+  cowBufferSize?: number;
+  onBufferFull?: OnBufferFull;
+  spillDir?: string;
+  spillLimit?: number;
+  guestTimeout?: number;
+  onCbwError?: OnCbwError;
+  sync?: SyncMode | "incremental";
+  bitmap?: string;
+  bitmapMode?: string;
+}

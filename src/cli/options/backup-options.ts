@@ -1,0 +1,400 @@
+// The options of `backup` and `restore`, from commander's loose values to typed settings. Every combination that
+// cannot mean anything is a usage error here, before a file or a socket is touched.
+import { resolve } from "node:path";
+import { Option, type Command } from "commander";
+import {
+  JOB_DEFAULTS,
+  ON_BUFFER_FULL,
+  ON_CBW_ERROR,
+  ON_IO_ERROR,
+  OFFLINE_WORKER_COUNT,
+  type JobOptions,
+} from "../../backup/options.js";
+import type { ImageFormat } from "../../block/format.js";
+import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
+import { MiB, formatBytes } from "../../units.js";
+import { checkBitmapFlags } from "./bitmap-flags.js";
+import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
+import {
+  NULL_TARGET,
+  absoluteImage,
+  choiceOption,
+  countOption,
+  durationOption,
+  formatByExtension,
+  formatOption,
+  isNbdUri,
+  listWords,
+  bufferSizeOption,
+  parseImage,
+  parseText,
+  sizeOption,
+  textOption,
+  unsupported,
+  usageError,
+} from "./options.js";
+import type { BackupFlags, CopyFlags } from "./backup-flags.js";
+
+/** Job options as far as the command line can know them. */
+export type JobSettings = Omit<JobOptions, "targetFormat" | "cowBufferSizeBytes"> & {
+  /** Undefined: the source's format. */
+  targetFormat: ImageFormat | undefined;
+  /** Undefined: the default of the server that has the disk open. */
+  cowBufferSizeBytes: number | undefined;
+};
+
+export interface OfflineBackupSettings {
+  mode: "offline";
+  source: string;
+  /** Undefined: probe. */
+  sourceFormat: ImageFormat | undefined;
+  /** Id or name of an internal snapshot of the source. */
+  snapshot?: string | undefined;
+  job: JobSettings;
+}
+
+export interface LiveDiskSettings {
+  /** Undefined: the server's only disk. */
+  disk: string | undefined;
+  job: JobSettings;
+}
+
+export interface LiveBackupSettings {
+  mode: "live";
+  /** Path of the control socket. */
+  control: string;
+  /** At least one; paths are absolute, as the server's folder may be another. */
+  disks: LiveDiskSettings[];
+}
+
+export type BackupSettings = OfflineBackupSettings | LiveBackupSettings;
+
+/** `restore BACKUP TARGET`: an offline copy whose source is the backup. */
+export type RestoreSettings = OfflineBackupSettings;
+
+/** Values as commander leaves them; those of sizes and durations are in bytes and milliseconds. */
+const WORKER_BOUNDS = { min: 1, max: 64 };
+const RETRY_BOUNDS = { min: 0, max: 1000 };
+const SYNC_MODES = ["full", "top", "incremental", "none"] as const;
+const BITMAP_MODES = ["on-success", "never", "always"];
+const MIN_CLUSTER_BYTES = 512;
+const MAX_CLUSTER_BYTES = 2 * MiB;
+
+export function addBackupOptions(command: Command): Command {
+  const parseOptions = command.parseOptions.bind(command);
+  command.parseOptions = (args) => parseOptions(separateCompress(args));
+  command
+    .addOption(
+      textOption("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup"),
+    )
+    .option(
+      "--disk <NAME>",
+      "disk of a live backup, once for each TARGET (the server's only disk)",
+      collectDisks,
+    );
+  addFormatOptions(command)
+    .addOption(compressOption())
+    .addOption(syncOption())
+    .addOption(bitmapOption())
+    .addOption(
+      choiceOption(
+        "--bitmap-mode <MODE>",
+        "what becomes of the bitmap: nothing, so give never (of an export the default)",
+        BITMAP_MODES,
+      ),
+    )
+    .addOption(
+      textOption(
+        "--snapshot <NAME>",
+        "internal snapshot of SOURCE, by id or name: the disk as of it (offline only)",
+      ),
+    )
+    .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
+    .addOption(textOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
+    .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
+  addBufferOptions(command);
+  return addCopyOptions(command);
+}
+
+export function addRestoreOptions(command: Command): Command {
+  return addCopyOptions(addFormatOptions(command));
+}
+
+function addFormatOptions(command: Command): Command {
+  return command
+    .addOption(formatOption("-f, --source-format <FMT>", "raw or qcow2 (probed)"))
+    .addOption(
+      formatOption(
+        "-O, --target-format <FMT>",
+        "raw or qcow2 (by TARGET's extension, raw for an NBD URI, else the source's format)",
+      ),
+    );
+}
+
+function addBufferOptions(command: Command): void {
+  const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
+  command
+    .addOption(
+      bufferSizeOption(
+        "--cow-buffer-size <SIZE>",
+        `copy-before-write buffer (the server's default, else ${buffer}; 0: none, the guest waits for the target)`,
+      ),
+    )
+    .addOption(
+      choiceOption("--on-buffer-full <ACTION>", `${listWords(ON_BUFFER_FULL)} (spill)`, ON_BUFFER_FULL),
+    )
+    .addOption(
+      textOption(
+        "--spill-dir <DIR>",
+        "folder of the spill file (the target's if local, else the temporary one)",
+      ),
+    )
+    .addOption(sizeOption("--spill-limit <SIZE>", "largest size of the spill file (the source's size)"))
+    .addOption(
+      durationOption(
+        "--guest-timeout <SECONDS>",
+        "longest wait of one guest write, then the backup fails (45)",
+      ),
+    )
+    .addOption(
+      choiceOption("--on-cbw-error <ACTION>", `${listWords(ON_CBW_ERROR)} (break-snapshot)`, ON_CBW_ERROR),
+    );
+}
+
+function addCopyOptions(command: Command): Command {
+  const onError = `${listWords(ON_IO_ERROR)} (report)`;
+  return command
+    .addOption(
+      countOption(
+        "-w, --workers <N>",
+        `workers (live ${JOB_DEFAULTS.workerCount}, offline ${OFFLINE_WORKER_COUNT})`,
+        WORKER_BOUNDS,
+      ),
+    )
+    .addOption(sizeOption("--cluster-size <SIZE>", "of a new qcow2 target (64K)"))
+    .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target (none)"))
+    .addOption(choiceOption("--on-source-error <ACTION>", onError, ON_IO_ERROR))
+    .addOption(choiceOption("--on-target-error <ACTION>", onError, ON_IO_ERROR))
+    .addOption(
+      countOption(
+        "--target-retries <N>",
+        `retries of a transient target error, with back-off (${JOB_DEFAULTS.targetRetries})`,
+        RETRY_BOUNDS,
+      ),
+    )
+    .option("--direct", "O_DIRECT on source and target")
+    .option("--verify", "read the target back and compare it with what was read")
+    .option("--force", "replace an existing TARGET");
+}
+
+function collectDisks(value: string, previous: string[] | undefined): string[] {
+  return [...(previous ?? []), parseText(value, "--disk")];
+}
+
+const COMPRESS_METHOD = /^(?:zlib|zstd)(?::.*)?$/;
+
+function compressOption(): Option {
+  return new Option(
+    "-c, --compress [METHOD]",
+    "compressed clusters in a qcow2 target: zlib or zstd, with a level if wanted, such as zlib:9 (zstd:3)",
+  )
+    .preset(DEFAULT_COMPRESSION_TYPE)
+    .argParser((text) => parseCompression(text, "--compress"));
+}
+
+/**
+ * Arguments of `backup` in which --compress takes no value but a method: commander would give it whatever follows,
+ * such as SOURCE. (A SOURCE of that name is written ./zstd.)
+ */
+function separateCompress(args: readonly string[]): string[] {
+  const end = args.indexOf("--");
+  return args.flatMap((arg, index) => {
+    if (end >= 0 && index > end) return [arg];
+    // Also at the end of short options that take no value: -qc.
+    if (arg !== "--compress" && !/^-[pq]*c$/.test(arg)) return [arg];
+    const next = args[index + 1];
+    if (next === undefined || COMPRESS_METHOD.test(next)) return [arg];
+    const others = arg.startsWith("--") ? "" : arg.slice(1, -1);
+    return [...(others === "" ? [] : [`-${others}`]), `--compress=${DEFAULT_COMPRESSION_TYPE}`];
+  });
+}
+
+function syncOption(): Option {
+  return new Option(
+    "--sync <MODE>",
+    "full; top: without what SOURCE's backing file provides; incremental, with --bitmap; none: see below (full)",
+  ).argParser((text) => {
+    const mode = SYNC_MODES.find((known) => known === text);
+    if (mode === undefined)
+      throw usageError("--sync", `'${text}' is not known`, `give ${listWords(SYNC_MODES)}`);
+    return mode;
+  });
+}
+
+function bitmapOption(): Option {
+  return new Option(
+    "--bitmap <NAME>",
+    "incremental: copy what this dirty bitmap of SOURCE calls dirty; needs -b and -B",
+  ).argParser((text) => parseText(text, "--bitmap"));
+}
+
+/**
+ * The settings of `backup ARGUMENTS…`, each of whose option values is parsed already.
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for a vsock URI.
+ */
+export function parseBackupSettings(args: readonly string[], flags: BackupFlags): BackupSettings {
+  return flags.control === undefined ? parseOffline(args, flags) : parseLive(args, flags, flags.control);
+}
+
+/** @throws as parseBackupSettings. */
+export function parseRestoreSettings(args: readonly string[], flags: CopyFlags): RestoreSettings {
+  return offlineCopy("BACKUP", args, flags);
+}
+
+function parseOffline(args: readonly string[], flags: BackupFlags): OfflineBackupSettings {
+  if (flags.disk !== undefined) {
+    throw usageError(
+      "--disk",
+      "needs --control",
+      "give the control socket of the server that has the disk open",
+    );
+  }
+  if (flags.sync === "none") {
+    throw usageError("--sync", "none needs --control", "an image that no one writes is its own snapshot");
+  }
+  checkBitmapFlags(args, flags);
+  const settings = { ...offlineCopy("SOURCE", args, flags), snapshot: flags.snapshot };
+  refuseLiveFlags(flags);
+  return settings;
+}
+
+function offlineCopy(
+  sourceName: string,
+  [source, target, ...rest]: readonly string[],
+  flags: BackupFlags,
+): OfflineBackupSettings {
+  if (source === undefined) throw usageError(sourceName, "is missing", `give ${sourceName} and TARGET`);
+  if (target === undefined) throw usageError("TARGET", "is missing", `give ${sourceName} and TARGET`);
+  if (rest[0] !== undefined)
+    throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET`);
+  if (resolve(source) === resolve(target)) {
+    throw usageError(target, "is source and target at once", "choose another target");
+  }
+  const job = jobSettings(target, flags);
+  return {
+    mode: "offline",
+    source: parseImage(source, sourceName),
+    sourceFormat: flags.sourceFormat,
+    job: {
+      ...job,
+      workerCount: flags.workers ?? OFFLINE_WORKER_COUNT,
+      cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    },
+  };
+}
+
+function parseLive(targets: readonly string[], flags: BackupFlags, control: string): LiveBackupSettings {
+  const names = flags.disk ?? [];
+  if (flags.sourceFormat !== undefined) {
+    throw usageError("--source-format", "does not go with --control", "the server has opened the source");
+  }
+  if (flags.snapshot !== undefined) {
+    throw usageError("--snapshot", "does not go with --control", "give the disk's image as SOURCE");
+  }
+  if (flags.dryRun === true) {
+    throw usageError("--dry-run", "does not go with --control", "give the disk's image as SOURCE");
+  }
+  if (targets.length === 0) throw usageError("TARGET", "is missing", "give one for each --disk");
+  if (names.length === 0 && targets.length > 1) {
+    throw usageError("--disk", `is missing for ${targets.length} targets`, "give one for each TARGET");
+  }
+  if (names.length > 0 && names.length !== targets.length) {
+    throw usageError(
+      "--disk",
+      `given ${names.length} times for ${targets.length} targets`,
+      "give one for each TARGET",
+    );
+  }
+  refuseRepeated("--disk", names);
+  if (flags.bitmap !== undefined || flags.bitmapMode !== undefined || flags.sync === "incremental") {
+    throw unsupported("--bitmap", "dirty bitmaps do not go with --control", "leave it out");
+  }
+  const paths = targets.map((target) => localPath(target));
+  refuseRepeated(
+    "TARGET",
+    paths.filter((path) => path !== NULL_TARGET),
+  );
+  if (flags.sync === "none") checkSnapshotFlags(paths, flags);
+  const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
+  return { mode: "live", control: resolve(control), disks };
+}
+
+function refuseRepeated(object: string, values: readonly string[]): void {
+  const repeated = values.find((value, index) => values.indexOf(value) !== index);
+  if (repeated !== undefined) throw usageError(object, `'${repeated}' is given twice`);
+}
+
+function localPath(target: string): string {
+  return target === NULL_TARGET ? target : absoluteImage(parseImage(target, "TARGET"));
+}
+
+function jobSettings(target: string, flags: BackupFlags): JobSettings {
+  // What is dirty alone can only be told apart in a format that has backing files.
+  const byBitmap = flags.bitmap === undefined ? undefined : "qcow2";
+  const targetFormat =
+    flags.targetFormat ?? (isNbdUri(target) ? "raw" : (byBitmap ?? formatByExtension(target)));
+  checkTargetFlags(targetFormat, flags);
+  checkBufferFlags(flags);
+  if (flags.verify === true && target === NULL_TARGET) {
+    throw usageError("--verify", "null: cannot be read back", "leave it out");
+  }
+  return {
+    target: target === NULL_TARGET ? target : parseImage(target, "TARGET"),
+    targetFormat,
+    force: flags.force ?? JOB_DEFAULTS.force,
+    clusterSizeBytes: flags.clusterSize ?? JOB_DEFAULTS.clusterSizeBytes,
+    backingFile: flags.backingFile,
+    backingFormat: flags.backingFormat,
+    compression: flags.compress,
+    workerCount: flags.workers ?? JOB_DEFAULTS.workerCount,
+    cowBufferSizeBytes: flags.cowBufferSize,
+    onBufferFull: flags.onBufferFull ?? JOB_DEFAULTS.onBufferFull,
+    spillDir: flags.spillDir === undefined ? undefined : resolve(flags.spillDir),
+    spillLimitBytes: flags.spillLimit,
+    guestTimeoutMs: flags.guestTimeout ?? JOB_DEFAULTS.guestTimeoutMs,
+    rateLimitBytes: flags.rateLimit ?? JOB_DEFAULTS.rateLimitBytes,
+    onCbwError: flags.onCbwError ?? JOB_DEFAULTS.onCbwError,
+    onSourceError: flags.onSourceError ?? JOB_DEFAULTS.onSourceError,
+    onTargetError: flags.onTargetError ?? JOB_DEFAULTS.onTargetError,
+    targetRetries: flags.targetRetries ?? JOB_DEFAULTS.targetRetries,
+    direct: flags.direct ?? JOB_DEFAULTS.direct,
+    verify: flags.verify ?? JOB_DEFAULTS.verify,
+    bitmap: flags.bitmap,
+    sync: flags.sync === "incremental" ? "full" : (flags.sync ?? JOB_DEFAULTS.sync),
+    snapshotExport: JOB_DEFAULTS.snapshotExport,
+  };
+}
+
+function checkTargetFlags(targetFormat: ImageFormat | undefined, flags: BackupFlags): void {
+  const { clusterSize, backingFile, backingFormat, compress } = flags;
+  if (clusterSize !== undefined) checkClusterSize(clusterSize, "--cluster-size");
+  if (backingFormat !== undefined && backingFile === undefined) {
+    throw usageError("--backing-format", "needs --backing-file");
+  }
+  if (backingFile !== undefined && backingFormat === undefined && targetFormat !== "raw") {
+    throw usageError("--backing-format", "is missing", "name the backing file's format: raw or qcow2");
+  }
+  if (targetFormat !== "raw") return;
+  const hint = "choose a qcow2 target with -O qcow2";
+  if (clusterSize !== undefined) throw usageError("--cluster-size", "a raw target has no clusters", hint);
+  if (compress !== undefined) throw usageError("--compress", "a raw target cannot be compressed", hint);
+  if (backingFile !== undefined) throw usageError("--backing-file", "a raw target has no backing file", hint);
+}
+
+/** @throws CowcatcherError USAGE unless it is a power of two from 512 bytes to 2 MiB (qcow2's own bounds). */
+export function checkClusterSize(bytes: number, object: string): void {
+  const powerOfTwo = Number.isInteger(Math.log2(bytes));
+  if (!powerOfTwo || bytes < MIN_CLUSTER_BYTES || bytes > MAX_CLUSTER_BYTES) {
+    throw usageError(object, `${bytes} is not a cluster size`, "give a power of two from 512 to 2M");
+  }
+}

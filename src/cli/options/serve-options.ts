@@ -1,0 +1,242 @@
+// The options of `serve`, from commander's loose values to typed settings.
+import { statSync } from "node:fs";
+import { resolve } from "node:path";
+import { Option, type Command } from "commander";
+import { JOB_DEFAULTS } from "../../backup/options.js";
+import type { ImageFormat } from "../../block/format.js";
+import { formatBytes } from "../../units.js";
+import { MAX_STRING_BYTES } from "../../nbd/wire/protocol.js";
+import type { TlsSettings } from "../../nbd/server/tls.js";
+import {
+  bufferSizeOption,
+  countOption,
+  formatOption,
+  isNbdUri,
+  parseImage,
+  parseText,
+  textOption,
+  usageError,
+} from "./options.js";
+import { addTlsOptions, parseTls, type TlsFlags } from "./serve-tls.js";
+import type { Environment } from "../output/context.js";
+
+export interface ServedImage {
+  path: string;
+  /** Node name and export name. */
+  name: string;
+  /** Undefined: probe. */
+  format: ImageFormat | undefined;
+}
+
+export type ListenSettings =
+  /** `mode`: permission bits of the socket's file; undefined: what the umask leaves. */
+  | { type: "unix"; path: string; mode: number | undefined }
+  | { type: "tcp"; address: string; port: number }
+  /** Sockets that systemd has opened: `count` file descriptors from 3 on. */
+  | { type: "inherited"; count: number };
+
+export interface ServeSettings {
+  /** At least one. */
+  images: ServedImage[];
+  listen: ListenSettings;
+  /** Path of the control socket. */
+  control: string | undefined;
+  readOnly: boolean;
+  /** O_DIRECT for the images. */
+  direct: boolean;
+  /** The default for its jobs. */
+  cowBufferSizeBytes: number;
+  /** The T0 view of each job's disk is an export. */
+  snapshotExport: boolean;
+  maxConnections: number;
+  /** Persistent bitmaps to offer as metadata contexts. */
+  bitmaps: string[];
+  /** Undefined: off. */
+  tls: TlsSettings | undefined;
+}
+
+export interface ServeFlags extends TlsFlags {
+  socket?: string;
+  socketMode?: number;
+  bitmap?: string[];
+  port?: number;
+  bind?: string;
+  control?: string;
+  format?: ImageFormat;
+  readOnly?: boolean;
+  direct?: boolean;
+  name?: string;
+  cowBufferSize?: number;
+  snapshotExport?: boolean;
+  maxConnections?: number;
+}
+
+const DEFAULT_NAME = "disk";
+const DEFAULT_ADDRESS = "127.0.0.1";
+const PORT_BOUNDS = { min: 0, max: 65_535 };
+const CONNECTION_BOUNDS = { min: 1, max: 1024 };
+// A guest's device opens one, or a few with multi-conn; each costs a request buffer.
+const DEFAULT_MAX_CONNECTIONS = 16;
+
+export function addServeOptions(command: Command): Command {
+  return addTlsOptions(addImageOptions(command));
+}
+
+function addImageOptions(command: Command): Command {
+  const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
+  return command
+    .addOption(textOption("--socket <PATH>", "listen on a Unix socket"))
+    .addOption(
+      new Option(
+        "--socket-mode <MODE>",
+        "permissions of the Unix socket, octal (0777 less the umask)",
+      ).argParser(parseSocketMode),
+    )
+    .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
+    .addOption(textOption("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`))
+    .addOption(textOption("--control <PATH>", "control socket (QMP) for backups and jobs (none)"))
+    .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
+    .option("--read-only", "refuse the guest's writes")
+    .option("--direct", "O_DIRECT for the images")
+    .addOption(
+      new Option(
+        "--bitmap <NAME>",
+        "with --read-only: offer a qcow2 bitmap as qemu:dirty-bitmap:NAME; repeatable",
+      ).argParser((name: string, earlier: string[] = []) => [...earlier, parseText(name, "--bitmap")]),
+    )
+    .addOption(textOption("--name <NAME>", `name of a single image (${DEFAULT_NAME})`))
+    .addOption(
+      bufferSizeOption(
+        "--cow-buffer-size <SIZE>",
+        `copy-before-write buffer, the default for its jobs (${buffer})`,
+      ),
+    )
+    .option(
+      "--snapshot-export",
+      "export NAME-snapshot while a backup of NAME runs: the disk as the backup sees it",
+    )
+    .addOption(
+      countOption(
+        "--max-connections <N>",
+        `guests connected at the same time (${DEFAULT_MAX_CONNECTIONS})`,
+        CONNECTION_BOUNDS,
+      ),
+    );
+}
+
+/**
+ * The settings of `serve IMAGE[=NAME]…`.
+ * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
+ */
+export function parseServeSettings(
+  images: readonly string[],
+  flags: ServeFlags,
+  environment: Environment,
+  processId: number,
+): ServeSettings {
+  return {
+    images: parseImages(images, flags),
+    listen: parseListen(flags, environment, processId),
+    control: flags.control,
+    readOnly: flags.readOnly ?? false,
+    direct: flags.direct ?? false,
+    cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    snapshotExport: flags.snapshotExport ?? false,
+    maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
+    bitmaps: parseBitmaps(flags),
+    tls: parseTls(flags),
+  };
+}
+
+function parseBitmaps({ bitmap = [], readOnly }: ServeFlags): string[] {
+  if (bitmap.length > 0 && readOnly !== true) {
+    throw usageError("--bitmap", "needs --read-only", "guest writes are not recorded in bitmaps");
+  }
+  return [...new Set(bitmap)];
+}
+
+function parseSocketMode(text: string): number {
+  if (!/^0?[0-7]{3}$/.test(text)) {
+    throw usageError("--socket-mode", `'${text}' is not a mode`, "give three octal digits, such as 660");
+  }
+  return Number.parseInt(text, 8);
+}
+
+function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[] {
+  if (texts.length === 0) throw usageError("IMAGE", "is missing");
+  const split = texts.map(splitName);
+  if (flags.name !== undefined && (split.length > 1 || split[0]?.name !== undefined)) {
+    throw usageError("--name", "is for a single image", "give each image a name as IMAGE=NAME");
+  }
+  const images = split.map(({ path, name }) => {
+    if (name === undefined && split.length > 1) {
+      throw usageError(path, "has no name", "with several images, give each as IMAGE=NAME");
+    }
+    return { path: parseImage(path), name: name ?? flags.name ?? DEFAULT_NAME, format: flags.format };
+  });
+  const names = images.map(({ name }) => name);
+  const long = names.find((name) => Buffer.byteLength(name) > MAX_STRING_BYTES);
+  if (long !== undefined)
+    throw usageError("IMAGE", `an export's name has more than ${MAX_STRING_BYTES} bytes`);
+  const repeated = names.find((name, index) => names.indexOf(name) !== index);
+  if (repeated !== undefined) throw usageError("IMAGE", `the name '${repeated}' is given twice`);
+  if (flags.readOnly !== true) refuseSameFile(images);
+  return images;
+}
+
+/** Two guests on one disk. The image's lock would refuse it, too, but as if another program were in the way. */
+function refuseSameFile(images: readonly ServedImage[]): void {
+  const seen = new Map<string, string>();
+  for (const { path, name } of images) {
+    const identity = isNbdUri(path) ? undefined : fileIdentity(path);
+    if (identity === undefined) continue;
+    const other = seen.get(identity);
+    if (other !== undefined) {
+      throw usageError(path, `is '${other}' and '${name}' at once`, "serve it once, or with --read-only");
+    }
+    seen.set(identity, name);
+  }
+}
+
+/** Undefined where there is none, which opening it says better. */
+function fileIdentity(path: string): string | undefined {
+  try {
+    const { dev, ino } = statSync(path);
+    return `${dev}:${ino}`;
+  } catch {
+    return undefined;
+  }
+}
+
+/** A path may hold "=" itself, so the name is what follows the last one, unless a folder does. */
+function splitName(text: string): { path: string; name: string | undefined } {
+  // In a URI's query the last parameter has its own "=" first.
+  const isBareUri = isNbdUri(text) && /[?&][^=&]*=[^=&]*$/.test(text);
+  const match = isBareUri ? null : /^(.+)=([^=/]+)$/s.exec(text);
+  return match?.[1] === undefined ? { path: text, name: undefined } : { path: match[1], name: match[2] };
+}
+
+function parseListen(
+  { socket, socketMode, port, bind, control }: ServeFlags,
+  environment: Environment,
+  processId: number,
+): ListenSettings {
+  if (socket !== undefined && port !== undefined) throw usageError("--port", "does not go with --socket");
+  if (bind !== undefined && port === undefined) throw usageError("--bind", "needs --port");
+  if (socket !== undefined && control !== undefined && resolve(socket) === resolve(control)) {
+    throw usageError("--control", "is the path of --socket", "give another path");
+  }
+  if (socketMode !== undefined && socket === undefined) throw usageError("--socket-mode", "needs --socket");
+  if (socket !== undefined) return { type: "unix", path: socket, mode: socketMode };
+  if (port !== undefined) return { type: "tcp", address: bind ?? DEFAULT_ADDRESS, port };
+  const count = inheritedSocketCount(environment, processId);
+  if (count > 0) return { type: "inherited", count };
+  throw usageError("serve", "does not know where to listen", "give --socket PATH or --port N");
+}
+
+/** sd_listen_fds(3): LISTEN_PID must be this process, else the variables were meant for a parent. */
+function inheritedSocketCount({ LISTEN_FDS, LISTEN_PID }: Environment, processId: number): number {
+  if (LISTEN_PID !== String(processId) || LISTEN_FDS === undefined) return 0;
+  return /^\d{1,4}$/.test(LISTEN_FDS) ? Number(LISTEN_FDS) : 0;
+}

@@ -1,0 +1,110 @@
+// Exit codes, in one place: what each number means, for which command, and which one an error leads to.
+import type { CowcatcherError } from "../../errors.js";
+
+export const EXIT = {
+  done: 0,
+  failed: 1,
+  usage: 2,
+  ignoredErrors: 3,
+  verifyDifference: 4,
+  interruptedBySighup: 129,
+  interruptedBySigint: 130,
+  interruptedBySigterm: 143,
+} as const;
+
+/** As qemu-img compare. */
+export const COMPARE_EXIT = { same: 0, different: 1, error: 2 } as const;
+
+/** As qemu-img check. */
+export const CHECK_EXIT = { clean: 0, cannotCheck: 1, corrupt: 2, leaks: 3 } as const;
+
+const INTERRUPT_EXIT = {
+  SIGHUP: EXIT.interruptedBySighup,
+  SIGINT: EXIT.interruptedBySigint,
+  SIGTERM: EXIT.interruptedBySigterm,
+} as const;
+
+export type InterruptSignal = keyof typeof INTERRUPT_EXIT;
+
+/** As a shell has it for a process that the signal ended. */
+export function interruptExitCode(signal: InterruptSignal): number {
+  return INTERRUPT_EXIT[signal];
+}
+
+export const COMMAND_NAMES = [
+  "backup",
+  "serve",
+  "jobs",
+  "restore",
+  "info",
+  "map",
+  "check",
+  "compare",
+  "create",
+  "bench",
+] as const;
+export type CommandName = (typeof COMMAND_NAMES)[number];
+
+type ExitMeaning = readonly [code: number, meaning: string];
+
+const COMMON: readonly ExitMeaning[] = [
+  [EXIT.done, "done"],
+  [EXIT.failed, "failed"],
+  [EXIT.usage, "wrong usage"],
+];
+
+const COPY: readonly ExitMeaning[] = [
+  ...COMMON,
+  [EXIT.ignoredErrors, "done, but errors were ignored as asked"],
+  [EXIT.verifyDifference, "the check after writing (--verify) found a difference"],
+  [EXIT.interruptedBySighup, "interrupted by SIGHUP, the terminal being gone; an unfinished file is removed"],
+  [EXIT.interruptedBySigint, "interrupted by SIGINT; an unfinished file is removed"],
+  [EXIT.interruptedBySigterm, "interrupted by SIGTERM; an unfinished file is removed"],
+];
+
+const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
+  backup: COPY,
+  restore: COPY,
+  serve: [
+    [EXIT.done, "ended by SIGINT, SIGTERM or SIGHUP, in good order"],
+    ...COMMON.slice(1),
+    [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
+    [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
+  ],
+  jobs: COMMON,
+  info: COMMON,
+  map: COMMON,
+  create: COMMON,
+  bench: [
+    ...COMMON,
+    [EXIT.interruptedBySighup, "interrupted by SIGHUP; what it made is removed"],
+    [EXIT.interruptedBySigint, "interrupted by SIGINT; what it made is removed"],
+    [EXIT.interruptedBySigterm, "interrupted by SIGTERM; what it made is removed"],
+  ],
+  check: [
+    [CHECK_EXIT.clean, "clean"],
+    [CHECK_EXIT.cannotCheck, "cannot check (wrong usage, too)"],
+    [CHECK_EXIT.corrupt, "corrupt"],
+    [CHECK_EXIT.leaks, "leaks, but no harm to data"],
+  ],
+  compare: [
+    [COMPARE_EXIT.same, "the same content"],
+    [COMPARE_EXIT.different, "different content"],
+    [COMPARE_EXIT.error, "cannot compare, or wrong usage"],
+  ],
+};
+
+/** The lines of --help that list a command's exit codes. */
+export function exitCodesHelp(command: CommandName): string {
+  const lines = MEANINGS[command].map(([code, meaning]) => `  ${String(code).padEnd(4)} ${meaning}`);
+  return ["Exit codes:", ...lines].join("\n");
+}
+
+/** The exit code of a command that ended with `error`; `undefined` for the command where none was recognised. */
+export function exitCodeOfError(command: CommandName | undefined, error: CowcatcherError): number {
+  // A script takes check's 2 for a corrupt image, so a mistyped option must not lead to it.
+  if (command === "check") return CHECK_EXIT.cannotCheck;
+  if (command === "compare") return COMPARE_EXIT.error;
+  if (error.code === "VERIFY") return EXIT.verifyDifference;
+  return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
+}

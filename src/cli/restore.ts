@@ -1,4 +1,0 @@
-import { runOfflineCopy } from "./backup.js";
-import type { RunRestore } from "./context.js";
-
-export const runRestore: RunRestore = (settings, context) => runOfflineCopy(settings, context);
