@@ -21,7 +21,7 @@ import { openSource } from "../src/image/reader.js";
 import { libc } from "../src/native/libc.js";
 import { isForBlocking } from "../src/nbd/client/blocking-reader.js";
 import { parseNbdUri } from "../src/nbd/wire/uri.js";
-import type { TargetWriter } from "../src/target/target.js";
+import type { TargetWriter } from "../src/cow/target-writer.js";
 import { openTarget } from "../src/target/writer.js";
 
 /** Waiters look again after this time, so that a thread that died cannot hold the others. */

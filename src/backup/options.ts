@@ -5,14 +5,8 @@ import { availableParallelism } from "node:os";
 import type { ImageFormat } from "../block/format.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 import { KiB, MiB } from "../units.js";
+import type { OnBufferFull, OnCbwError, OnIoError } from "../cow/policies.js";
 
-export const ON_BUFFER_FULL = ["spill", "wait", "cancel"] as const;
-export type OnBufferFull = (typeof ON_BUFFER_FULL)[number];
-export const ON_CBW_ERROR = ["break-snapshot", "break-guest-write"] as const;
-export type OnCbwError = (typeof ON_CBW_ERROR)[number];
-export const ON_IO_ERROR = ["report", "ignore", "stop"] as const;
-/** `enospc`, which only the control socket has: stop where there is no space left, else report. */
-export type OnIoError = (typeof ON_IO_ERROR)[number] | "enospc";
 /**
  * `top`: without what the image's backing chain provides (top-layer.ts). `none`: nothing is copied; the job only keeps
  * the disk's T0 view readable (snapshot-job.ts).

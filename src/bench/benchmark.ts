@@ -16,7 +16,7 @@ import { mkdtempSync, rmSync, statSync } from "node:fs";
 import { statfs } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import type { OnBufferFull } from "../backup/options.js";
+import type { OnBufferFull } from "../cow/policies.js";
 import type { JobProgress } from "../backup/progress.js";
 import { listJobs, startBackup, watchJob } from "../control/jobs-from-qmp.js";
 import { CowcatcherError, ioError } from "../errors.js";

@@ -5,8 +5,10 @@
 
 import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
-import { JOB_DEFAULTS, ON_BUFFER_FULL, ON_CBW_ERROR, SYNC_MODES } from "../backup/options.js";
-import type { JobOptions, OnIoError } from "../backup/options.js";
+import { JOB_DEFAULTS, SYNC_MODES } from "../backup/options.js";
+import { ON_BUFFER_FULL, ON_CBW_ERROR } from "../cow/policies.js";
+import type { JobOptions } from "../backup/options.js";
+import type { OnIoError } from "../cow/policies.js";
 import { IMAGE_FORMATS, isImageFormat } from "../block/format.js";
 import type { ImageFormat } from "../block/format.js";
 import {

@@ -22,7 +22,7 @@
 
 import type { SourceReader } from "../block/device.js";
 import { copyBytes } from "../native/libc.js";
-import type { TargetWriter } from "../target/target.js";
+import type { TargetWriter } from "./target-writer.js";
 import { type DrainIo, STEP, type Steps } from "./drain-io.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import {

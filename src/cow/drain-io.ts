@@ -3,7 +3,7 @@
 // An operation is a function that may be called again: after a back-off, or after somebody has resumed the job that
 // an error paused. Every wait is a step that the drainer's driver takes (workers/copy.ts), and each ends with the job.
 
-import type { OnIoError } from "../backup/options.js";
+import type { OnIoError } from "./policies.js";
 import { CowcatcherError } from "../errors.js";
 import type { Completion } from "../block/device.js";
 import {

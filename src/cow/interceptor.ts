@@ -20,7 +20,7 @@
 //
 // `detach` ends the interception at once, whatever is waiting: the guest goes on, the job has failed or is done.
 
-import type { JobOptions } from "../backup/options.js";
+import type { InterceptPolicy } from "./policies.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Completion } from "../block/device.js";
 import { CaptureStore, type CaptureStoreOptions, CaptureWork } from "./capture-store.js";
@@ -44,7 +44,7 @@ import {
 import { WaitingLine } from "./waiting-line.js";
 
 export interface InterceptorOptions extends CaptureStoreOptions {
-  policy: Pick<JobOptions, "onBufferFull" | "onCbwError" | "guestTimeoutMs">;
+  policy: InterceptPolicy;
   /** The job cannot keep its promise any more; called once, after the interceptor has detached itself. */
   onBroken(error: CowcatcherError): void;
   /** A waiter looks again after this time even if nobody woke it, so that a dead thread cannot hold a guest. */

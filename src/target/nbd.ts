@@ -26,7 +26,8 @@ import { ExtentReader, gatherZeroes } from "../nbd/client/extent-map.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import { digestOfSample, UnflushedWrites } from "../nbd/client/unflushed.js";
 import { KiB, MiB } from "../units.js";
-import type { NbdTargetDescription, Target, TargetOptions, TargetWriter } from "./target.js";
+import type { NbdTargetDescription, Target, TargetOptions } from "./target.js";
+import type { TargetWriter } from "../cow/target-writer.js";
 
 /** The drainer tries a write again as it does for files, with the job's policies; the session need not. */
 const CALLER_RETRIES = 0;

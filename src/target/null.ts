@@ -1,7 +1,8 @@
 // The target `null:`, which throws everything away: for measuring what a source can give.
 
 import type { Completion } from "../block/device.js";
-import type { NullTargetDescription, Target, TargetWriter } from "./target.js";
+import type { NullTargetDescription, Target } from "./target.js";
+import type { TargetWriter } from "../cow/target-writer.js";
 
 export const NULL_TARGET_PATH = "null:";
 

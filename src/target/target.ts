@@ -1,7 +1,6 @@
 // What a backup is written to. The main thread makes, finishes or abandons a Target; each worker opens a
-// TargetWriter on its description. Nothing else crosses: no message a cluster.
+// TargetWriter (cow/target-writer.ts) on its description. Nothing else crosses: no message a cluster.
 
-import type { Completion } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 
@@ -107,25 +106,3 @@ export interface NbdTargetDescription {
 
 export type TargetDescription =
   RawTargetDescription | Qcow2TargetDescription | NullTargetDescription | NbdTargetDescription;
-
-/**
- * One worker's door to the target. Ranges are aligned to the target's granularity but for the end of the disk,
- * and each byte of the disk is written at most once, by one worker.
- */
-export interface TargetWriter {
-  /** Writes buffer[bufferOffset, +lengthBytes). @throws CowcatcherError IO or NO_SPACE with the guest offset. */
-  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
-  /** The range reads as zeroes afterwards. Costs nothing where it does already. */
-  writeZeroes(offsetBytes: number, lengthBytes: number): Completion;
-  /**
-   * Makes up for what the last write put off. Called before the next write, so that its failures are told apart from
-   * that one's, and after the last.
-   * @throws as write; it may be tried again, and so does every later write until it is given up
-   */
-  settle?(): Completion;
-  /** What settle() failed to do is lost: the caller passes over its error. */
-  giveUp?(): void;
-  /** After this worker's last write: what must be done through its own door for the data to be stored for good. */
-  finish?(): Promise<void>;
-  close(): void;
-}

@@ -5,7 +5,8 @@ import { NullWriter } from "./null.js";
 import { CompressingWriter } from "./qcow2/compressing.js";
 import { Qcow2Writer } from "./qcow2/writer.js";
 import { RawWriter } from "./file/raw.js";
-import type { TargetDescription, TargetWriter } from "./target.js";
+import type { TargetDescription } from "./target.js";
+import type { TargetWriter } from "../cow/target-writer.js";
 
 /** @param isCancelled asked while a server's answer is awaited; true ends the wait */
 export function openTarget(

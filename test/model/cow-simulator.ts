@@ -39,8 +39,8 @@ import {
 import { SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
 import type { Completion, Image, SourceReader } from "../../src/block/device.js";
-import type { TargetWriter } from "../../src/target/target.js";
-import type { OnBufferFull } from "../../src/backup/options.js";
+import type { TargetWriter } from "../../src/cow/target-writer.js";
+import type { OnBufferFull } from "../../src/cow/policies.js";
 import { Random } from "../support/random.js";
 
 export class InvariantError extends Error {}

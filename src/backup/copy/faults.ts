@@ -28,7 +28,7 @@ import { constants } from "node:os";
 import { CTL_RUN, RUN_ABORTING } from "../../cow/shared.js";
 import { CowcatcherError, ioError } from "../../errors.js";
 import type { Completion, SourceReader } from "../../block/device.js";
-import type { TargetWriter } from "../../target/target.js";
+import type { TargetWriter } from "../../cow/target-writer.js";
 import { parseDurationMs, parseSize } from "../../units.js";
 
 export const FAULTS_VARIABLE = "COWCATCHER_FAULTS";

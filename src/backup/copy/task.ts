@@ -6,7 +6,7 @@ import type { SpillDescription } from "../../cow/spill.js";
 import type { ErrorDetails } from "../../errors.js";
 import type { SourceDescription } from "../../block/device.js";
 import type { TargetDescription } from "../../target/target.js";
-import type { OnIoError } from "../options.js";
+import type { OnIoError } from "../../cow/policies.js";
 
 /** The argument of workers/copy.ts. */
 export interface CopyTask {

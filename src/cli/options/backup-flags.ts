@@ -1,5 +1,6 @@
 // What commander makes of the options of `backup` and `restore`: each value parsed by itself, none checked against another.
-import type { OnBufferFull, OnCbwError, OnIoError, SyncMode } from "../../backup/options.js";
+import type { SyncMode } from "../../backup/options.js";
+import type { OnBufferFull, OnCbwError, OnIoError } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
 import type { Compression } from "../../image/qcow2/format/compression.js";
 

@@ -2,14 +2,8 @@
 // cannot mean anything is a usage error here, before a file or a socket is touched.
 import { resolve } from "node:path";
 import { Option, type Command } from "commander";
-import {
-  JOB_DEFAULTS,
-  ON_BUFFER_FULL,
-  ON_CBW_ERROR,
-  ON_IO_ERROR,
-  OFFLINE_WORKER_COUNT,
-  type JobOptions,
-} from "../../backup/options.js";
+import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT, type JobOptions } from "../../backup/options.js";
+import { ON_BUFFER_FULL, ON_CBW_ERROR, ON_IO_ERROR } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
 import { MiB, formatBytes } from "../../units.js";

@@ -2,7 +2,7 @@
 
 import type { BlockDevice } from "../../block/device.js";
 import { MiB } from "../../units.js";
-import type { ReplyForm } from "./handshake.js";
+import type { ReplyForm } from "./reply-form.js";
 import {
   MAX_PAYLOAD_BYTES,
   NBD_FLAG_BLOCK_STATUS_PAYLOAD,

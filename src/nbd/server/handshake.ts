@@ -61,9 +61,7 @@ import {
   OPTION_HEADER_BYTES,
   OPTION_REPLY_HEADER_BYTES,
 } from "../wire/protocol.js";
-
-/** The form of replies; "extended" also stands for extended requests. */
-export type ReplyForm = "simple" | "structured" | "extended";
+import type { ReplyForm } from "./reply-form.js";
 
 /** What the negotiation ended with. */
 export interface Negotiated {

@@ -8,7 +8,7 @@
 //
 // A chunk's header has 20 bytes, an extended one 32: it repeats the request's offset and has a 64-bit length.
 
-import type { ReplyForm } from "./handshake.js";
+import type { ReplyForm } from "./reply-form.js";
 import type { ExtentRuns } from "./extents.js";
 import {
   EXTENDED_REPLY_HEADER_BYTES,

@@ -8,7 +8,7 @@
 // extension-ext-header of the same document.
 
 import type { NbdExport } from "./export.js";
-import type { ReplyForm } from "./handshake.js";
+import type { ReplyForm } from "./reply-form.js";
 import {
   EXTENDED_REQUEST_HEADER_BYTES,
   MAX_PAYLOAD_BYTES,

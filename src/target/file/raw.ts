@@ -11,7 +11,8 @@ import { FileTarget } from "./file-target.js";
 import { openTargetFile, type TargetFile } from "./file.js";
 import { enterGate, GATE_WORDS, leaveGate } from "./gate.js";
 import { pwriteData, writeError, Zeroer } from "./pwrite.js";
-import type { RawTargetDescription, Target, TargetOptions, TargetWriter } from "../target.js";
+import type { RawTargetDescription, Target, TargetOptions } from "../target.js";
+import type { TargetWriter } from "../../cow/target-writer.js";
 
 const truncateFile: (fd: number, lengthBytes: number) => Promise<void> = promisify(fs.ftruncate);
 

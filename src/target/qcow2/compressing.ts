@@ -27,7 +27,8 @@ import { HostClusters } from "./hosts.js";
 import { ENTRY_BYTES, SECTOR_BYTES } from "./layout.js";
 import { L2Tables } from "./tables.js";
 import { checkRange, Qcow2Writer, TWO_POW_32 } from "./writer.js";
-import type { Qcow2TargetDescription, TargetWriter } from "../target.js";
+import type { Qcow2TargetDescription } from "../target.js";
+import type { TargetWriter } from "../../cow/target-writer.js";
 
 /** A drain's chunk, so that most batches are one write. */
 const BATCH_BYTES = 1 * MiB;

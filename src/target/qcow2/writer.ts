@@ -21,7 +21,8 @@ import { pwriteAll, pwriteData, writeError } from "../file/pwrite.js";
 import { HostClusters } from "./hosts.js";
 import { ENTRY_BYTES } from "./layout.js";
 import { L2Tables } from "./tables.js";
-import type { Qcow2TargetDescription, TargetWriter } from "../target.js";
+import type { Qcow2TargetDescription } from "../target.js";
+import type { TargetWriter } from "../../cow/target-writer.js";
 
 /** Longest run written at once: bounds the buffer for entries to 32 KiB. */
 const RUN_CLUSTER_COUNT_MAX = 4096;

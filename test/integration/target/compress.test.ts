@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { CompressionType } from "../../../src/image/qcow2/format/header.js";
 import { createTarget } from "../../../src/target/create.js";
-import type { TargetWriter } from "../../../src/target/target.js";
+import type { TargetWriter } from "../../../src/cow/target-writer.js";
 import { openTarget } from "../../../src/target/writer.js";
 import { KiB, MiB, TiB } from "../../../src/units.js";
 import { cowcatcher, type RunResult } from "../../support/cli.js";

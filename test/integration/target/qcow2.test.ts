@@ -12,12 +12,8 @@ import ts from "typescript";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { createTarget } from "../../../src/target/create.js";
 import { CLUSTER_LIMIT, NEXT_FREE } from "../../../src/target/qcow2/layout.js";
-import type {
-  Qcow2TargetDescription,
-  Target,
-  TargetOptions,
-  TargetWriter,
-} from "../../../src/target/target.js";
+import type { Qcow2TargetDescription, Target, TargetOptions } from "../../../src/target/target.js";
+import type { TargetWriter } from "../../../src/cow/target-writer.js";
 import { openTarget } from "../../../src/target/writer.js";
 import { GiB, KiB, MiB, roundUp, TiB } from "../../../src/units.js";
 

@@ -4,7 +4,7 @@ import { parseFaults, withFaults } from "../../../src/backup/copy/faults.js";
 import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../../../src/cow/shared.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import type { SourceReader } from "../../../src/block/device.js";
-import type { TargetWriter } from "../../../src/target/target.js";
+import type { TargetWriter } from "../../../src/cow/target-writer.js";
 
 const MiB = 1024 * 1024;
 

@@ -6,7 +6,7 @@ import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
 import { createSharedState, type SharedState } from "../../../src/cow/shared.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import type { SourceReader } from "../../../src/block/device.js";
-import type { TargetWriter } from "../../../src/target/target.js";
+import type { TargetWriter } from "../../../src/cow/target-writer.js";
 import { Random } from "../../support/random.js";
 
 const KiB = 1024;
