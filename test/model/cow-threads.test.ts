@@ -13,7 +13,7 @@ import { Random } from "../support/random.js";
 
 const dist = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url);
 const load = async <T>(path: string): Promise<T> => (await import(new URL(path, dist).href)) as T;
-const { LiveHost } = await load<{ LiveHost: typeof LiveHostType }>("src/backup/live-host.js");
+const { LiveHost } = await load<{ LiveHost: typeof LiveHostType }>("src/backup/job/live-host.js");
 const { DiskNode } = await load<{ DiskNode: typeof DiskNodeType }>("src/cow/disk-node.js");
 const { openImage } = await load<{ openImage: typeof openImageType }>("src/image/open.js");
 

@@ -91,7 +91,7 @@ it("starts threads one by one where it is told to, and keeps them", async () => 
   const file = join(folder, "worker.mjs");
   fs.writeFileSync(
     file,
-    `import { bootIsOver } from "${DIST}src/backup/thread-boots.js";
+    `import { bootIsOver } from "${DIST}src/backup/copy/thread-boots.js";
     bootIsOver();
     export default ({ words }) => { Atomics.wait(words, 0, 0); };`,
   );
@@ -124,7 +124,7 @@ it("waits for a thread in the place of one that has died", async () => {
     file,
     `import { existsSync, writeFileSync } from "node:fs";
     import { workerData } from "node:worker_threads";
-    import { bootIsOver } from "${DIST}src/backup/thread-boots.js";
+    import { bootIsOver } from "${DIST}src/backup/copy/thread-boots.js";
     const word = new Int32Array(workerData);
     if (word[0] > 0) {
       writeFileSync(${JSON.stringify(up)}, "");
@@ -161,7 +161,7 @@ function endWithThread(isBooted: boolean): { status: number | null; stdout: stri
     ${isBooted ? "up();" : `const sleep = require(${JSON.stringify(KOFFI)}).load("libc.so.6").func("int sleep(int s)"); up(); sleep(600);`}`;
   const program = `
     import { Worker } from "node:worker_threads";
-    import { endProcess, expectBoots, mayEndProcess } from "${DIST}src/backup/thread-boots.js";
+    import { endProcess, expectBoots, mayEndProcess } from "${DIST}src/backup/copy/thread-boots.js";
     const boots = expectBoots(1);
     const worker = new Worker(${JSON.stringify(thread)}, { eval: true, execArgv: [], workerData: boots.notes });
     boots.threads = () => [worker];
