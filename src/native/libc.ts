@@ -11,6 +11,7 @@
 
 import koffi from "koffi";
 import { constants } from "node:os";
+import { optionalLibrary } from "./optional-library.js";
 
 /** Linux values on x86-64 and arm64 alike. */
 const SEEK_DATA = 3;
@@ -108,15 +109,6 @@ export interface Libc {
   send(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
   /** Whether a lock of `type` could be taken: 0 yes, 1 no, or -errno. */
   ofdTest(fd: number, type: number, startByte: number, lengthBytes: number): number;
-}
-
-function load(): Libc | null {
-  if (process.env["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") return null;
-  try {
-    return bind();
-  } catch {
-    return null;
-  }
 }
 
 function bind(): Libc {
@@ -232,7 +224,7 @@ function bind(): Libc {
   };
 }
 
-export const libc: Libc | null = load();
+export const libc: Libc | null = optionalLibrary(bind)();
 
 /**
  * Copies between buffers of which one is shared. `TypedArray.set` does that a word at a time, since another thread

@@ -11,6 +11,7 @@
 
 import koffi from "koffi";
 import { addressOf } from "./addresses.js";
+import { optionalLibrary } from "./optional-library.js";
 
 /** zlib's constants (zlib.h). */
 const Z_OK = 0;
@@ -59,17 +60,6 @@ export interface Libz {
 }
 
 type NativeFunction = (...args: (number | string)[]) => number;
-
-function load(): Libz | null {
-  if (process.env["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") return null;
-  // 32-bit platforms lay the stream out otherwise.
-  if (process.arch !== "x64" && process.arch !== "arm64") return null;
-  try {
-    return bind();
-  } catch {
-    return null;
-  }
-}
 
 function bind(): Libz {
   const library = koffi.load(null);
@@ -164,10 +154,8 @@ class Stream {
   }
 }
 
-let loaded: Libz | null | undefined;
+/** 32-bit platforms lay the stream out otherwise. */
+const ARCHITECTURES: readonly NodeJS.Architecture[] = ["x64", "arm64"];
 
 /** Loaded when it is first asked for. */
-export function libz(): Libz | null {
-  if (loaded === undefined) loaded = load();
-  return loaded;
-}
+export const libz = optionalLibrary<Libz>(bind, ARCHITECTURES);

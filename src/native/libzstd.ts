@@ -6,6 +6,7 @@
 
 import koffi from "koffi";
 import { addressOf } from "./addresses.js";
+import { optionalLibrary } from "./optional-library.js";
 
 export interface ZstdCompressor {
   /** One frame of input[inputOffset, +lengthBytes). @returns its bytes in `output`, or 0 where it does not fit. */
@@ -34,15 +35,6 @@ export interface Libzstd {
 }
 
 type NativeFunction = (...args: number[]) => number;
-
-function load(): Libzstd | null {
-  if (process.env["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") return null;
-  try {
-    return bind();
-  } catch {
-    return null;
-  }
-}
 
 function bind(): Libzstd {
   const library = koffi.load("libzstd.so.1");
@@ -92,10 +84,5 @@ function notNull(pointer: number): number {
   throw new RangeError("zstd has no memory");
 }
 
-let loaded: Libzstd | null | undefined;
-
 /** Loaded when it is first asked for. */
-export function libzstd(): Libzstd | null {
-  if (loaded === undefined) loaded = load();
-  return loaded;
-}
+export const libzstd = optionalLibrary<Libzstd>(bind);

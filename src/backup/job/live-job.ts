@@ -18,24 +18,16 @@ import type { Target } from "../../target/target.js";
 import { roundUp } from "../../units.js";
 import { CopyRun } from "../copy/run.js";
 import { Finishing } from "./finishing.js";
-import type { JobStatus, SnapshotInfo } from "../host.js";
+import type { SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
+import { JobState } from "./job-state.js";
 import type { JobOptions } from "../options.js";
 import type { JobProgress } from "../progress.js";
 import type { BufferLease } from "../memory/buffer-store.js";
 import { Snapshot } from "./snapshot.js";
 import type { TableLease } from "../memory/table-store.js";
 
-export class LiveJob implements HostedJob {
-  readonly id: string;
-  readonly disk: string;
-  readonly options: JobOptions;
-  status: JobStatus = "created";
-  error: CowcatcherError | undefined;
-  speed: number;
-  /** Fulfilled when the job is concluded and everything of it is cleaned up. */
-  readonly concluded: Promise<void>;
-  readonly #parts: HostedJobParts;
+export class LiveJob extends JobState implements HostedJob {
   readonly #target: Target;
   readonly #run: CopyRun;
   readonly #lease: BufferLease;
@@ -47,7 +39,6 @@ export class LiveJob implements HostedJob {
   #frozen: FrozenSource | null = null;
   /** Once the copy is done: what can still be cancelled. */
   #finishing: Finishing | null = null;
-  #markConcluded: () => void = () => {};
 
   private constructor(
     parts: HostedJobParts,
@@ -57,11 +48,7 @@ export class LiveJob implements HostedJob {
     tables: TableLease,
     snapshot: Snapshot | null,
   ) {
-    this.id = parts.id;
-    this.disk = parts.node.nodeName;
-    this.options = parts.options;
-    this.speed = parts.options.rateLimitBytes;
-    this.#parts = parts;
+    super(parts);
     this.#target = target;
     this.#run = run;
     this.#lease = lease;
@@ -76,9 +63,6 @@ export class LiveJob implements HostedJob {
       spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
       policy: options,
       onBroken: (error) => this.#fail(error),
-    });
-    this.concluded = new Promise((resolve) => {
-      this.#markConcluded = resolve;
     });
   }
 
@@ -149,7 +133,7 @@ export class LiveJob implements HostedJob {
   }
 
   get snapshot(): SnapshotInfo | undefined {
-    return this.status === "concluded" || this.status === "null" ? undefined : this.#snapshot?.info;
+    return this.isOver ? undefined : this.#snapshot?.info;
   }
 
   /** @throws CowcatcherError what the workers have failed with since they were ready. */
@@ -159,12 +143,12 @@ export class LiveJob implements HostedJob {
 
   /** The step at T0: synchronous, with no guest write in flight. */
   start(): void {
-    const { node } = this.#parts;
+    const { node } = this.parts;
     this.#frozen = node.image.freeze();
     this.#snapshot?.start();
     node.addInterceptor(this.#interceptor);
     this.#run.begin(this.#frozen.description);
-    this.#setStatus("running");
+    this.setStatus("running");
     void this.#watch();
   }
 
@@ -192,9 +176,9 @@ export class LiveJob implements HostedJob {
       // Cancelled when the last chunk was written and the threads were on their way out.
       if (this.status === "aborting") throw this.error ?? this.#cancelled();
       this.#detach();
-      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared, this.#parts.threads);
-      this.#setStatus("waiting");
-      this.#setStatus("pending");
+      this.#finishing = new Finishing(this.#target, this.options, this.#run.shared, this.parts.threads);
+      this.setStatus("waiting");
+      this.setStatus("pending");
       await this.#finishing.run();
     } catch (error) {
       this.#fail(toCowcatcherError(error, this.options.target));
@@ -206,8 +190,7 @@ export class LiveJob implements HostedJob {
     await this.#snapshot?.end();
     this.#frozen?.release();
     this.#releaseMemory();
-    this.#setStatus("concluded");
-    this.#markConcluded();
+    this.conclude();
   }
 
   /** The first cause stays; the guest is free at once. */
@@ -216,14 +199,14 @@ export class LiveJob implements HostedJob {
     this.#detach();
     this.#snapshot?.detach();
     this.#run.abort(this.error);
-    if (this.status !== "aborting" && this.status !== "concluded" && this.status !== "null") {
-      this.#setStatus("aborting");
+    if (this.status !== "aborting" && !this.isOver) {
+      this.setStatus("aborting");
     }
   }
 
   #detach(): void {
     this.#interceptor.detach();
-    this.#parts.node.removeInterceptor(this.#interceptor);
+    this.parts.node.removeInterceptor(this.#interceptor);
   }
 
   /** A worker has paused the job for an error under the policy `stop`. */
@@ -231,17 +214,7 @@ export class LiveJob implements HostedJob {
     // Of two workers that stop at once, the second one's message may come after the job was resumed.
     if (this.status !== "running" || !this.#run.paused) return;
     this.error = error;
-    this.#setStatus("paused");
-  }
-
-  #setStatus(status: JobStatus): void {
-    this.status = status;
-    this.#parts.onStatus(this, status);
-  }
-
-  /** Forgets the job: only JobHost.dismiss. */
-  dismiss(): void {
-    this.#setStatus("null");
+    this.setStatus("paused");
   }
 
   cancel(): void {
@@ -263,14 +236,14 @@ export class LiveJob implements HostedJob {
   pause(): void {
     if (this.status !== "running") return;
     this.#run.pause();
-    this.#setStatus("paused");
+    this.setStatus("paused");
   }
 
   resume(): void {
     if (this.status !== "paused") return;
     // Set if it was an error that paused the job; the operation is tried again.
     this.error = undefined;
-    this.#setStatus("running");
+    this.setStatus("running");
     this.#run.resume();
   }
 

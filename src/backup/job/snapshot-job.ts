@@ -8,35 +8,20 @@
 // old blocks alone, whose rest stands in a disk that goes on changing, would be of use to nobody after the end.
 
 import { CowcatcherError } from "../../errors.js";
-import type { JobStatus, SnapshotInfo } from "../host.js";
+import type { SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
+import { JobState } from "./job-state.js";
 import type { JobOptions } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import { Snapshot } from "./snapshot.js";
 
-export class SnapshotJob implements HostedJob {
-  readonly id: string;
-  readonly disk: string;
-  readonly options: JobOptions;
-  status: JobStatus = "created";
-  error: CowcatcherError | undefined;
-  speed: number;
-  readonly concluded: Promise<void>;
-  readonly #parts: HostedJobParts;
+export class SnapshotJob extends JobState implements HostedJob {
   readonly #snapshot: Snapshot;
   #startMs: number | undefined;
   #endMs: number | undefined;
-  #markConcluded: () => void = () => {};
 
   private constructor(parts: HostedJobParts, snapshot: Snapshot) {
-    this.id = parts.id;
-    this.disk = parts.node.nodeName;
-    this.options = parts.options;
-    this.speed = parts.options.rateLimitBytes;
-    this.#parts = parts;
-    this.concluded = new Promise((resolve) => {
-      this.#markConcluded = resolve;
-    });
+    super(parts);
     this.#snapshot = snapshot;
   }
 
@@ -58,7 +43,7 @@ export class SnapshotJob implements HostedJob {
   }
 
   get snapshot(): SnapshotInfo | undefined {
-    return this.status === "concluded" || this.status === "null" ? undefined : this.#snapshot.info;
+    return this.isOver ? undefined : this.#snapshot.info;
   }
 
   checkReady(): void {
@@ -68,7 +53,7 @@ export class SnapshotJob implements HostedJob {
   start(): void {
     this.#snapshot.start();
     this.#startMs = performance.now();
-    this.#setStatus("running");
+    this.setStatus("running");
   }
 
   async abandon(): Promise<void> {
@@ -81,23 +66,13 @@ export class SnapshotJob implements HostedJob {
     this.error = error;
     this.#snapshot.detach();
     this.#endMs = performance.now();
-    this.#setStatus("aborting");
+    this.setStatus("aborting");
     void this.#conclude();
   }
 
   async #conclude(): Promise<void> {
     await this.#snapshot.end();
-    this.#setStatus("concluded");
-    this.#markConcluded();
-  }
-
-  #setStatus(status: JobStatus): void {
-    this.status = status;
-    this.#parts.onStatus(this, status);
-  }
-
-  dismiss(): void {
-    this.#setStatus("null");
+    this.conclude();
   }
 
   cancel(): void {
@@ -111,11 +86,11 @@ export class SnapshotJob implements HostedJob {
   }
 
   pause(): void {
-    if (this.status === "running") this.#setStatus("paused");
+    if (this.status === "running") this.setStatus("paused");
   }
 
   resume(): void {
-    if (this.status === "paused") this.#setStatus("running");
+    if (this.status === "paused") this.setStatus("running");
   }
 
   setSpeed(bytesPerSecond: number): void {

@@ -5,12 +5,13 @@
 // new bytes over them and writes whole blocks back. In between, another write to those blocks would be lost, so
 // every write holds the blocks that it touches (RangeLock), aligned ones too. Reads hold nothing.
 //
-// The end of a file whose size is no multiple of the alignment cannot be written in whole blocks without growing
-// the file. That last piece goes through a second, buffered descriptor; the kernel keeps the two coherent, as no
-// block is ever written both ways and a direct read waits for dirty pages in its way.
+// Two kinds of file. A raw image has a fixed size: where that is no multiple of the alignment, its end cannot be
+// written in whole blocks without growing the file, so that last piece goes through a second, buffered descriptor; the
+// kernel keeps the two coherent, as no block is ever written both ways and a direct read waits for dirty pages in its
+// way. The file of a qcow2 image grows, by whole blocks, and has no such end.
 //
 // Order of waiting: first the range, then a bounce buffer, then the device. Whoever has a bounce buffer waits for
-// the device only, so no circle can form. Main thread only; I/O runs in libuv's pool.
+// the device only, so no circle can form. Main thread only, but for readDirectSync; I/O runs in libuv's pool.
 
 import { constants } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
@@ -20,8 +21,8 @@ import {
   closeFile,
   openFile,
   pageAlignedMemory,
-  readFully,
   readOnce,
+  readOnceSync,
   writeFully,
 } from "./fileio.js";
 
@@ -35,6 +36,7 @@ export class DirectFile {
   /** Start of the last, incomplete block; sizeBytes where there is none. */
   private readonly tailStart: number;
 
+  /** @param sizeBytes Infinity for a file that grows */
   private constructor(
     private readonly name: string,
     private readonly fd: number,
@@ -42,6 +44,11 @@ export class DirectFile {
     private readonly tailFd: number | null,
   ) {
     this.tailStart = roundDown(sizeBytes, DIRECT_ALIGNMENT_BYTES);
+  }
+
+  /** @param fd open with O_DIRECT; stays the caller's */
+  static growing(name: string, fd: number): DirectFile {
+    return new DirectFile(name, fd, Infinity, null);
   }
 
   /** @param fd open with O_DIRECT; stays the caller's. @throws CowcatcherError IO */
@@ -80,7 +87,7 @@ export class DirectFile {
     }
   }
 
-  /** Holds the range against other writes, RMW included, while `action` runs. */
+  /** Holds the range against other writes, those of whole blocks around a part included, while `action` runs. */
   async exclusively(offsetBytes: number, lengthBytes: number, action: () => Promise<void>): Promise<void> {
     const release = await this.ranges.hold(
       roundDown(offsetBytes, DIRECT_ALIGNMENT_BYTES),
@@ -91,6 +98,12 @@ export class DirectFile {
     } finally {
       release();
     }
+  }
+
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Promise<void> {
+    return this.exclusively(offsetBytes, lengthBytes, () =>
+      this.writeHeld(buffer, bufferOffset, lengthBytes, offsetBytes),
+    );
   }
 
   /** The caller holds the range (`exclusively`). */
@@ -150,19 +163,22 @@ export class DirectFile {
     await this.readBlocks(bounce, lastBlock - from, DIRECT_ALIGNMENT_BYTES, lastBlock);
   }
 
-  /** Whole blocks; what lies past the end of the file reads as zeroes. */
+  /**
+   * Whole blocks; what lies past the end of the file reads as zeroes. A read that ends within a block has met that end:
+   * going on from there would be refused.
+   */
   private async readBlocks(
     place: Uint8Array,
     placeOffset: number,
     lengthBytes: number,
     offsetBytes: number,
   ): Promise<void> {
-    const wholeBytes = Math.max(0, Math.min(lengthBytes, this.tailStart - offsetBytes));
-    let done = await readFully(this.name, this.fd, place, placeOffset, wholeBytes, offsetBytes);
-    if (done === wholeBytes && wholeBytes < lengthBytes) {
-      // The block that the file's end cuts short, in one call: going on from its odd end would be refused.
-      const tailAt = placeOffset + wholeBytes;
-      done += await readOnce(this.name, this.fd, place, tailAt, DIRECT_ALIGNMENT_BYTES, this.tailStart);
+    let done = 0;
+    while (done < lengthBytes) {
+      const at = placeOffset + done;
+      const count = await readOnce(this.name, this.fd, place, at, lengthBytes - done, offsetBytes + done);
+      done += count;
+      if (count === 0 || !isAligned(count)) break;
     }
     place.fill(0, placeOffset + done, placeOffset + lengthBytes);
   }
@@ -175,8 +191,7 @@ export class DirectFile {
     offsetBytes: number,
   ): Promise<boolean> {
     try {
-      const count = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-      buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
+      await this.readBlocks(buffer, bufferOffset, lengthBytes, offsetBytes);
       return true;
     } catch (error) {
       if (isRefusedAlignment(error)) return false;
@@ -198,6 +213,56 @@ export class DirectFile {
       throw error;
     }
   }
+}
+
+/**
+ * As DirectFile's read of a file that grows, blocking the thread. Any thread.
+ * @param bounce page-aligned memory of whole blocks, at least one
+ */
+export function readDirectSync(
+  name: string,
+  fd: number,
+  bounce: Uint8Array,
+  buffer: Uint8Array,
+  bufferOffset: number,
+  lengthBytes: number,
+  offsetBytes: number,
+): void {
+  const end = offsetBytes + lengthBytes;
+  if (isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset)) {
+    try {
+      readBlocksSync(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      return;
+    } catch (error) {
+      if (!isRefusedAlignment(error)) throw error;
+    }
+  }
+  for (let at = offsetBytes; at < end;) {
+    const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
+    const until = Math.min(from + bounce.length, roundUp(end, DIRECT_ALIGNMENT_BYTES));
+    readBlocksSync(name, fd, bounce, 0, until - from, from);
+    const count = Math.min(until, end) - at;
+    buffer.set(bounce.subarray(at - from, at - from + count), bufferOffset + (at - offsetBytes));
+    at += count;
+  }
+}
+
+/** As DirectFile.readBlocks. */
+function readBlocksSync(
+  name: string,
+  fd: number,
+  place: Uint8Array,
+  placeOffset: number,
+  lengthBytes: number,
+  offsetBytes: number,
+): void {
+  let done = 0;
+  while (done < lengthBytes) {
+    const count = readOnceSync(name, fd, place, placeOffset + done, lengthBytes - done, offsetBytes + done);
+    done += count;
+    if (count === 0 || !isAligned(count)) break;
+  }
+  place.fill(0, placeOffset + done, placeOffset + lengthBytes);
 }
 
 function isAligned(value: number): boolean {

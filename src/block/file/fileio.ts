@@ -73,19 +73,7 @@ export function readOnceSync(
   lengthBytes: number,
   offsetBytes: number,
 ): number {
-  if (libc === null) {
-    try {
-      return fs.readSync(fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-    } catch (error) {
-      throw ioError("read", name, error, offsetBytes);
-    }
-  }
-  let result: number;
-  do {
-    result = libc.pread(fd, buffer.buffer, buffer.byteOffset + bufferOffset, lengthBytes, offsetBytes);
-  } while (result === -EINTR);
-  if (result < 0) throw errnoError("read", name, result, offsetBytes);
-  return result;
+  return transferSync("read", name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
 }
 
 /** Writes the whole range. Blocks its thread. @throws CowcatcherError IO or NO_SPACE with the offset. */
@@ -99,11 +87,16 @@ export function writeFullySync(
 ): void {
   let done = 0;
   while (done < lengthBytes) {
-    done += pwriteOnce(name, fd, buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
+    const at = offsetBytes + done;
+    const count = transferSync("write", name, fd, buffer, bufferOffset + done, lengthBytes - done, at);
+    if (count === 0) throw wroteNothing(name, at);
+    done += count;
   }
 }
 
-function pwriteOnce(
+/** One pread or pwrite, which may be short. */
+function transferSync(
+  action: "read" | "write",
   name: string,
   fd: number,
   buffer: Uint8Array,
@@ -113,19 +106,28 @@ function pwriteOnce(
 ): number {
   if (libc === null) {
     try {
-      return fs.writeSync(fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      return action === "read"
+        ? fs.readSync(fd, buffer, bufferOffset, lengthBytes, offsetBytes)
+        : fs.writeSync(fd, buffer, bufferOffset, lengthBytes, offsetBytes);
     } catch (error) {
-      throw ioError("write", name, error, offsetBytes);
+      throw ioError(action, name, error, offsetBytes);
     }
   }
+  const position = buffer.byteOffset + bufferOffset;
   let result: number;
   do {
-    result = libc.pwrite(fd, buffer.buffer, buffer.byteOffset + bufferOffset, lengthBytes, offsetBytes);
+    result =
+      action === "read"
+        ? libc.pread(fd, buffer.buffer, position, lengthBytes, offsetBytes)
+        : libc.pwrite(fd, buffer.buffer, position, lengthBytes, offsetBytes);
   } while (result === -EINTR);
-  // A write of nothing, without an error, would loop for ever; the kernel does so only on a broken device.
-  if (result === 0) throw errnoError("write", name, -constants.errno.EIO, offsetBytes);
-  if (result < 0) throw errnoError("write", name, result, offsetBytes);
+  if (result < 0) throw errnoError(action, name, result, offsetBytes);
   return result;
+}
+
+/** Without an error the kernel writes nothing only to a broken device; to go on would be to loop for ever. */
+function wroteNothing(name: string, offsetBytes: number): CowcatcherError {
+  return errnoError("write", name, -constants.errno.EIO, offsetBytes);
 }
 
 /** As readFullySync, through libuv's pool. */
@@ -139,14 +141,8 @@ export async function readFully(
 ): Promise<number> {
   let done = 0;
   while (done < lengthBytes) {
-    const count = await readOnce(
-      name,
-      fd,
-      buffer,
-      bufferOffset + done,
-      lengthBytes - done,
-      offsetBytes + done,
-    );
+    const at = offsetBytes + done;
+    const count = await transfer("read", name, fd, buffer, bufferOffset + done, lengthBytes - done, at);
     if (count === 0) break;
     done += count;
   }
@@ -162,12 +158,7 @@ export function readOnce(
   lengthBytes: number,
   offsetBytes: number,
 ): Promise<number> {
-  return new Promise((resolve, reject) => {
-    fs.read(fd, buffer, bufferOffset, lengthBytes, offsetBytes, (error, count) => {
-      if (error) reject(ioError("read", name, error, offsetBytes));
-      else resolve(count);
-    });
-  });
+  return transfer("read", name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
 }
 
 /** As writeFullySync, through libuv's pool. */
@@ -181,14 +172,31 @@ export async function writeFully(
 ): Promise<void> {
   let done = 0;
   while (done < lengthBytes) {
-    const from = done;
-    done += await new Promise<number>((resolve, reject) => {
-      fs.write(fd, buffer, bufferOffset + from, lengthBytes - from, offsetBytes + from, (error, bytes) => {
-        if (error) reject(ioError("write", name, error, offsetBytes + from));
-        else resolve(bytes);
-      });
-    });
+    const at = offsetBytes + done;
+    const count = await transfer("write", name, fd, buffer, bufferOffset + done, lengthBytes - done, at);
+    if (count === 0) throw wroteNothing(name, at);
+    done += count;
   }
+}
+
+/** As transferSync, through libuv's pool. */
+function transfer(
+  action: "read" | "write",
+  name: string,
+  fd: number,
+  buffer: Uint8Array,
+  bufferOffset: number,
+  lengthBytes: number,
+  offsetBytes: number,
+): Promise<number> {
+  return new Promise((resolve, reject) => {
+    const settle = (error: Error | null, count: number): void => {
+      if (error) reject(ioError(action, name, error, offsetBytes));
+      else resolve(count);
+    };
+    if (action === "read") fs.read(fd, buffer, bufferOffset, lengthBytes, offsetBytes, settle);
+    else fs.write(fd, buffer, bufferOffset, lengthBytes, offsetBytes, settle);
+  });
 }
 
 /**

@@ -1,20 +1,17 @@
 // Guest reads: from clusters of every kind, in as few system calls as the layout allows.
 //
-// `step` serves one run of like units (entry.ts). Either it is done on return, or `wait` holds the promise after which it
-// is; a result of 0 with `wait` set means "look again then". A step that waits reads by the mapping it has seen: host
-// clusters dropped meanwhile are not reused before the operation ends (frees.ts).
+// A step (range-walk.ts) serves one run of like units (format/entry.ts).
 //
 // Main thread only.
 
-import { toCowcatcherError } from "../../../errors.js";
 import type { BlockDevice, Completion } from "../../../block/device.js";
 import type { Decompressor } from "../format/decompress.js";
 import { ClusterKind, ClusterRun } from "../format/entry.js";
 import type { QcowFile } from "../format/file.js";
 import type { Mapping } from "./mapping.js";
+import { RangeWalk } from "./range-walk.js";
 
-export class GuestReader {
-  wait: Completion;
+export class GuestReader extends RangeWalk {
   private readonly run = new ClusterRun();
   /** The last compressed cluster, decompressed: small reads of it come in sequence. */
   private readonly decompressed: Uint8Array;
@@ -22,55 +19,19 @@ export class GuestReader {
   private input: Uint8Array | undefined;
 
   constructor(
-    private readonly mapping: Mapping,
+    mapping: Mapping,
     private readonly file: QcowFile,
     /** Holds plain clusters; the image file itself, or its external data file. */
     private readonly dataFile: QcowFile,
     private readonly backing: BlockDevice | null,
     private readonly decompressor: Decompressor,
   ) {
+    super(mapping, file.name);
     this.decompressed = new Uint8Array(mapping.clusterSizeBytes);
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    let done = 0;
-    try {
-      while (done < lengthBytes) {
-        const count = this.step(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-        if (this.wait !== undefined) {
-          return this.readOn(count, buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-        }
-        done += count;
-      }
-      return undefined;
-    } catch (error) {
-      return Promise.reject(toCowcatcherError(error, this.file.name));
-    }
-  }
-
-  /** Goes on after a step that has to wait; `pendingBytes` is what that step will have done. */
-  private async readOn(
-    pendingBytes: number,
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-    offsetBytes: number,
-  ): Promise<void> {
-    const operation = this.mapping.frees.beginOperation();
-    let done = 0;
-    let count = pendingBytes;
-    try {
-      for (;;) {
-        const { wait } = this;
-        this.wait = undefined;
-        if (wait !== undefined) await wait;
-        done += count;
-        if (done >= lengthBytes) return;
-        count = this.step(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-      }
-    } finally {
-      this.mapping.frees.endOperation(operation);
-    }
+    return this.walk(buffer, bufferOffset, lengthBytes, offsetBytes, 0);
   }
 
   /** Host clusters were freed: what was decompressed from them may be about to change. */
@@ -78,7 +39,12 @@ export class GuestReader {
     this.decompressedFrom = -1;
   }
 
-  private step(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): number {
+  protected override walkStep(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): number {
     const { mapping, run } = this;
     const { unitSizeBytes, unitsPerTable } = mapping;
     const unit = Math.floor(offsetBytes / unitSizeBytes);

@@ -18,9 +18,8 @@
 // allocation waits for I/O its guest clusters are in `inFlight`: other changes to them wait; reads see the old
 // mapping. The table is bounded by the requests that the server admits.
 //
-// `step` works as in guest/read.ts. Main thread only.
+// Steps and waiting: range-walk.ts. Main thread only.
 
-import { toCowcatcherError } from "../../../errors.js";
 import type { BlockDevice, Completion } from "../../../block/device.js";
 import type { CachedTable } from "../format/cached-table.js";
 import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "../format/entry.js";
@@ -29,6 +28,7 @@ import type { QcowFile } from "../format/file.js";
 import type { Flusher } from "./flusher.js";
 import type { GuestReader } from "./read.js";
 import type { Mapping } from "./mapping.js";
+import { RangeWalk } from "./range-walk.js";
 
 /** Scratch clusters kept for partial writes that wait. */
 const SPARE_SCRATCH_COUNT = 8;
@@ -47,8 +47,7 @@ interface Part {
   units: number;
 }
 
-export class GuestWriter {
-  wait: Completion;
+export class GuestWriter extends RangeWalk {
   readonly inFlight = new Map<number, Promise<void>>();
   private readonly run = new ClusterRun();
   private readonly nextRun = new ClusterRun();
@@ -66,53 +65,28 @@ export class GuestWriter {
   };
 
   constructor(
-    private readonly mapping: Mapping,
+    mapping: Mapping,
     /** Holds the guest's clusters. */
     private readonly file: QcowFile,
     private readonly backing: BlockDevice | null,
     private readonly reader: GuestReader,
     private readonly flusher: Flusher,
     private readonly sizeBytes: number,
-  ) {}
-
-  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    let done = 0;
-    try {
-      while (done < lengthBytes) {
-        const count = this.step(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-        if (this.wait !== undefined) {
-          return this.writeOn(count, buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-        }
-        done += count;
-      }
-      return undefined;
-    } catch (error) {
-      return Promise.reject(toCowcatcherError(error, this.file.name));
-    }
+  ) {
+    super(mapping, file.name);
   }
 
-  private async writeOn(
-    pendingBytes: number,
+  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    return this.walk(buffer, bufferOffset, lengthBytes, offsetBytes, 0);
+  }
+
+  protected override walkStep(
     buffer: Uint8Array,
     bufferOffset: number,
     lengthBytes: number,
     offsetBytes: number,
-  ): Promise<void> {
-    const operation = this.mapping.frees.beginOperation();
-    let done = 0;
-    let count = pendingBytes;
-    try {
-      for (;;) {
-        const { wait } = this;
-        this.wait = undefined;
-        if (wait !== undefined) await wait;
-        done += count;
-        if (done >= lengthBytes) return;
-        count = this.step(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
-      }
-    } finally {
-      this.mapping.frees.endOperation(operation);
-    }
+  ): number {
+    return this.step(buffer, bufferOffset, lengthBytes, offsetBytes);
   }
 
   /** Serves the first run of [offsetBytes, +lengthBytes): bytes done, or to be done when `wait` is over. */

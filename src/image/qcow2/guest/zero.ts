@@ -18,9 +18,8 @@
 // its clusters whatever was asked. From any other the storage is let go after the entries are changed: at a crash
 // between the two, the range still reads as the guest may expect of an operation that was not flushed.
 //
-// Steps and waiting as in guest/read.ts. Main thread only.
+// Steps and waiting: range-walk.ts. Main thread only.
 
-import { toCowcatcherError } from "../../../errors.js";
 import { MiB } from "../../../units.js";
 import type { BlockDevice, Completion } from "../../../block/device.js";
 import type { CachedTable } from "../format/cached-table.js";
@@ -29,6 +28,7 @@ import { unitMask } from "../format/extended-entry.js";
 import type { DataFile } from "./data-file.js";
 import type { GuestWriter } from "./write.js";
 import type { Mapping } from "./mapping.js";
+import { RangeWalk } from "./range-walk.js";
 
 /** Of a raw data file, zeroed in one step. */
 const RAW_STEP_BYTES = 16 * MiB;
@@ -42,59 +42,36 @@ export const enum ZeroMode {
   Discard,
 }
 
-export class GuestZeroer {
-  private wait: Completion;
+export class GuestZeroer extends RangeWalk {
   private readonly run = new ClusterRun();
   private readonly zeroes: Uint8Array;
 
   constructor(
-    private readonly mapping: Mapping,
+    mapping: Mapping,
     private readonly backing: BlockDevice | null,
     private readonly writer: GuestWriter,
     private readonly version: 2 | 3,
     private readonly sizeBytes: number,
-    private readonly name: string,
+    name: string,
     /** Null where the guest's clusters stand in the image file. */
     private readonly dataFile: DataFile | null,
   ) {
+    super(mapping, name);
     this.zeroes = new Uint8Array(mapping.clusterSizeBytes);
   }
 
   zero(offsetBytes: number, lengthBytes: number, mode: ZeroMode): Completion {
-    let done = 0;
-    try {
-      while (done < lengthBytes) {
-        const count = this.step(offsetBytes + done, lengthBytes - done, mode);
-        if (this.wait !== undefined) return this.zeroOn(count, offsetBytes + done, lengthBytes - done, mode);
-        done += count;
-      }
-      return undefined;
-    } catch (error) {
-      return Promise.reject(toCowcatcherError(error, this.name));
-    }
+    return this.walk(this.zeroes, 0, lengthBytes, offsetBytes, mode);
   }
 
-  private async zeroOn(
-    pendingBytes: number,
-    offsetBytes: number,
+  protected override walkStep(
+    _zeroes: Uint8Array,
+    _at: number,
     lengthBytes: number,
+    offsetBytes: number,
     mode: ZeroMode,
-  ): Promise<void> {
-    const operation = this.mapping.frees.beginOperation();
-    let done = 0;
-    let count = pendingBytes;
-    try {
-      for (;;) {
-        const { wait } = this;
-        this.wait = undefined;
-        if (wait !== undefined) await wait;
-        done += count;
-        if (done >= lengthBytes) return;
-        count = this.step(offsetBytes + done, lengthBytes - done, mode);
-      }
-    } finally {
-      this.mapping.frees.endOperation(operation);
-    }
+  ): number {
+    return this.step(offsetBytes, lengthBytes, mode);
   }
 
   private step(offsetBytes: number, lengthBytes: number, mode: ZeroMode): number {
