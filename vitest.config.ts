@@ -3,6 +3,8 @@ import { defineConfig } from "vitest/config";
 export default defineConfig({
   test: {
     include: ["test/**/*.test.ts"],
+    // Campaigns of minutes: vitest.long.config.ts.
+    exclude: ["test/long/**"],
     // No test is about these limits: they end a run that hangs, and must not end one whose processors were away.
     testTimeout: 180_000,
     hookTimeout: 180_000,

@@ -1,24 +1,35 @@
-// Runs every test with vitest and ends with one line of its real counts: "N passed, N failed".
+// Runs tests with vitest and ends with one line of its real counts: "N passed, N failed".
+//   npm test                          all, then the fuzzers; with TEST_NODES=1 a smoke of the other versions of Node.js
+//   npm test -- test/unit/cow -t ring  those files and names (what vitest takes)
+//   npm run test:long                 the campaigns of test/long, then the fuzzers for a quarter of an hour
 import { spawnSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 
+/** Of all three fuzzers together. */
+const FUZZ_SECONDS = { usual: "60", long: "900" };
+
+const isLong = process.argv.includes("--long");
+const args = process.argv.slice(2).filter((argument) => argument !== "--long");
+const isWhole = args.length === 0;
 const directory = mkdtempSync(join(tmpdir(), "cowcatcher-test-"));
 const report = join(directory, "report.json");
 try {
   const vitest = join(dirname(createRequire(import.meta.url).resolve("vitest/package.json")), "vitest.mjs");
+  const config = isLong ? ["--config", "vitest.long.config.ts"] : [];
   const reporters = ["--reporter=default", "--reporter=json", `--outputFile.json=${report}`];
-  const run = spawnSync(process.execPath, [vitest, "run", ...reporters, ...process.argv.slice(2)], {
+  const run = spawnSync(process.execPath, [vitest, "run", ...config, ...reporters, ...args], {
     stdio: "inherit",
   });
   const counts = readCounts();
-  const fuzz = process.argv.length === 2 ? runFuzz() : { passed: 0, failed: 0 };
   // A file that could not even be loaded has no tests to count, and must not pass for a success.
-  const failed = counts.failed + (run.status !== 0 && counts.failed === 0 ? 1 : 0) + fuzz.failed;
-  process.exitCode = failed > 0 || counts.passed === 0 ? 1 : 0;
-  console.log(`${counts.passed + fuzz.passed} passed, ${failed} failed`);
+  if (run.status !== 0 && counts.failed === 0) counts.failed++;
+  if (isWhole) count(counts, runFuzz());
+  if (isWhole && !isLong && process.env.TEST_NODES === "1") count(counts, runOtherNodes());
+  process.exitCode = counts.failed > 0 || counts.passed === 0 ? 1 : 0;
+  console.log(`${counts.passed} passed, ${counts.failed} failed`);
 } finally {
   rmSync(directory, { recursive: true, force: true });
 }
@@ -32,15 +43,24 @@ function readCounts() {
   }
 }
 
-/**
- * A minute of each of the three fuzzers, with a new seed unless FUZZ_SEED gives one; it is printed. Only in a whole run.
- * Counts as one test.
- */
+/** Counts as one test. */
+function count(counts, ok) {
+  if (ok) counts.passed++;
+  else counts.failed++;
+}
+
+/** All three fuzzers, with a new seed unless FUZZ_SEED gives one; it is printed. */
 function runFuzz() {
-  const seconds = process.env.FUZZ_SECONDS ?? "180";
-  if (seconds === "0") return { passed: 0, failed: 0 };
+  const seconds = process.env.FUZZ_SECONDS ?? (isLong ? FUZZ_SECONDS.long : FUZZ_SECONDS.usual);
+  if (seconds === "0") return true;
   const seed = process.env.FUZZ_SEED === undefined ? [] : ["--seed", process.env.FUZZ_SEED];
-  const args = ["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds, ...seed];
-  const { status } = spawnSync(process.execPath, args, { stdio: "inherit" });
-  return status === 0 ? { passed: 1, failed: 0 } : { passed: 0, failed: 1 };
+  return runNode(["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds, ...seed]);
+}
+
+function runOtherNodes() {
+  return runNode(["scripts/test-nodes.mjs", "--skip-current"]);
+}
+
+function runNode(nodeArgs) {
+  return spawnSync(process.execPath, nodeArgs, { stdio: "inherit" }).status === 0;
 }

@@ -25,4 +25,5 @@ fi
 npm ci --no-audit --no-fund || npm ci --no-audit --no-fund
 npm run lint
 npm run typecheck
-npm test
+# With a smoke of each of the other versions of Node.js that are promised.
+TEST_NODES=1 npm test
