@@ -20,6 +20,7 @@
 
 import * as path from "node:path";
 import { CowcatcherError, type ErrorCode } from "../errors.js";
+import { besides } from "../file-names.js";
 import { NBD_DEFAULT_PORT, type NbdAddress, formatNbdUri, parseNbdUri } from "../nbd/wire/uri.js";
 import { type ImageFormat, isImageFormat } from "../block/format.js";
 
@@ -72,8 +73,7 @@ export function hasProtocol(name: string): boolean {
 
 function placeOf(origin: Origin, name: string): BackingLayer {
   if (!hasProtocol(name)) {
-    const folder = path.dirname(origin.overlayPath);
-    return localFile(path.isAbsolute(name) ? name : path.join(folder, name));
+    return localFile(besides(origin.overlayPath, name));
   }
   const protocol = name.slice(0, name.indexOf(":"));
   const rest = name.slice(protocol.length + 1);
@@ -135,7 +135,7 @@ function ownPath(origin: Origin, name: string): string {
   if (name.includes("\0")) throw formatError(origin, "its backing file name has a zero byte in it");
   if (path.isAbsolute(name)) return name;
   const folder = path.dirname(overlayPath);
-  if (path.resolve(processFolder, folder) === path.resolve(processFolder)) return path.join(folder, name);
+  if (path.resolve(processFolder, folder) === path.resolve(processFolder)) return besides(overlayPath, name);
   throw unsupported(
     origin,
     `the path '${name}' in its backing file name starts, in QEMU, from the folder that one runs it in`,
@@ -152,7 +152,10 @@ function fromUri(origin: Origin, name: string): BackingLayer {
 
 function parsedUri(origin: Origin, name: string): NbdAddress {
   try {
-    return parseNbdUri(name.replace(/^nbd\+tcp:/, "nbd:"));
+    const address = parseNbdUri(name);
+    if (!/^nbd(?:\+tcp)?:\/\/(?:[:/?]|$)/.test(name)) return address;
+    // As QEMU: what an image names does not mean whichever machine it is opened on.
+    throw new CowcatcherError({ code: "USAGE", object: name, problem: "names no host" });
   } catch (error) {
     if (!(error instanceof CowcatcherError)) throw error;
     const code = error.code === "UNSUPPORTED" ? "UNSUPPORTED" : "FORMAT";

@@ -7,8 +7,8 @@
 // end of both.
 
 import { fstatSync } from "node:fs";
-import * as path from "node:path";
 import { CowcatcherError } from "../errors.js";
+import { besides } from "../file-names.js";
 import { closeFile } from "../block/file/fileio.js";
 import { openImageFile } from "../block/file/image-file.js";
 import { acquireImageLock } from "../block/file/locks.js";
@@ -85,7 +85,7 @@ export function resolveDataFile(imagePath: string, name: string | null): string 
     });
   }
   const plainName = protocol === "file" ? name.slice("file:".length) : name;
-  return path.isAbsolute(plainName) ? plainName : path.join(path.dirname(imagePath), plainName);
+  return besides(imagePath, plainName);
 }
 
 async function openNamed(

@@ -1,7 +1,7 @@
 // QEMU's sync mode `top`: the backup has what the image's own layer allocates, and builds on what the image builds on.
 // Which clusters those are, a worker asks T0's tables as it comes to them (cow/chunk-copy.ts). Main thread.
 
-import { resolve } from "node:path";
+import { absoluteName } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import type { Image } from "../../block/device.js";
 import { NbdImage } from "../../nbd/client/device.js";
@@ -29,7 +29,7 @@ export function withBackingOf<T extends TopJob>(image: Image, job: T): T {
   if (backing instanceof NbdImage) {
     throw refuse("--sync", "top: the source's backing file is an export", "name a local file with -b and -B");
   }
-  return { ...job, backingFile: resolve(backing.path), backingFormat: backing.format };
+  return { ...job, backingFile: absoluteName(backing.path), backingFormat: backing.format };
 }
 
 function refuse(object: string, problem: string, hint: string): CowcatcherError {

@@ -1,11 +1,11 @@
 // The options of `backup` and `restore`, from commander's loose values to typed settings. Every combination that
 // cannot mean anything is a usage error here, before a file or a socket is touched.
-import { resolve } from "node:path";
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT, type JobOptions } from "../../backup/options.js";
 import { ON_BUFFER_FULL, ON_CBW_ERROR, ON_IO_ERROR } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
+import { absoluteName } from "../../file-names.js";
 import { MiB, formatBytes } from "../../units.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";
 import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
@@ -271,7 +271,7 @@ function offlineCopy(
   if (target === undefined) throw usageError("TARGET", "is missing", `give ${sourceName} and TARGET`);
   if (rest[0] !== undefined)
     throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET`);
-  if (resolve(source) === resolve(target)) {
+  if (absoluteName(source) === absoluteName(target)) {
     throw usageError(target, "is source and target at once", "choose another target");
   }
   const job = jobSettings(target, flags);
@@ -320,7 +320,7 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   );
   if (flags.sync === "none") checkSnapshotFlags(paths, flags);
   const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
-  return { mode: "live", control: resolve(control), disks };
+  return { mode: "live", control: absoluteName(control), disks };
 }
 
 function refuseRepeated(object: string, values: readonly string[]): void {
@@ -353,7 +353,7 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     workerCount: flags.workers ?? JOB_DEFAULTS.workerCount,
     cowBufferSizeBytes: flags.cowBufferSize,
     onBufferFull: flags.onBufferFull ?? JOB_DEFAULTS.onBufferFull,
-    spillDir: flags.spillDir === undefined ? undefined : resolve(flags.spillDir),
+    spillDir: flags.spillDir === undefined ? undefined : absoluteName(flags.spillDir),
     spillLimitBytes: flags.spillLimit,
     guestTimeoutMs: flags.guestTimeout ?? JOB_DEFAULTS.guestTimeoutMs,
     rateLimitBytes: flags.rateLimit ?? JOB_DEFAULTS.rateLimitBytes,

@@ -1,10 +1,10 @@
 // Parsers of option values and arguments. Each throws a typed usage error that names the option, so that
 // commander's own wording never reaches the user.
 import { existsSync } from "node:fs";
-import { resolve } from "node:path";
 import { Option } from "commander";
 import { MAX_PAGE_MEMORY_BYTES } from "../../cow/page-memory.js";
 import { CowcatcherError } from "../../errors.js";
+import { absoluteName } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
 import { formatNbdUri, isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
 import { GiB, parseDurationMs, parseSize } from "../../units.js";
@@ -144,14 +144,14 @@ export function refuseExport(text: string): void {
 
 /** For another process with another working folder: paths are made absolute, also those within a URI. */
 export function absoluteImage(text: string): string {
-  if (!isNbdUri(text)) return resolve(text);
+  if (!isNbdUri(text)) return absoluteName(text);
   const address = parseNbdUri(text);
   const { tls } = address;
   const absolute = (path: string | undefined): string | undefined =>
-    path === undefined ? undefined : resolve(path);
+    path === undefined ? undefined : absoluteName(path);
   return formatNbdUri({
     ...address,
-    ...("path" in address && { path: resolve(address.path) }),
+    ...("path" in address && { path: absoluteName(address.path) }),
     ...(tls !== undefined && {
       tls: { ...tls, certificates: absolute(tls.certificates), pskFile: absolute(tls.pskFile) },
     }),

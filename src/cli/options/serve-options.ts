@@ -1,9 +1,9 @@
 // The options of `serve`, from commander's loose values to typed settings.
 import { statSync } from "node:fs";
-import { resolve } from "node:path";
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import type { ImageFormat } from "../../block/format.js";
+import { absoluteName } from "../../file-names.js";
 import { formatBytes } from "../../units.js";
 import { MAX_STRING_BYTES } from "../../nbd/wire/protocol.js";
 import type { TlsSettings } from "../../nbd/server/tls.js";
@@ -224,7 +224,7 @@ function parseListen(
 ): ListenSettings {
   if (socket !== undefined && port !== undefined) throw usageError("--port", "does not go with --socket");
   if (bind !== undefined && port === undefined) throw usageError("--bind", "needs --port");
-  if (socket !== undefined && control !== undefined && resolve(socket) === resolve(control)) {
+  if (socket !== undefined && control !== undefined && absoluteName(socket) === absoluteName(control)) {
     throw usageError("--control", "is the path of --socket", "give another path");
   }
   if (socketMode !== undefined && socket === undefined) throw usageError("--socket-mode", "needs --socket");

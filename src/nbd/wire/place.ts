@@ -9,7 +9,7 @@ import * as dns from "node:dns";
 import * as fs from "node:fs";
 import { isIP } from "node:net";
 import { networkInterfaces } from "node:os";
-import * as path from "node:path";
+import { absoluteName } from "../../file-names.js";
 import type { NbdAddress } from "./uri.js";
 
 /** Where a server listens. */
@@ -55,7 +55,7 @@ export function sameExport(a: ResolvedExport, b: ResolvedExport): "no" | "perhap
 }
 
 async function socketKeys(socketPath: string): Promise<ReadonlySet<string>> {
-  const keys = new Set([`unix ${path.resolve(socketPath)}`]);
+  const keys = new Set([`unix ${absoluteName(socketPath)}`]);
   const stats = await fs.promises.stat(socketPath, { bigint: true }).catch(() => null);
   if (stats !== null) keys.add(`inode ${stats.dev}:${stats.ino}`);
   return keys;

@@ -3,12 +3,18 @@
 // Specification: doc/uri.md of NetworkBlockDevice/nbd; the tls-… parameters are libnbd's (nbd_connect_uri(3)).
 // nbd: and nbd+unix: never use TLS and nbds: and nbds+unix: always do: nothing is opportunistic. A parameter that
 // is not known is refused, since one that is misspelt would be one that does not protect.
+//
+// An export's name is free text, no path: "x/../a" and "x//a" are names of their own, however they are encoded. So the
+// parts are taken from the URI's raw text and percent-decoded once. Parsers for the web resolve dot segments, drop tabs
+// and line feeds, and know no empty host, and so lead to another export than the one that was named.
 
+import { isIPv6 } from "node:net";
 import { CowcatcherError } from "../../errors.js";
 import { MAX_STRING_BYTES } from "./protocol.js";
 
 /** The port that IANA has assigned to NBD. */
 export const NBD_DEFAULT_PORT = 10_809;
+const MAX_PORT = 65_535;
 
 /** What an nbds URI says of TLS. */
 export interface NbdTls {
@@ -34,7 +40,7 @@ interface ExportAddress {
 /** A server's socket and one of its exports. */
 export type NbdAddress = ExportAddress & ({ path: string } | { host: string; port: number });
 
-const NBD_URI = /^nbds?(?:\+unix|\+vsock)?:\/\//i;
+const NBD_URI = /^nbds?(?:\+tcp|\+unix|\+vsock)?:\/\//i;
 const TLS_PARAMETERS = new Set(["tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer"]);
 
 /** Whether a SOURCE or TARGET is meant as an NBD URI (which may be a wrong one) and not as a path. */
@@ -46,31 +52,61 @@ export function isNbdUri(text: string): boolean {
  * @throws CowcatcherError USAGE for a text that is no NBD URI, UNSUPPORTED for vsock.
  */
 export function parseNbdUri(text: string): NbdAddress {
-  // A user and no host (nbds+unix://alice@/…) is right by RFC 3986, yet not for URL.
-  const user = /^nbds?\+unix:\/\/([^@/?#]*)@(?=\/|\?|$)/i.exec(text)?.[1];
-  const bare = user === undefined ? text : text.replace(`//${user}@`, "//");
-  const uri = URL.canParse(bare) ? new URL(bare) : undefined;
-  const scheme = uri?.protocol;
-  if (uri === undefined || scheme === undefined || !/^nbds?(\+unix|\+vsock)?:$/.test(scheme)) {
+  const parts = splitUri(text);
+  if (parts.transport === "vsock") {
+    throw unsupported(text, "vsock is not supported", "use nbd:// or nbd+unix://");
+  }
+  const exportName = decode(text, parts.path.slice(1));
+  if (exportName.includes("\0")) throw uriError(text, "has a zero byte in the export's name");
+  if (Buffer.byteLength(exportName) > MAX_STRING_BYTES) {
+    throw uriError(text, `the export's name is longer than ${MAX_STRING_BYTES} bytes`);
+  }
+  const parameters = queryParameters(text, parts.query);
+  const tls = parts.isSecure ? tlsOf(text, decode(text, parts.user), parameters) : undefined;
+  if (tls === undefined) refuseTlsParameters(text, parameters);
+  const place =
+    parts.transport === "unix" ? unixPlace(text, parts, parameters) : tcpPlace(text, parts, parameters);
+  return { ...place, exportName, ...(tls !== undefined && { tls }) };
+}
+
+/** The parts of a URI as they stand in it, still percent-encoded. */
+interface UriParts {
+  isSecure: boolean;
+  transport: "tcp" | "unix" | "vsock";
+  user: string;
+  host: string;
+  port: string;
+  /** Empty, or with the slash that it begins with. */
+  path: string;
+  query: string;
+}
+
+/** RFC 3986, appendix B, for a URI that has an authority, which may be empty. */
+const URI_PARTS = /^nbd(s?)(?:\+(tcp|unix|vsock))?:\/\/([^/?#]*)([^?#]*)(?:\?([^#]*))?(#.*)?$/is;
+const AUTHORITY = /^(?:(.*)@)?(\[[^\]]*\]|[^:[\]]*)(?::(\d*))?$/s;
+
+function splitUri(text: string): UriParts {
+  const [, secure = "", transport = "tcp", authority = "", path = "", query = "", fragment] =
+    URI_PARTS.exec(text) ?? [];
+  const [whole, user = "", host = "", port = ""] = AUTHORITY.exec(authority) ?? [];
+  if (!isNbdUri(text) || whole === undefined) {
     throw uriError(
       text,
       "is not an NBD URI",
       "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
     );
   }
-  if (scheme.endsWith("+vsock:"))
-    throw unsupported(text, "vsock is not supported", "use nbd:// or nbd+unix://");
-  const exportName = decode(text, uri.pathname.replace(/^\//, ""));
-  if (Buffer.byteLength(exportName) > MAX_STRING_BYTES) {
-    throw uriError(text, `the export's name is longer than ${MAX_STRING_BYTES} bytes`);
-  }
-  const parameters = queryParameters(text, uri);
-  const isUnix = scheme.endsWith("+unix:");
-  const username = decode(text, user ?? uri.username);
-  const tls = scheme.startsWith("nbds") ? tlsOf(text, username, parameters) : undefined;
-  if (tls === undefined) refuseTlsParameters(text, parameters);
-  const place = isUnix ? unixPlace(text, uri, parameters) : tcpPlace(text, uri, parameters);
-  return { ...place, exportName, ...(tls !== undefined && { tls }) };
+  // It would end the export's name unseen.
+  if (fragment !== undefined) throw uriError(text, "has a '#', which NBD URIs do not use", "write it as %23");
+  return {
+    isSecure: secure !== "",
+    transport: transport.toLowerCase() as UriParts["transport"],
+    user,
+    host,
+    port,
+    path,
+    query,
+  };
 }
 
 /** How errors and logs call an address: its URI. */
@@ -86,7 +122,10 @@ export function formatNbdUri(address: NbdAddress): string {
   if (tls?.verifyPeer === false) parameters.push("tls-verify-peer=0");
   const query = parameters.length === 0 ? "" : `?${parameters.join("&")}`;
   if ("path" in address) return `${scheme}+unix://${user}/${name}${query}`;
-  const host = address.host.includes(":") ? `[${address.host}]` : address.host;
+  // A zone, as in fe80::1%eth0, has a percent sign of its own.
+  const host = address.host.includes(":")
+    ? `[${address.host.replaceAll("%", "%25")}]`
+    : encodeURIComponent(address.host);
   const port = address.port === NBD_DEFAULT_PORT ? "" : `:${address.port}`;
   return `${scheme}://${user}${host}${port}/${name}${query}`;
 }
@@ -96,9 +135,9 @@ function encode(text: string): string {
 }
 
 /** URLSearchParams would turn a "+" in a path into a space: that is a form's rule, not a URI's. */
-function queryParameters(text: string, uri: URL): Map<string, string> {
+function queryParameters(text: string, query: string): Map<string, string> {
   const parameters = new Map<string, string>();
-  for (const parameter of uri.search.slice(1).split("&")) {
+  for (const parameter of query.split("&")) {
     if (parameter === "") continue;
     const at = parameter.indexOf("=");
     const key = decode(text, at < 0 ? parameter : parameter.slice(0, at));
@@ -138,19 +177,33 @@ function tlsOf(text: string, username: string, parameters: ReadonlyMap<string, s
 
 function tcpPlace(
   text: string,
-  uri: URL,
+  { host: rawHost, port: rawPort }: UriParts,
   parameters: ReadonlyMap<string, string>,
 ): { host: string; port: number } {
-  const host = decode(text, uri.hostname.replace(/^\[(.*)\]$/, "$1"));
-  if (host === "") throw uriError(text, "names no host", "write nbd://HOST[:PORT]/EXPORT");
   if (parameters.has("socket")) {
     throw uriError(text, "names a host and a Unix socket", "write nbd+unix:///EXPORT?socket=PATH");
   }
-  return { host, port: uri.port === "" ? NBD_DEFAULT_PORT : Number(uri.port) };
+  // The specification leaves it to the client; libnbd's take it for this machine.
+  const host = rawHost === "" ? "localhost" : checkedHost(text, decode(text, rawHost));
+  const port = rawPort === "" ? NBD_DEFAULT_PORT : Number(rawPort);
+  if (port > MAX_PORT) throw uriError(text, `has the port ${rawPort}`, `the largest is ${MAX_PORT}`);
+  return { host, port };
 }
 
-function unixPlace(text: string, uri: URL, parameters: ReadonlyMap<string, string>): { path: string } {
-  if (uri.host !== "") {
+/** Without the brackets of a literal address. */
+function checkedHost(text: string, host: string): string {
+  const literal = /^\[(.*)\]$/s.exec(host)?.[1];
+  if (literal !== undefined && isIPv6(literal)) return literal;
+  if (literal === undefined && !/[\s\p{C}/?#@:[\]<>\\^|%]/u.test(host)) return host;
+  throw uriError(text, `has the host '${host}', which is none`);
+}
+
+function unixPlace(
+  text: string,
+  { host, port }: UriParts,
+  parameters: ReadonlyMap<string, string>,
+): { path: string } {
+  if (host !== "" || port !== "") {
     throw uriError(
       text,
       "names a host and a Unix socket",

@@ -204,7 +204,10 @@ const USAGE: [string, string, number?][] = [
     "--name: is for a single image (give each image a name as IMAGE=NAME)",
   ],
   ["serve --socket s --max-connections 0 a", "--max-connections: '0' is not a number from 1 to 1024"],
-  ["serve --socket s nbds:///x", "nbds:///x: names no host (write nbd://HOST[:PORT]/EXPORT)"],
+  [
+    "serve --socket s nbds://a:b:c/x",
+    "nbds://a:b:c/x: is not an NBD URI (write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH)",
+  ],
   ["create nbd://h/x 1M", "nbd://h/x: an NBD export is not possible here (give the path of an image)", 1],
   ["jobs", "--control: is missing (see cowcatcher jobs --help)"],
   ["jobs stop x --control c", "jobs: 'stop' is not known (give cancel, pause, resume or set-speed)"],

@@ -32,7 +32,7 @@ function nested(below: number): object {
 describe("a backing file name", () => {
   it.each<[name: string, format: string | null, layer: BackingLayer]>([
     ["base.raw", null, file("/images/base.raw")],
-    ["../base.raw", "raw", file("/base.raw", "raw")],
+    ["../base.raw", "raw", file("/images/../base.raw", "raw")],
     ["/base.raw", "qcow2", file("/base.raw", "qcow2")],
     ["./a:b.raw", "", file("/images/a:b.raw")],
     ["/a:b", "file", file("/a:b", "raw")],

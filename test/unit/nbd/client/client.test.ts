@@ -71,7 +71,7 @@ describe("NBD URIs", () => {
     expect(codeOf("nbd+vsock://1/")).toBe("UNSUPPORTED");
     expect(codeOf("nbd+unix:///disk")).toBe("USAGE");
     expect(codeOf("nbd+unix://host/disk?socket=/s")).toBe("USAGE");
-    expect(codeOf("nbd:///disk")).toBe("USAGE");
+    expect(codeOf("nbd:/disk")).toBe("USAGE");
     expect(codeOf("nbd://host/%ZZ")).toBe("USAGE");
     expect(codeOf("http://host/")).toBe("USAGE");
     expect(codeOf("/a/path")).toBe("USAGE");
