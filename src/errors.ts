@@ -37,6 +37,10 @@ export interface ErrorDetails {
   cause?: unknown;
 }
 
+/**
+ * The one error that users see: what it is about, what is wrong, what to do. Any thread; crosses threads as
+ * ErrorDetails.
+ */
 export class CowcatcherError extends Error {
   readonly code: ErrorCode;
   readonly object: string;
@@ -136,6 +140,7 @@ export function toCowcatcherError(value: unknown, object = "cowcatcher"): Cowcat
   return new CowcatcherError({ code: "INTERNAL", object, problem: messageOf(value), cause: value });
 }
 
+/** The errno name ("ENOENT") of whatever was thrown, where it has one. */
 export function errnoOf(value: unknown): string | undefined {
   if (value instanceof CowcatcherError) return value.errno;
   if (typeof value !== "object" || value === null || !("code" in value)) return undefined;
@@ -143,6 +148,7 @@ export function errnoOf(value: unknown): string | undefined {
   return typeof code === "string" && /^E[A-Z0-9]+$/.test(code) ? code : undefined;
 }
 
+/** The text of whatever was thrown: an Error's message, else the value as text. */
 export function messageOf(value: unknown): string {
   return value instanceof Error ? value.message : String(value);
 }

@@ -71,10 +71,12 @@ export function formatDuration(ms: number): string {
   return hours > 0 ? `${hours}:${two(minutes)}:${two(seconds % 60)}` : `${minutes}:${two(seconds % 60)}`;
 }
 
+/** The next multiple of `multiple` from `value` on. Exact up to 2^53 - 1. */
 export function roundUp(value: number, multiple: number): number {
   return Math.ceil(value / multiple) * multiple;
 }
 
+/** The last multiple of `multiple` up to `value`. Exact up to 2^53 - 1. */
 export function roundDown(value: number, multiple: number): number {
   return Math.floor(value / multiple) * multiple;
 }

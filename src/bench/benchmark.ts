@@ -69,6 +69,10 @@ export interface PhaseResult {
 const DISK = "disk";
 const JOB = "bench";
 
+/**
+ * Three phases on a test disk: no backup, an unbuffered one, a buffered one. Removes what it made, whatever
+ * ends it. Main thread.
+ */
 export class Benchmark {
   readonly #settings: BenchSettings;
   readonly #onStep: (step: string) => void;

@@ -27,6 +27,7 @@ export interface ControlServerSettings {
   version?: string | undefined;
 }
 
+/** Listens on the control socket and serves QMP on it, to several clients at once. Main thread only. */
 export class ControlServer {
   readonly #logger: Logger;
   readonly #context: CommandContext;

@@ -30,6 +30,10 @@ const PIECE_BYTES = 1 * GiB;
 /** The longest time of a timer. */
 const TIMER_MS_MAX = 2 ** 31 - 1;
 
+/**
+ * A served disk: passes a guest's requests to its image, through the interceptors of the jobs that run, and
+ * closes its gate for T0. Main thread only; ranges in bytes, checked by the caller.
+ */
 export class DiskNode implements BlockDevice {
   readonly name: string;
   readonly sizeBytes: number;

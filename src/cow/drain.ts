@@ -34,6 +34,9 @@ import {
 
 export type DrainOptions = DrainIoOptions & ChunkCopyOptions;
 
+/**
+ * One worker's walk over the chunks: urgent ones first, then the sweep. Worker threads, one instance each.
+ */
 export class Drainer {
   readonly #options: DrainOptions;
   readonly #shared: SharedState;

@@ -76,6 +76,10 @@ const RECHECK_MS = 100;
 /** Captured at a stretch, about 10 ms with a cold buffer; a longer request goes on in the next turn of the event loop. */
 const CHUNKS_PER_TURN = 4;
 
+/**
+ * Saves the T0 content of blocks before a guest write changes them. Main thread only; ranges in bytes of
+ * the disk.
+ */
 export class Interceptor {
   readonly counters: GuestWaitCounters = {
     captureCount: 0,

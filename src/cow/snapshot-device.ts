@@ -48,6 +48,10 @@ const READ_OVER_BLOCKS = 8;
 /** Looked through for captures by one status request: 64 GiB, some 0.1 ms. */
 const STATUS_CHUNKS_MAX = 65_536;
 
+/**
+ * The disk as at T0, read-only: the image with the captures laid over it. Main thread only; every request
+ * rejects with IO once the view is lost.
+ */
 export class SnapshotDevice implements BlockDevice {
   readonly name: string;
   readonly sizeBytes: number;

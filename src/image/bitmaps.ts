@@ -50,6 +50,7 @@ export async function readChanges(image: Image, name: string): Promise<DirtyBitm
   return bitmap;
 }
 
+/** The error NOT_FOUND for a bitmap that none of the images has; names those that they have. */
 export function noBitmap(images: readonly Image[], name: string): CowcatcherError {
   return new CowcatcherError({
     code: "NOT_FOUND",

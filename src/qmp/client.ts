@@ -30,6 +30,10 @@ interface PendingCommand {
   timer: NodeJS.Timeout;
 }
 
+/**
+ * A client of a QMP socket: one command at a time, events as they come. Main thread only; every wait has a
+ * limit; rejects with QmpError, IO or PROTOCOL.
+ */
 export class ControlClient {
   readonly path: string;
   readonly #socket: Socket;

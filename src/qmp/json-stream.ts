@@ -42,6 +42,10 @@ const enum Mode {
   Token,
 }
 
+/**
+ * Splits a byte stream into JSON objects by balanced braces. @throws through its handler PROTOCOL or LIMIT,
+ * by the bounds on length and depth.
+ */
 export class JsonStream {
   readonly #limits: JsonStreamLimits;
   #mode = Mode.Idle;

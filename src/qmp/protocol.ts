@@ -23,6 +23,7 @@ export const ANSWER_LIMITS = { maxBytes: 16 * 1024 * 1024, maxDepth: 64 };
 
 export type JsonObject = Record<string, unknown>;
 
+/** Whether a value is a JSON object: no array, not null. */
 export function isJsonObject(value: unknown): value is JsonObject {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
@@ -48,10 +49,12 @@ export class QmpError extends CowcatcherError {
   }
 }
 
+/** An error of QEMU's class GenericError. */
 export function genericError(desc: string): QmpError {
   return new QmpError("GenericError", desc);
 }
 
+/** The error for what QEMU has and this version has not, by name; code UNSUPPORTED. */
 export function notSupported(what: string): QmpError {
   return new QmpError("GenericError", `${what} is not supported by this version`, { code: "UNSUPPORTED" });
 }
@@ -75,6 +78,7 @@ export function errorFromAnswer(answer: unknown, object: string): QmpError {
   return new QmpError(known, text, detailsFromWire(details) ?? { object });
 }
 
+/** An error as the `x-cowcatcher` object that `errorFromWire` reads. */
 export function errorToWire(error: CowcatcherError): JsonObject {
   const { code, object, problem, hint, offsetBytes, errno } = error;
   return { code, object, problem, hint, offset: offsetBytes, errno };

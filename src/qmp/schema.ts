@@ -76,6 +76,7 @@ export function positiveUpTo(max: number): Type<number> {
 
 export const size = upTo(Number.MAX_SAFE_INTEGER);
 
+/** One of these texts. */
 export function oneOf<const T extends string>(values: readonly T[]): Type<T> {
   return {
     check(value, path) {
@@ -89,6 +90,7 @@ export function oneOf<const T extends string>(values: readonly T[]): Type<T> {
   };
 }
 
+/** An array of that type. */
 export function list<T>(element: Type<T>): Type<T[]> {
   return {
     check(value, path) {
@@ -98,6 +100,7 @@ export function list<T>(element: Type<T>): Type<T[]> {
   };
 }
 
+/** An object of these members and no others. */
 export function object<M extends Members>(members: M): Type<Arguments<M>> {
   return {
     check(value, path) {
@@ -115,6 +118,7 @@ export const anyObject: Type<Record<string, unknown>> = {
   },
 };
 
+/** A member that may be left out. */
 export function optional<T>(type: Type<T>): Optional<T> {
   return { optional: true, check: (value, path) => type.check(value, path) };
 }

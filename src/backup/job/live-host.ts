@@ -23,6 +23,7 @@ const MAX_JOBS = 64;
 /** A cancelled start gives up its workers after one such time, their threads after another, then its target goes. */
 const UNDO_MS_MAX = 2 * ABORT_GRACE_MS + 1_000;
 
+/** The jobs of a server: starts them at one T0, lists them, ends them with the process. Main thread only. */
 export class LiveHost implements JobHost {
   readonly #nodes: ReadonlyMap<string, DiskNode>;
   readonly #jobs = new Map<string, ListedJob>();

@@ -30,6 +30,10 @@ const BOUNCE_BYTES = 256 * KiB;
 /** Some more than libuv has threads by default, so that each thread finds its next request filled already. */
 const BOUNCE_COUNT = 16;
 
+/**
+ * A file that is open with O_DIRECT, for requests of any alignment, in bytes. Main thread only; rejects
+ * with CowcatcherError IO or NO_SPACE.
+ */
 export class DirectFile {
   private readonly ranges = new RangeLock();
   private readonly bounces = new BouncePool();

@@ -167,6 +167,10 @@ async function clearAutoclear(header: Qcow2Header, file: QcowFile): Promise<void
   await file.sync();
 }
 
+/**
+ * An open qcow2 image: guest reads, writes, zeroes, discards and flushes, in bytes. Main thread only.
+ * Follows docs/interop/qcow2.rst of qemu/qemu.
+ */
 export class Qcow2Image implements Image {
   readonly format = "qcow2";
   readonly path: string;

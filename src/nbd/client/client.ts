@@ -77,6 +77,10 @@ const HANG_UP_TIMEOUT_MS = 5_000;
 /** How often the age of the requests in flight is looked at. */
 const WATCH_MS = 100;
 
+/**
+ * One connection to an NBD export, many requests in flight. One thread, that with the event loop it was
+ * made in; rejects with CowcatcherError. Follows doc/proto.md.
+ */
 export class NbdClient {
   /** What errors call the export: its URI. */
   readonly name: string;

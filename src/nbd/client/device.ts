@@ -82,6 +82,9 @@ export async function openNbdImage(uri: string, options: OpenNbdOptions): Promis
   }
 }
 
+/**
+ * An NBD export as an image: raw, read and written through a session that connects again. Main thread only.
+ */
 export class NbdImage implements Image {
   readonly path: string;
   readonly name: string;

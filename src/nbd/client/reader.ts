@@ -16,6 +16,10 @@ import { NbdSession } from "./session.js";
 import { ExtentReader } from "./extent-map.js";
 import { parseNbdUri } from "../wire/uri.js";
 
+/**
+ * A worker's reader of an NBD export at T0, on a connection of its own. One worker thread; ranges in bytes
+ * within the export.
+ */
 export class NbdSourceReader implements SourceReader {
   readonly sizeBytes: number;
   readonly #uri: string;

@@ -32,6 +32,7 @@ export interface NbdSessionOptions extends NbdClientOptions {
   isCancelled?: () => boolean;
 }
 
+/** A client that connects again when its connection is lost, a stated number of times. One thread. */
 export class NbdSession {
   readonly #options: NbdSessionOptions;
   /** Called with each connection after the first, before anybody else has it; what it throws, all who wait get. */

@@ -59,6 +59,10 @@ export const digestOfSample: PieceDigest = (buffer, from, to) => {
   return (hash ^ (buffer[to - 1] ?? 0)) >>> 0;
 };
 
+/**
+ * What a server has answered but not flushed, to be written again after a lost connection. One thread;
+ * bounded.
+ */
 export class UnflushedWrites {
   readonly #bounds: UnflushedBounds;
   readonly #units = new Map<number, Piece[]>();

@@ -23,6 +23,7 @@ export interface NbdServerOptions {
   tls?: TlsCredentials | undefined;
 }
 
+/** Serves exports on listening sockets. Main thread only. Follows doc/proto.md. */
 export class NbdServer {
   private readonly options: NbdServerOptions;
   private readonly connections = new Set<Connection>();

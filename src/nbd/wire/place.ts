@@ -40,6 +40,7 @@ export async function listenerKeys(place: NbdPlace): Promise<ReadonlySet<string>
   return new Set([...reached, ...loopbacks].map((address) => tcpKey(address, port)));
 }
 
+/** Whether the two sets of places share one: two addresses may then be one server. */
 export function haveCommon(a: ReadonlySet<string>, b: ReadonlySet<string>): boolean {
   for (const key of a) if (b.has(key)) return true;
   return false;

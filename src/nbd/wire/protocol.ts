@@ -140,6 +140,7 @@ export function readUint64(view: DataView, at: number): number {
   return view.getUint32(at) * TWO_TO_32 + view.getUint32(at + 4);
 }
 
+/** Stores a value up to 2^53 - 1 as eight bytes, big-endian, as everything on the wire is. */
 export function writeUint64(view: DataView, at: number, value: number): void {
   view.setUint32(at, Math.floor(value / TWO_TO_32));
   view.setUint32(at + 4, value % TWO_TO_32);

@@ -19,6 +19,10 @@ type Compress = (
   capacityBytes: number,
 ) => number;
 
+/**
+ * Compresses clusters one after another with one context. The thread's own that made it; close() gives the
+ * library's memory back.
+ */
 export class Compressor {
   /** See Compress. @throws RangeError where the library fails, which for whole clusters it does not. */
   readonly run: Compress;
