@@ -112,7 +112,8 @@ function laneBuffers(
   source: SourceDescription,
 ): Uint8Array[] {
   const buffers = [chunkBuffer];
-  if (source.format !== "nbd" && target.format !== "nbd") return buffers;
+  // Standard output takes the disk in order, so one chunk at a time.
+  if (target.format === "stdout" || (source.format !== "nbd" && target.format !== "nbd")) return buffers;
   // Such a source is read by blocking calls, best into memory that is in the cache still.
   if (target.format !== "nbd" && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri)))
     return buffers;

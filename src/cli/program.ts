@@ -15,7 +15,7 @@ import {
 import { reportError } from "./output/report.js";
 import type { Environment } from "./output/context.js";
 import { asReportedError, isFinishedRequest } from "./options/usage-errors.js";
-import { usageError } from "./options/options.js";
+import { STDIO, usageError } from "./options/options.js";
 import { packageVersion } from "./version.js";
 
 export interface ProgramIo {
@@ -108,5 +108,7 @@ function fail(thrown: unknown, argv: readonly string[], io: ProgramIo, { context
 function earlyOutput(argv: readonly string[], { stdout, stderr }: ProgramIo): OutputSettings {
   const end = argv.indexOf("--");
   const json = (end < 0 ? argv : argv.slice(0, end)).includes("--json");
-  return { json, quiet: false, progress: undefined, stdout, stderr };
+  // Whoever reads a disk from there must not take this for a part of it.
+  const isForData = argv.includes(STDIO);
+  return { json, quiet: false, progress: undefined, stdout: isForData ? stderr : stdout, stderr };
 }

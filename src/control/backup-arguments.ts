@@ -153,7 +153,8 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
 function targetName(target: string): string {
   if (target === "") throw genericError("The 'file' block driver requires a file name");
   if (target.includes("\0")) throw genericError("Parameter 'target' must not contain a NUL character");
-  return target;
+  // A path, as in QEMU: never this server's standard output.
+  return target === "-" ? "./-" : target;
 }
 
 function targetFormat(format: string | undefined, disk: DiskInfo): ImageFormat {

@@ -6,7 +6,7 @@ import type { Compression } from "../image/qcow2/format/compression.js";
 
 export interface TargetOptions {
   /** Final path; the file is written beside it under a temporary name. "null:" throws all data away;
-   *  an NBD URI names an export, which is written in place. */
+   *  "-" is standard output; an NBD URI names an export, which is written in place. */
   path: string;
   format: ImageFormat;
   sizeBytes: number;
@@ -88,6 +88,13 @@ export interface NullTargetDescription {
   name: string;
 }
 
+export interface StdoutTargetDescription {
+  format: "stdout";
+  name: string;
+  fd: number;
+  sizeBytes: number;
+}
+
 export interface NbdTargetDescription {
   format: "nbd";
   name: string;
@@ -105,4 +112,8 @@ export interface NbdTargetDescription {
 }
 
 export type TargetDescription =
-  RawTargetDescription | Qcow2TargetDescription | NullTargetDescription | NbdTargetDescription;
+  | RawTargetDescription
+  | Qcow2TargetDescription
+  | NullTargetDescription
+  | NbdTargetDescription
+  | StdoutTargetDescription;

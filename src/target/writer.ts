@@ -5,6 +5,7 @@ import { NullWriter } from "./null.js";
 import { CompressingWriter } from "./qcow2/compressing.js";
 import { Qcow2Writer } from "./qcow2/writer.js";
 import { RawWriter } from "./file/raw.js";
+import { StdoutWriter } from "./stdout.js";
 import type { TargetDescription } from "./target.js";
 import type { TargetWriter } from "../cow/target-writer.js";
 
@@ -22,6 +23,8 @@ export function openTarget(
         : new CompressingWriter(description, description.compression);
     case "null":
       return new NullWriter();
+    case "stdout":
+      return new StdoutWriter(description, isCancelled);
     case "nbd":
       return new NbdTargetWriter(description, isCancelled);
   }

@@ -15,6 +15,7 @@ import { overlap, type Storage, storageAt, storageOfFd } from "../../block/file/
 import { haveCommon, listenerKeys, type NbdPlace, resolveExport, sameExport } from "../../nbd/wire/place.js";
 import { isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
+import { STDOUT_FD, STDOUT_TARGET_PATH } from "../../target/stdout.js";
 
 export interface ImageInUse {
   image: Image;
@@ -44,7 +45,7 @@ interface Part {
 export async function refuseImageAsTarget(target: string, inUse: InUse): Promise<void> {
   if (target === NULL_TARGET_PATH) return;
   if (isNbdUri(target)) return refuseExport(target, inUse);
-  const storage = await storageAt(target);
+  const storage = target === STDOUT_TARGET_PATH ? await storageOfFd(STDOUT_FD) : await storageAt(target);
   if (storage === null) return;
   for (const { image, isSource } of inUse.images) {
     for (const part of await partsOf(image)) {

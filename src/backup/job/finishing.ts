@@ -54,7 +54,8 @@ export class Finishing {
   async #verify(): Promise<void> {
     const { geometry, digests } = this.#shared.buffers;
     const { unfinishedPath, name, description } = this.#target;
-    if (digests === undefined || unfinishedPath === null || description.format === "null") return;
+    if (digests === undefined || unfinishedPath === null) return;
+    if (description.format === "null" || description.format === "stdout") return;
     this.#check = new VerifyRun({
       geometry,
       digests,

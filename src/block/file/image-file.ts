@@ -4,6 +4,7 @@ import { constants } from "node:fs";
 import type { Stats } from "node:fs";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import { openFile, statPath } from "./fileio.js";
+import { refuseReadOnlyDevice } from "./read-only-device.js";
 
 /**
  * Opens a regular file or a block device; nothing else can be an image.
@@ -15,7 +16,9 @@ export async function openImageFile(
 ): Promise<number> {
   try {
     // Before opening: to open a FIFO would wait for its other end.
-    assertImageFile(imagePath, await statPath(imagePath));
+    const stats = await statPath(imagePath);
+    assertImageFile(imagePath, stats);
+    if (!readOnly) await refuseReadOnlyDevice(imagePath, stats);
     const access = readOnly ? constants.O_RDONLY : constants.O_RDWR;
     return await openFile(imagePath, access | (direct ? constants.O_DIRECT : 0));
   } catch (error) {

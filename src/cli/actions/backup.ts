@@ -13,9 +13,9 @@ import type {
   LiveDiskSettings,
   OfflineBackupSettings,
 } from "../options/backup-options.js";
-import { type CommandContext, printLine } from "../output/context.js";
+import { type CommandContext, keepStdoutForData, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { usageError } from "../options/options.js";
+import { STDIO, usageError } from "../options/options.js";
 import { createProgressView } from "../progress/create-view.js";
 import type { JobInfo, JobResult, ProgressView } from "../progress/view.js";
 import { onInterrupt } from "../signals.js";
@@ -34,6 +34,7 @@ export async function runOfflineCopy(
   settings: OfflineBackupSettings,
   context: CommandContext,
 ): Promise<number> {
+  if (settings.job.target === STDIO) keepStdoutForData(context);
   const view = await createProgressView(context.output);
   const info: JobInfo = {
     jobId: context.command,

@@ -7,9 +7,11 @@ import {
   fsyncSync,
   ftruncateSync,
   openSync,
+  promises,
   rmSync,
   statSync,
 } from "node:fs";
+import { dirname, resolve } from "node:path";
 import { ioError } from "../../errors.js";
 import type { ImageFormat } from "../../block/format.js";
 import { acquireImageLock } from "../../block/file/locks.js";
@@ -17,11 +19,13 @@ import { resolveDataFile } from "../../image/external-data.js";
 import { SECTOR_BYTES, endOfLastSector } from "../../image/last-sector.js";
 import { openImage, resolveBackingPath } from "../../image/open.js";
 import { createQcow2, createRaw, planQcow2 } from "../../image/qcow2/create/create.js";
+import { refuseDeviceFolder } from "../../target/file/destination.js";
 import { parseSize, roundUp } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { parseFormatOptions, type FormatOptions } from "../options/create-options.js";
 import { EXIT } from "../output/exit-codes.js";
-import { formatByExtension, refuseExport, unsupported, usageError } from "../options/options.js";
+import { targetFormatOf } from "../options/target-format.js";
+import { refuseExport, unsupported, usageError } from "../options/options.js";
 
 export interface CreateFlags {
   format?: ImageFormat;
@@ -42,6 +46,7 @@ export async function runCreate(
   flags: CreateFlags,
   { output }: CommandContext,
 ): Promise<number> {
+  await refuseNewDevice(path);
   const image = await plan(path, sizeText, flags);
   write(image);
   if (output.json) printJsonDocument(output, createDocument(image));
@@ -49,8 +54,15 @@ export async function runCreate(
   return EXIT.done;
 }
 
+async function refuseNewDevice(path: string): Promise<void> {
+  if (statSync(path, { throwIfNoEntry: false }) !== undefined) return;
+  // Where there is no such folder, to create the file says so.
+  const folder = await promises.realpath(dirname(resolve(path))).catch(() => undefined);
+  if (folder !== undefined) await refuseDeviceFolder(path, folder);
+}
+
 async function plan(path: string, sizeText: string | undefined, flags: CreateFlags): Promise<NewImage> {
-  const format = flags.format ?? formatByExtension(path) ?? "raw";
+  const format = targetFormatOf(path, flags.format, "-f") ?? "raw";
   const options = parseFormatOptions(flags.options, format);
   const backingFile = flags.backingFile ?? options.backingFile;
   const backingFormat = flags.backingFormat ?? options.backingFormat;

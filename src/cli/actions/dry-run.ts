@@ -10,14 +10,16 @@ import { resolveDestination } from "../../target/file/destination.js";
 import type { OfflineBackupSettings } from "../options/backup-options.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { isNbdUri, NULL_TARGET, usageError } from "../options/options.js";
+import { isNbdUri, NULL_TARGET, STDIO, usageError } from "../options/options.js";
 
 export async function runDryRun(
   settings: OfflineBackupSettings,
   { output }: CommandContext,
 ): Promise<number> {
   const { source, sourceFormat, snapshot, job: given } = settings;
-  if (given.target === NULL_TARGET) throw usageError("--dry-run", "null: stores nothing", "name a target");
+  if (given.target === NULL_TARGET || given.target === STDIO) {
+    throw usageError("--dry-run", `${given.target} stores nothing`, "name a target");
+  }
   const image = await openImage(source, {
     format: sourceFormat,
     readOnly: true,

@@ -19,8 +19,9 @@ export function addBackup(program: Command, run: RunCommand): void {
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
     notes:
-      "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away. Without --control no one\n" +
-      "else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
+      "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away, or -, standard output,\n" +
+      "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
+      "redirected from a file. Files of this name are ./-. Without --control no one else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
       "What is about the guest's writes (the buffer, the spill, --guest-timeout, --on-cbw-error) goes with it alone.\n" +
       "With --sync top the backup holds what SOURCE's own layer does, and builds on what SOURCE builds on (or on -b).\n" +
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +

@@ -1,6 +1,6 @@
 import type { Command } from "commander";
 import type { CreateFlags } from "../actions/create.js";
-import { formatOption, parseLocalImage, textOption } from "../options/options.js";
+import { formatOption, parseLocalImage, pathOption } from "../options/options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 export function addCreate(program: Command, run: RunCommand): void {
@@ -17,7 +17,7 @@ export function addCreate(program: Command, run: RunCommand): void {
     .argument("<IMAGE>", "path of the image")
     .argument("[SIZE]", "size of the disk")
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (by IMAGE's extension, else raw)"))
-    .addOption(textOption("-b, --backing-file <FILE>", "backing file"))
+    .addOption(pathOption("-b, --backing-file <FILE>", "backing file"))
     .addOption(formatOption("-F, --backing-format <FMT>", "format of the backing file: raw or qcow2"))
     .option("-o, --options <NAME=VALUE,...>", "options of the format", (text: string, earlier?: string) =>
       earlier === undefined ? text : `${earlier},${text}`,

@@ -1,7 +1,7 @@
 // What the definitions of all commands share: help with exit codes and examples, the options that every command takes.
 import { Option, type Command } from "commander";
 import { DEFAULT_LOG_LEVEL, LOG_LEVELS, type LogLevel } from "../../log-levels.js";
-import { choiceOption, textOption } from "../options/options.js";
+import { choiceOption, pathOption } from "../options/options.js";
 import type { CommandContext } from "../output/context.js";
 import { exitCodesHelp, type CommandName } from "../output/exit-codes.js";
 
@@ -46,7 +46,7 @@ export function addCommonOptions(command: Command): Command {
     .addOption(new Option("-p, --progress", "report progress, on a terminal or not"))
     .option("--no-progress", "report no progress")
     .option("-q, --quiet", "nothing but errors and what was asked for")
-    .addOption(textOption("--log-file <FILE>", "append the log to FILE (stderr)"))
+    .addOption(pathOption("--log-file <FILE>", "append the log to FILE (stderr)"))
     .addOption(
       choiceOption("--log-level <LEVEL>", `${LOG_LEVELS.join(", ")} (${DEFAULT_LOG_LEVEL})`, LOG_LEVELS),
     );

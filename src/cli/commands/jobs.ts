@@ -1,5 +1,5 @@
 import type { Command } from "commander";
-import { textOption } from "../options/options.js";
+import { pathOption } from "../options/options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 export function addJobs(program: Command, run: RunCommand): void {
@@ -16,7 +16,7 @@ export function addJobs(program: Command, run: RunCommand): void {
     .argument("[ACTION]", "cancel, pause, resume or set-speed (list the jobs)")
     .argument("[ID]", "the job")
     .argument("[SIZE]", "for set-speed: bytes a second, 0 for no limit")
-    .addOption(textOption("--control <SOCK>", "control socket of the server").makeOptionMandatory());
+    .addOption(pathOption("--control <SOCK>", "control socket of the server").makeOptionMandatory());
   addCommonOptions(command).action(
     (
       action: string | undefined,

@@ -8,11 +8,13 @@ export function addRestore(program: Command, run: RunCommand): void {
     summary: "write a backup, and what it builds on, to an image or a device",
     usage: "[options] BACKUP TARGET",
     notes:
-      "A TARGET without an extension, such as a device, gets BACKUP's format: give -O raw to restore a disk to a device.",
+      "A device and - (standard output) get the disk itself (raw), a file what its extension says, else BACKUP's format.\n" +
+      "With - the disk goes to standard output in order, and messages to standard error. BACKUP may be - where standard\n" +
+      "input is redirected from a file. Files of this name are ./-.",
     examples: [
       "cowcatcher restore /backup/vm1.qcow2 disk.qcow2",
-      "cowcatcher restore --force --verify /backup/vm1.qcow2 disk.img",
-      "cowcatcher restore /backup/vm1.qcow2 nbds://host/disk",
+      "cowcatcher restore --force --verify /backup/vm1.qcow2 /dev/vg/vm1",
+      "cowcatcher restore /backup/vm1.qcow2 - | ssh host 'dd of=/dev/vg/vm1 bs=1M'",
     ],
   })
     .argument("<BACKUP>", "path of the backup, or an NBD URI")

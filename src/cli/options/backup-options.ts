@@ -15,19 +15,22 @@ import {
   choiceOption,
   countOption,
   durationOption,
-  formatByExtension,
   formatOption,
-  isNbdUri,
   listWords,
   bufferSizeOption,
   parseImage,
   parseText,
   sizeOption,
+  pathOption,
+  refuseStdio,
+  STDIO,
   textOption,
   unsupported,
   usageError,
 } from "./options.js";
 import type { BackupFlags, CopyFlags } from "./backup-flags.js";
+import { standardInput } from "./standard-input.js";
+import { targetFormatOf } from "./target-format.js";
 
 /** Job options as far as the command line can know them. */
 export type JobSettings = Omit<JobOptions, "targetFormat" | "cowBufferSizeBytes"> & {
@@ -79,7 +82,7 @@ export function addBackupOptions(command: Command): Command {
   command.parseOptions = (args) => parseOptions(separateCompress(args));
   command
     .addOption(
-      textOption("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup"),
+      pathOption("--control <SOCK>", "control socket of the `serve` that has the disk open: a live backup"),
     )
     .option(
       "--disk <NAME>",
@@ -104,7 +107,7 @@ export function addBackupOptions(command: Command): Command {
       ),
     )
     .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
-    .addOption(textOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
+    .addOption(pathOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
     .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
   addBufferOptions(command);
   return addCopyOptions(command);
@@ -120,7 +123,7 @@ function addFormatOptions(command: Command): Command {
     .addOption(
       formatOption(
         "-O, --target-format <FMT>",
-        "raw or qcow2 (by TARGET's extension, raw for an NBD URI, else the source's format)",
+        "raw or qcow2 (raw for a device, an NBD URI and -; else by TARGET's extension, else the source's format)",
       ),
     );
 }
@@ -138,7 +141,7 @@ function addBufferOptions(command: Command): void {
       choiceOption("--on-buffer-full <ACTION>", `${listWords(ON_BUFFER_FULL)} (spill)`, ON_BUFFER_FULL),
     )
     .addOption(
-      textOption(
+      pathOption(
         "--spill-dir <DIR>",
         "folder of the spill file (the target's if local, else the temporary one)",
       ),
@@ -271,13 +274,13 @@ function offlineCopy(
   if (target === undefined) throw usageError("TARGET", "is missing", `give ${sourceName} and TARGET`);
   if (rest[0] !== undefined)
     throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET`);
-  if (absoluteName(source) === absoluteName(target)) {
+  if (source !== STDIO && absoluteName(source) === absoluteName(target)) {
     throw usageError(target, "is source and target at once", "choose another target");
   }
   const job = jobSettings(target, flags);
   return {
     mode: "offline",
-    source: parseImage(source, sourceName),
+    source: source === STDIO ? standardInput(sourceName) : parseImage(source, sourceName),
     sourceFormat: flags.sourceFormat,
     job: {
       ...job,
@@ -329,21 +332,21 @@ function refuseRepeated(object: string, values: readonly string[]): void {
 }
 
 function localPath(target: string): string {
+  refuseStdio(target, "is this command's standard output, and the server writes the target");
   return target === NULL_TARGET ? target : absoluteImage(parseImage(target, "TARGET"));
 }
 
 function jobSettings(target: string, flags: BackupFlags): JobSettings {
   // What is dirty alone can only be told apart in a format that has backing files.
   const byBitmap = flags.bitmap === undefined ? undefined : "qcow2";
-  const targetFormat =
-    flags.targetFormat ?? (isNbdUri(target) ? "raw" : (byBitmap ?? formatByExtension(target)));
+  const targetFormat = targetFormatOf(target, flags.targetFormat ?? byBitmap);
   checkTargetFlags(targetFormat, flags);
   checkBufferFlags(flags);
-  if (flags.verify === true && target === NULL_TARGET) {
-    throw usageError("--verify", "null: cannot be read back", "leave it out");
+  if (flags.verify === true && (target === NULL_TARGET || target === STDIO)) {
+    throw usageError("--verify", `${target} cannot be read back`, "leave it out");
   }
   return {
-    target: target === NULL_TARGET ? target : parseImage(target, "TARGET"),
+    target: target === NULL_TARGET || target === STDIO ? target : parseImage(target, "TARGET"),
     targetFormat,
     force: flags.force ?? JOB_DEFAULTS.force,
     clusterSizeBytes: flags.clusterSize ?? JOB_DEFAULTS.clusterSizeBytes,
@@ -360,7 +363,8 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     onCbwError: flags.onCbwError ?? JOB_DEFAULTS.onCbwError,
     onSourceError: flags.onSourceError ?? JOB_DEFAULTS.onSourceError,
     onTargetError: flags.onTargetError ?? JOB_DEFAULTS.onTargetError,
-    targetRetries: flags.targetRetries ?? JOB_DEFAULTS.targetRetries,
+    // Who has ended does not read on.
+    targetRetries: target === STDIO ? 0 : (flags.targetRetries ?? JOB_DEFAULTS.targetRetries),
     direct: flags.direct ?? JOB_DEFAULTS.direct,
     verify: flags.verify ?? JOB_DEFAULTS.verify,
     bitmap: flags.bitmap,

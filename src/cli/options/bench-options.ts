@@ -4,16 +4,17 @@ import type { Command } from "commander";
 import type { BenchSettings } from "../../bench/benchmark.js";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import type { ImageFormat } from "../../block/format.js";
+import { targetFormatOf } from "./target-format.js";
 import { GiB, KiB, MiB, formatBytes } from "../../units.js";
 import {
   bufferSizeOption,
   choiceOption,
   countOption,
   durationOption,
-  formatByExtension,
   formatOption,
   sizeOption,
-  textOption,
+  pathOption,
+  refuseStdio,
   usageError,
 } from "./options.js";
 
@@ -57,7 +58,7 @@ const MAX_IN_FLIGHT_BYTES = GiB;
 export function addBenchOptions(command: Command): Command {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   return command
-    .addOption(textOption("--dir <DIR>", "folder of the test disk and of the spill (the temporary folder)"))
+    .addOption(pathOption("--dir <DIR>", "folder of the test disk and of the spill (the temporary folder)"))
     .addOption(sizeOption("--size <SIZE>", "of the test disk (1G)"))
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of the test disk (raw)"))
     .option(
@@ -87,13 +88,13 @@ export function parseBenchSettings(flags: BenchFlags): BenchSettings {
     throw usageError("--cow-buffer-size", "0 is no buffer", "the unbuffered backup is measured in any case");
   }
   if (flags.target === "") throw usageError("--target", "is empty", "give a path");
-  const byExtension = flags.target === undefined ? undefined : formatByExtension(flags.target);
+  if (flags.target !== undefined) refuseStdio(flags.target);
   return {
     dir: flags.dir ?? tmpdir(),
     sizeBytes,
     format: flags.format ?? "raw",
     target: flags.target,
-    targetFormat: flags.targetFormat ?? byExtension ?? "raw",
+    targetFormat: targetFormatOf(flags.target ?? "", flags.targetFormat) ?? "raw",
     force: flags.force ?? false,
     rateLimitBytes: flags.rateLimit ?? DEFAULTS.rateLimitBytes,
     cowBufferSizeBytes,

@@ -27,7 +27,17 @@ function longName(flags: string): string {
   return /--[\w-]+/.exec(flags)?.[0] ?? flags;
 }
 
-/** A path or a name. An empty one is a variable of a script that was not set, never what was meant. */
+/** A path; "-" means nothing here. @throws CowcatcherError USAGE, from its parser. */
+export function pathOption(flags: string, help: string): Option {
+  const name = longName(flags);
+  return new Option(flags, help).argParser((text) => {
+    if (text === STDIO)
+      throw usageError(name, "- means standard input or output", "a file of this name is ./-");
+    return parseText(text, name);
+  });
+}
+
+/** A name. An empty one is a variable of a script that was not set, never what was meant. */
 export function textOption(flags: string, help: string): Option {
   const name = longName(flags);
   return new Option(flags, help).argParser((text) => parseText(text, name));
@@ -106,8 +116,23 @@ export { isNbdUri };
 /** "null:" throws data away, as in nbdcopy. */
 export const NULL_TARGET = "null:";
 
-/** A path or an NBD URI. @throws CowcatcherError USAGE for an empty text or a wrong URI, UNSUPPORTED for vsock. */
+/** Standard input as SOURCE, standard output as TARGET, as in most tools; nowhere a file of this name. */
+export const STDIO = "-";
+
+/** @throws CowcatcherError USAGE for "-", where it means nothing. */
+export function refuseStdio(
+  text: string,
+  problem = "means standard input or output, which cannot be used here",
+): void {
+  if (text === STDIO) throw usageError(text, problem, "a file of this name is ./-");
+}
+
+/**
+ * A path or an NBD URI.
+ * @throws CowcatcherError USAGE for an empty text, "-" or a wrong URI, UNSUPPORTED for vsock.
+ */
 export function parseImage(text: string, argument = "IMAGE"): string {
+  refuseStdio(text);
   if (isNbdUri(text)) parseNbdUri(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
   refuseForeignAddress(text);

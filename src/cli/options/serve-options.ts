@@ -14,6 +14,7 @@ import {
   isNbdUri,
   parseImage,
   parseText,
+  pathOption,
   textOption,
   usageError,
 } from "./options.js";
@@ -85,7 +86,7 @@ export function addServeOptions(command: Command): Command {
 function addImageOptions(command: Command): Command {
   const buffer = formatBytes(JOB_DEFAULTS.cowBufferSizeBytes);
   return command
-    .addOption(textOption("--socket <PATH>", "listen on a Unix socket"))
+    .addOption(pathOption("--socket <PATH>", "listen on a Unix socket"))
     .addOption(
       new Option(
         "--socket-mode <MODE>",
@@ -94,7 +95,7 @@ function addImageOptions(command: Command): Command {
     )
     .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
     .addOption(textOption("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`))
-    .addOption(textOption("--control <PATH>", "control socket (QMP) for backups and jobs (none)"))
+    .addOption(pathOption("--control <PATH>", "control socket (QMP) for backups and jobs (none)"))
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
     .option("--read-only", "refuse the guest's writes")
     .option("--direct", "O_DIRECT for the images")

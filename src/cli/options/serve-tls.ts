@@ -2,7 +2,7 @@
 
 import { Option, type Command } from "commander";
 import type { TlsSettings } from "../../nbd/server/tls.js";
-import { parseChoice, textOption, usageError } from "./options.js";
+import { parseChoice, pathOption, usageError } from "./options.js";
 
 export interface TlsFlags {
   tls?: "off" | "require";
@@ -20,11 +20,11 @@ export function addTlsOptions(command: Command): Command {
       ).argParser(parseMode),
     )
     .addOption(
-      textOption("--tls-certificates <DIR>", "folder of server-cert.pem, server-key.pem and ca-cert.pem"),
+      pathOption("--tls-certificates <DIR>", "folder of server-cert.pem, server-key.pem and ca-cert.pem"),
     )
     .option("--tls-verify-peer", "accept only clients whose certificate ca-cert.pem has signed")
     .addOption(
-      textOption("--tls-psk <FILE>", "pre-shared keys: lines of USERNAME:HEXKEY, as psktool makes them"),
+      pathOption("--tls-psk <FILE>", "pre-shared keys: lines of USERNAME:HEXKEY, as psktool makes them"),
     );
 }
 

@@ -24,9 +24,14 @@ export interface OutputSettings {
 export interface CommandContext {
   readonly command: CommandName;
   readonly logger: Logger;
-  readonly output: OutputSettings;
+  output: OutputSettings;
   /** Set by `onInterrupt` at the first signal; an error thrown afterwards exits with 129, 130 or 143. */
   interruptedBy: InterruptSignal | undefined;
+}
+
+/** Standard output carries a disk: what else would go there goes to standard error. */
+export function keepStdoutForData(context: Pick<CommandContext, "output">): void {
+  context.output = { ...context.output, stdout: context.output.stderr };
 }
 
 export function printLine({ stdout }: OutputSettings, text: string): void {

@@ -3,8 +3,12 @@
 import * as fs from "node:fs";
 import { dirname, basename, join, resolve } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import { readDeviceAttribute, refuseReadOnlyDevice } from "../../block/file/read-only-device.js";
 import { closeFile, openFile } from "../../block/file/fileio.js";
 import { acquireImageLock } from "../../block/file/locks.js";
+
+const DEVICE_FOLDER = "/dev";
+const SHARED_MEMORY_FOLDER = "/dev/shm";
 
 export interface FileDestination {
   kind: "file";
@@ -23,7 +27,8 @@ export interface BlockDestination {
 export type Destination = FileDestination | BlockDestination;
 
 /**
- * @throws CowcatcherError EXISTS (without force), NOT_FOUND (no folder, a dangling link), UNSUPPORTED (neither a
+ * @throws CowcatcherError EXISTS (without force), NOT_FOUND (no folder, a dangling link, a new name among the devices),
+ * IO (EROFS: a device that is set read-only), UNSUPPORTED (neither a
  * file nor a block device), LOCKED (a file to be replaced that another program uses), IO.
  */
 export async function resolveDestination(path: string, force: boolean): Promise<Destination> {
@@ -35,11 +40,14 @@ export async function resolveDestination(path: string, force: boolean): Promise<
     throw wrongKind(path, "is a character device", "to throw the data away, the target is null:");
   }
   if (!stats.isFile() && !stats.isBlockDevice()) {
-    throw wrongKind(path, "is neither a file nor a block device", undefined);
+    const isPipe = stats.isFIFO() || stats.isSocket();
+    const hint = isPipe ? "for a stream the target is -, standard output" : undefined;
+    throw wrongKind(path, "is neither a file nor a block device", hint);
   }
   if (!force) throw existsError(path);
   const realPath = await fs.promises.realpath(path);
   if (stats.isBlockDevice()) {
+    await refuseReadOnlyDevice(path, stats);
     return { kind: "block", path: realPath, capacityBytes: await blockDeviceBytes(path, stats.rdev) };
   }
   await refuseIfInUse(path, realPath);
@@ -76,9 +84,11 @@ async function newFile(path: string): Promise<FileDestination> {
   if (/[/\\]$/.test(path)) throw wrongKind(path, "names a folder that does not exist", "name a file");
   try {
     const realFolder = await fs.promises.realpath(folder);
+    await refuseDeviceFolder(path, realFolder);
     return { kind: "file", path: join(realFolder, basename(path)), existing: null };
   } catch (error) {
     if (errnoOf(error) !== "ENOENT") throw ioError("look at the target's folder", path, error);
+    if (isBelow(DEVICE_FOLDER, folder)) throw noSuchDevice(path, error);
     throw new CowcatcherError({
       code: "NOT_FOUND",
       object: path,
@@ -87,6 +97,33 @@ async function newFile(path: string): Promise<FileDestination> {
       cause: error,
     });
   }
+}
+
+/**
+ * A file there would be taken for the device that was meant, fill the machine's memory, and go with the next start.
+ * @param folder absolute, without links
+ * @throws CowcatcherError NOT_FOUND, naming `path`
+ */
+export async function refuseDeviceFolder(path: string, folder: string): Promise<void> {
+  if (!isBelow(DEVICE_FOLDER, folder)) return;
+  // /dev/shm and the like are file systems of their own.
+  const [there, devices] = await Promise.all([fs.promises.stat(folder), fs.promises.stat(DEVICE_FOLDER)]);
+  if (there.dev === devices.dev && !isBelow(SHARED_MEMORY_FOLDER, folder))
+    throw noSuchDevice(path, undefined);
+}
+
+function isBelow(folder: string, path: string): boolean {
+  return path === folder || path.startsWith(`${folder}/`);
+}
+
+function noSuchDevice(path: string, cause: unknown): CowcatcherError {
+  return new CowcatcherError({
+    code: "NOT_FOUND",
+    object: path,
+    problem: "no such device",
+    hint: "is it activated, and spelled so? No file is made among the devices",
+    cause,
+  });
 }
 
 function wrongKind(path: string, problem: string, hint: string | undefined): CowcatcherError {
@@ -123,11 +160,8 @@ export async function lockReplaced(name: string, path: string): Promise<number |
 
 /** stat() has no size for a block device; sysfs has it, in units of 512 bytes whatever its sectors are. */
 async function blockDeviceBytes(path: string, rdev: number): Promise<number> {
-  const major = (rdev >>> 8) & 0xfff;
-  const minor = (rdev & 0xff) | ((rdev >>> 12) & 0xfff00);
   try {
-    const text = await fs.promises.readFile(`/sys/dev/block/${major}:${minor}/size`, "utf8");
-    return Number(text.trim()) * 512;
+    return Number(await readDeviceAttribute(rdev, "size")) * 512;
   } catch (error) {
     throw ioError("find the device's size", path, error);
   }
