@@ -52,6 +52,11 @@ export class ControlConnection {
     this.#send(greeting);
   }
 
+  /** It has said more than nothing. */
+  get isNegotiated(): boolean {
+    return this.#negotiated;
+  }
+
   /** @param line an event, ended by CR LF; a client that has not negotiated does not get it. */
   sendEvent(line: string): void {
     if (this.#negotiated) this.#write(line);

@@ -61,6 +61,12 @@ export class ControlServer {
   }
 
   #accept(socket: Socket): void {
+    // One that has said nothing yet keeps nobody out.
+    const silent = [...this.#clients].find((client) => !client.isNegotiated);
+    if (this.#clients.size >= CLIENT_COUNT_MAX && silent !== undefined) {
+      this.#clients.delete(silent);
+      silent.end();
+    }
     if (this.#clients.size >= CLIENT_COUNT_MAX) {
       this.#logger.warn({ limit: CLIENT_COUNT_MAX }, "refused a control client: too many are connected");
       socket.on("error", () => undefined);

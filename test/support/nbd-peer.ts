@@ -5,7 +5,7 @@ import { connect, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { BlockDevice, BlockStatus, Completion, WriteZeroesOptions } from "../../src/block/device.js";
-import { listenUnix, type NbdListener } from "../../src/nbd/server/listen.js";
+import { listenTcp, listenUnix, type NbdListener } from "../../src/nbd/server/listen.js";
 import {
   NBD_CMD_FLAG_DF,
   NBD_OPTION_MAGIC,
@@ -143,8 +143,11 @@ export class RawClient {
   private wake: (() => void) | undefined;
   readonly socket: Socket;
 
-  constructor(path: string) {
-    this.socket = connect({ path, allowHalfOpen: true });
+  constructor(place: string | { port: number; localAddress: string }) {
+    this.socket = connect({
+      ...(typeof place === "string" ? { path: place } : { host: "127.0.0.1", ...place }),
+      allowHalfOpen: true,
+    });
     this.socket.on("data", (chunk: Buffer) => {
       this.chunks.push(chunk);
       this.bufferedBytes += chunk.length;
@@ -288,7 +291,7 @@ export class TestServer {
   readonly socketPath = join(this.folder, "nbd.sock");
   readonly warnings: string[] = [];
   readonly server: NbdServer;
-  private listener: NbdListener | undefined;
+  private readonly listeners: NbdListener[] = [];
   private readonly clients: RawClient[] = [];
 
   constructor(exports: NbdExport[], maxConnections = 16, options: Partial<NbdServerOptions> = {}) {
@@ -314,8 +317,24 @@ export class TestServer {
   }
 
   async listen(): Promise<void> {
-    this.listener = await listenUnix(this.socketPath);
-    this.listener.serve(this.server);
+    const listener = await listenUnix(this.socketPath);
+    this.listeners.push(listener);
+    listener.serve(this.server);
+  }
+
+  /** Besides the Unix socket; clients of it come from whichever of the loopback addresses they are told. */
+  async listenTcp(): Promise<{ from: (localAddress: string) => RawClient }> {
+    const listener = await listenTcp("127.0.0.1", 0);
+    this.listeners.push(listener);
+    listener.serve(this.server);
+    const port = Number(listener.address.split(":")[1]);
+    return {
+      from: (localAddress) => {
+        const client = new RawClient({ port, localAddress });
+        this.clients.push(client);
+        return client;
+      },
+    };
   }
 
   get uri(): string {
@@ -340,13 +359,16 @@ export class TestServer {
       await client.option(NBD_OPT_SET_META_CONTEXT, metaData("disk", ["base:allocation"]));
     }
     const replies = await client.option(NBD_OPT_GO, goData("disk"));
-    if (replies.at(-1)?.type !== NBD_REP_ACK) throw new Error("GO was refused");
+    if (replies.at(-1)?.type !== NBD_REP_ACK) {
+      client.destroy();
+      throw new Error("GO was refused");
+    }
     return client;
   }
 
   async stop(): Promise<void> {
     for (const client of this.clients) client.destroy();
-    await this.listener?.close();
+    for (const listener of this.listeners) await listener.close();
     await this.server.close();
     rmSync(this.folder, { recursive: true, force: true });
   }

@@ -7,6 +7,8 @@ import { DiskNode } from "../../cow/disk-node.js";
 import type { Image } from "../../block/device.js";
 import { openImage } from "../../image/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
+import { openFileLimit } from "../../native/open-files.js";
+import { MAX_NEGOTIATING } from "../../nbd/server/limits.js";
 import { notifyReady } from "../../nbd/server/notify.js";
 import { NbdServer } from "../../nbd/server/server.js";
 import { loadTlsCredentials } from "../../nbd/server/tls.js";
@@ -64,6 +66,7 @@ async function serveNodes(
   const server = new NbdServer({
     exports: exports.byName,
     maxConnections: settings.maxConnections,
+    maxNegotiating: negotiatingLimit(),
     logger,
     tls,
   });
@@ -94,6 +97,11 @@ async function serveNodes(
     await server.close();
     await control.close();
   }
+}
+
+/** Clients that say nothing must leave descriptors for those that do, and for backups. */
+function negotiatingLimit(): number {
+  return Math.max(1, Math.min(MAX_NEGOTIATING, Math.floor(openFileLimit() / 4)));
 }
 
 async function listen(settings: ListenSettings): Promise<NbdListener[]> {

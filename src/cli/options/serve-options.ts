@@ -76,8 +76,9 @@ const DEFAULT_NAME = "disk";
 const DEFAULT_ADDRESS = "127.0.0.1";
 const PORT_BOUNDS = { min: 0, max: 65_535 };
 const CONNECTION_BOUNDS = { min: 1, max: 1024 };
-// A guest's device opens one, or a few with multi-conn; each costs a request buffer.
-const DEFAULT_MAX_CONNECTIONS = 16;
+// A guest's device opens one, or as many as it has queues; backups, checks and copies open some more. What a
+// connection that is idle costs is address space.
+const DEFAULT_MAX_CONNECTIONS = 128;
 
 export function addServeOptions(command: Command): Command {
   return addTlsOptions(addImageOptions(command));

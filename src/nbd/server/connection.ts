@@ -21,7 +21,7 @@ import type { Socket } from "node:net";
 import { readByCopy, readDirectly, type SocketReader } from "../wire/direct-socket.js";
 import type { NbdExport, NbdLogger } from "./export.js";
 import { Handshake } from "./handshake.js";
-import { DRAIN_TIMEOUT_MS, HANDSHAKE_TIMEOUT_MS, LINGER_MS } from "./limits.js";
+import { CLOSE_DRAIN_MS, DRAIN_TIMEOUT_MS, HANDSHAKE_TIMEOUT_MS, LINGER_MS } from "./limits.js";
 import { MAX_OPTION_BYTES, OPTION_HEADER_BYTES } from "../wire/protocol.js";
 import { ReceiveBuffer } from "./receive-buffer.js";
 import { ReplyQueue } from "./reply-queue.js";
@@ -35,6 +35,10 @@ export interface ConnectionOptions {
   logger: NbdLogger;
   /** TLS is required; undefined: it is off. */
   tls: TlsCredentials | undefined;
+  /** Asked when the client wants in: what to tell one for whom there is no place. */
+  refusal: () => string | undefined;
+  /** The negotiation has led to an export. */
+  onIn: () => void;
   /** The socket is closed and no device works for this client any more. */
   onGone: () => void;
 }
@@ -45,6 +49,7 @@ export class Connection {
   private readonly replies: ReplyQueue;
   private readonly handshake: Handshake;
   private readonly logger: NbdLogger;
+  private readonly onIn: () => void;
   private readonly onGone: () => void;
   private transmission: Transmission | undefined;
   private phase: "negotiating" | "securing" | "transmitting" | "finishing" | "closed" = "negotiating";
@@ -52,15 +57,18 @@ export class Connection {
   /** Set while a socket is read by copy. */
   private stopReading: (() => number) | undefined;
   private isShuttingDown = false;
+  private drainTimeoutMs = DRAIN_TIMEOUT_MS;
   private isEnded = false;
   private isGone = false;
   private isFlushScheduled = false;
   private isHandedOver = false;
   private timer: NodeJS.Timeout | undefined;
 
-  constructor(socket: Socket, { exports, pool, logger, tls, onGone }: ConnectionOptions) {
+  constructor(socket: Socket, options: ConnectionOptions) {
+    const { exports, pool, logger, tls } = options;
     this.logger = logger;
-    this.onGone = onGone;
+    this.onIn = options.onIn;
+    this.onGone = options.onGone;
     this.tls = tls;
     this.receive = new ReceiveBuffer(pool);
     this.socket = tls === undefined ? readDirectly(socket, this.reader) : socket;
@@ -68,7 +76,7 @@ export class Connection {
     this.replies = new ReplyQueue(pool, this.socket, () => {
       this.makeProgress();
     });
-    this.handshake = new Handshake(exports, this.replies, tls !== undefined);
+    this.handshake = new Handshake(exports, this.replies, tls !== undefined, options.refusal);
     this.listenTo(this.socket);
     this.timer = setTimeout(() => {
       this.logger.warn({}, "client did not finish its negotiation in time");
@@ -104,8 +112,10 @@ export class Connection {
     this.isShuttingDown = true;
     this.handshake.shuttingDown = true;
     this.transmission?.refuseRequests();
+    this.drainTimeoutMs = CLOSE_DRAIN_MS;
     if (this.phase === "securing") this.socket.destroy();
     else if (this.phase === "negotiating") this.finish();
+    else if (this.isEnded && this.replies.isBusy) this.cutOffAfter(CLOSE_DRAIN_MS);
     else this.makeProgress();
   }
 
@@ -137,6 +147,9 @@ export class Connection {
   /** Handles what has arrived and hands the answers to the socket. */
   private process(): void {
     const { receive } = this;
+    // A broken socket gives back its writes one by one, which look like replies that were taken. To go on with the
+    // requests at hand would be to read the disk for nobody, at the expense of those who wait.
+    if (this.socket.destroyed || this.replies.isBroken) return void (receive.start = receive.end);
     if (this.phase === "negotiating") this.negotiate();
     if (this.phase === "transmitting" && this.transmission !== undefined) {
       receive.start = this.transmission.consume(receive.slab, receive.start, receive.end);
@@ -160,6 +173,7 @@ export class Connection {
     if (outcome.kind === "transmission") {
       const { negotiated } = outcome;
       this.phase = "transmitting";
+      this.onIn();
       this.transmission = new Transmission(negotiated, receive, this.replies, this.logger, () => {
         this.scheduleProgress();
       });
@@ -260,16 +274,21 @@ export class Connection {
     if (this.isEnded || this.requestsInFlight > 0) return;
     this.isEnded = true;
     this.replies.flush();
-    this.timer = setTimeout(() => {
-      this.logger.warn({}, "client did not take its last replies in time");
-      this.socket.destroy();
-    }, DRAIN_TIMEOUT_MS);
+    this.cutOffAfter(this.drainTimeoutMs);
     this.socket.end(() => {
       clearTimeout(this.timer);
       // The client has all answers; if it has hung up too, this closes the socket, else the timer does.
       if (this.socket.readableEnded) this.socket.destroy();
       else this.linger();
     });
+  }
+
+  private cutOffAfter(timeoutMs: number): void {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => {
+      this.logger.warn({}, "client did not take its last replies in time");
+      this.socket.destroy();
+    }, timeoutMs);
   }
 
   private linger(): void {

@@ -105,6 +105,8 @@ export class Handshake {
     private readonly exports: ReadonlyMap<string, NbdExport>,
     private readonly replies: ByteSink,
     private readonly requiresTls = false,
+    /** Why the client may not enter an export now; undefined: it may. */
+    private readonly refusal: () => string | undefined = () => undefined,
   ) {}
 
   /** Sends the server's first 18 bytes. */
@@ -239,6 +241,8 @@ export class Handshake {
     if (this.replyForm === "extended") return this.drop("EXPORT_NAME after extended headers were agreed on");
     const nbdExport = this.shuttingDown ? undefined : this.findExport(name);
     if (nbdExport === undefined) return this.drop(`no export named '${name.slice(0, 100)}'`);
+    const refusal = this.refusal();
+    if (refusal !== undefined) return this.drop(refusal);
     const noZeroes = ((this.clientFlags ?? 0) & NBD_FLAG_C_NO_ZEROES) !== 0;
     const answer = Buffer.alloc(10 + (noZeroes ? 0 : EXPORT_NAME_PADDING_BYTES));
     answer.writeBigUInt64BE(BigInt(nbdExport.device.sizeBytes), 0);
@@ -267,6 +271,8 @@ export class Handshake {
     }
     const nbdExport = this.findExport(name);
     if (nbdExport === undefined) return this.fail(option, NBD_REP_ERR_UNKNOWN, "no export has this name");
+    const refusal = option === NBD_OPT_GO ? this.refusal() : undefined;
+    if (refusal !== undefined) return this.fail(option, NBD_REP_ERR_POLICY, refusal);
     const requested = new Set<number>();
     for (let i = 0; i < requestCount; i++) requested.add(cursor.uint16() ?? NBD_INFO_EXPORT);
     this.sendInfo(option, nbdExport, requested);

@@ -35,6 +35,15 @@ export const MAX_LOGGED_ERRORS = 10;
 /** Writes that may wait in a socket whose client does not read: short replies hold little memory, but each an object. */
 export const MAX_WRITES_QUEUED = 1024;
 
+/**
+ * Clients at a time that have not finished their negotiation; for a newcomer the oldest of them goes. They say nothing,
+ * or little, for nothing: they must not keep a guest from its disk, so they have no part in the places of those that
+ * are in. More than a listener's backlog, so that a burst of them does not push out a guest that came just before it.
+ */
+export const MAX_NEGOTIATING = 256;
+/** Of a server's places one address leaves one in so many to others. */
+export const PLACES_PER_RESERVED = 16;
+
 /** Options in one negotiation: a client that lists many exports asks for each. */
 export const MAX_OPTIONS = 4096;
 /** A client that has not finished its negotiation by then is dropped, so that idle sockets cannot use up the server. */
@@ -61,7 +70,9 @@ export const HOLE_SEARCH_MIN_BYTES = 64 * KiB;
 /** Chunks in one structured read; the rest is sent as data. */
 export const MAX_READ_CHUNKS = 32;
 
-/** How long `close` waits for requests in flight and for their replies to be taken. */
-export const CLOSE_TIMEOUT_MS = 10_000;
+/** How long `close` waits for requests in flight; with what follows it the server ends within 10 s. */
+export const CLOSE_TIMEOUT_MS = 8_000;
+/** How long of it for a client whose requests are all answered to take the answers. */
+export const CLOSE_DRAIN_MS = 3_000;
 /** After the last reply the client gets this long to hang up itself, so that no reply is lost to a reset. */
 export const LINGER_MS = 1_000;

@@ -18,7 +18,7 @@ import type { Slab, SlabPool } from "./slab.js";
 
 /** The part of a socket that replies need. */
 export interface ReplySocket {
-  write(bytes: Buffer, written: () => void): unknown;
+  write(bytes: Buffer, written: (error?: Error | null) => void): unknown;
   cork(): void;
   uncork(): void;
 }
@@ -26,6 +26,8 @@ export interface ReplySocket {
 export class ReplyQueue {
   /** Capacity of the slabs that this queue holds. */
   heldBytes = 0;
+  /** The socket has given a write back: nobody takes replies any more. It says so before it says that it is closed. */
+  isBroken = false;
   private current: Slab | undefined;
   private segmentStart = 0;
   private end = 0;
@@ -34,7 +36,8 @@ export class ReplyQueue {
   private writing: Slab[] = [];
   private writtenCount = 0;
   private isClosed = false;
-  private readonly onWritten = (): void => {
+  private readonly onWritten = (error?: Error | null): void => {
+    if (error !== undefined && error !== null) this.isBroken = true;
     this.written();
   };
 

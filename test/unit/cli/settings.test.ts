@@ -203,7 +203,7 @@ describe("serve", () => {
       direct: false,
       cowBufferSizeBytes: 256 * MiB,
       snapshotExport: false,
-      maxConnections: 16,
+      maxConnections: 128,
       bitmaps: [],
       tls: undefined,
     });

@@ -159,6 +159,16 @@ describe("connections", () => {
     for (const client of [...clients, refused]) client.close();
   });
 
+  it("lets clients that say nothing keep nobody out", async () => {
+    const working = await RawQmp.negotiated(path);
+    const silent = await Promise.all(Array.from({ length: 60 }, () => RawQmp.connect(path)));
+    const newcomer = await RawQmp.negotiated(path);
+    for (const client of [working, newcomer]) {
+      expect(await client.ask({ execute: "query-status" })).toHaveProperty("return");
+    }
+    for (const client of [working, newcomer, ...silent]) client.close();
+  });
+
   it("answers quit before it quits", async () => {
     const client = await RawQmp.negotiated(path);
     expect(await client.ask({ execute: "quit" })).toEqual({ return: {} });

@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, test, vi } from "vitest";
-import { CLOSE_TIMEOUT_MS } from "../../../../src/nbd/server/limits.js";
+import { CLOSE_DRAIN_MS } from "../../../../src/nbd/server/limits.js";
 import { listenUnix, type NbdListener } from "../../../../src/nbd/server/listen.js";
 import * as nbd from "../../../../src/nbd/wire/protocol.js";
 import { type NbdExport, NbdServer } from "../../../../src/nbd/server/server.js";
@@ -91,7 +91,7 @@ test("a client that takes no answers is cut off after a while", async () => {
   for (let i = 0; i < 16; i++) peer.send(requestBytes(nbd.NBD_CMD_READ, { length: 2 * MiB }));
   await vi.waitUntil(() => server.heldBytes > MiB);
   server.endExport(snapshot);
-  vi.advanceTimersByTime(CLOSE_TIMEOUT_MS - 1);
+  vi.advanceTimersByTime(CLOSE_DRAIN_MS - 1);
   expect(server.connectionCount).toBe(1);
   vi.advanceTimersByTime(1);
   vi.useRealTimers();

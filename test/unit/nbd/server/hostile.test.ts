@@ -3,6 +3,8 @@ import { readdirSync } from "node:fs";
 import { afterEach, describe, expect, test, vi } from "vitest";
 import type { Completion } from "../../../../src/block/device.js";
 import * as nbd from "../../../../src/nbd/wire/protocol.js";
+import { MAX_WARNINGS } from "../../../../src/nbd/server/bounded-log.js";
+import { CLOSE_DRAIN_MS } from "../../../../src/nbd/server/limits.js";
 import type { NbdServerOptions } from "../../../../src/nbd/server/server.js";
 import {
   goData,
@@ -212,7 +214,7 @@ test("half requests that stall hold what they have sent, and no one else", async
   await until(() => server.server.connectionCount === 1);
 });
 
-test("hundreds of connections: as many as are allowed are served, further ones hung up on, none leaks", async () => {
+test("hundreds of connections: as many as are allowed are served, further ones refused, none leaks", async () => {
   const files = openFileCount();
   const device = new MemoryDevice(64 * KiB);
   await start(device, { maxConnections: 300 });
@@ -220,7 +222,7 @@ test("hundreds of connections: as many as are allowed are served, further ones h
   while (clients.length < 300) {
     clients.push(...(await Promise.all(Array.from({ length: 50 }, () => server.client()))));
   }
-  expect((await server.connect().readToEnd()).length).toBe(0);
+  await expect(server.client()).rejects.toThrow("GO was refused");
   expect((await Promise.all(clients.map(isServed))).every((served) => served)).toBe(true);
   for (const client of clients) client.destroy();
   await until(() => server.server.connectionCount === 0);
@@ -228,6 +230,134 @@ test("hundreds of connections: as many as are allowed are served, further ones h
   await server.stop();
   await until(() => openFileCount() <= files);
 });
+
+/** What clients that never finish their negotiation have sent when they fall silent. */
+const HALF_NEGOTIATIONS: readonly Buffer[] = [
+  Buffer.alloc(0),
+  CLIENT_FLAGS.subarray(0, 2),
+  CLIENT_FLAGS,
+  Buffer.concat([CLIENT_FLAGS, optionBytes(nbd.NBD_OPT_LIST).subarray(0, 9)]),
+  Buffer.concat([CLIENT_FLAGS, optionBytes(nbd.NBD_OPT_GO, Buffer.alloc(60 * KiB)).subarray(0, 30 * KiB)]),
+  Buffer.concat([CLIENT_FLAGS, optionBytes(nbd.NBD_OPT_LIST)]),
+];
+
+describe("clients that do not finish their negotiation", () => {
+  test("keep nobody out: a newcomer is greeted and gets its disk, and the oldest of them go", async () => {
+    await start(new MemoryDevice(64 * KiB), { maxConnections: 2, maxNegotiating: 5 });
+    const guest = await server.client();
+    const silent: RawClient[] = [];
+    for (let i = 0; i < 40; i++) {
+      const client = server.connect();
+      client.send(HALF_NEGOTIATIONS[i % HALF_NEGOTIATIONS.length] ?? CLIENT_FLAGS);
+      await client.read(18);
+      silent.push(client);
+      expect(server.server.connectionCount).toBeLessThanOrEqual(7);
+    }
+    const newcomer = await server.client();
+    expect(await isServed(newcomer)).toBe(true);
+    expect(await isServed(guest)).toBe(true);
+    for (const client of silent.slice(0, 35)) await client.readToEnd();
+    expect(silent.slice(36).some((client) => client.socket.readableEnded)).toBe(false);
+    expect(new Set(server.warnings)).toEqual(
+      new Set(["a client that did not finish its negotiation made room for another"]),
+    );
+    expect(server.warnings.length).toBeLessThanOrEqual(MAX_WARNINGS);
+  });
+
+  test("of one address push out those of the same, not a guest that is on its way in from another", async () => {
+    const tcp = await startTcp({ maxNegotiating: 4 });
+    const guest = tcp.from("127.0.0.2");
+    await guest.read(18);
+    for (let i = 0; i < 20; i++) await tcp.from("127.0.0.3").read(18);
+    guest.send(CLIENT_FLAGS);
+    expect((await guest.option(nbd.NBD_OPT_GO, goData("disk"))).at(-1)?.type).toBe(nbd.NBD_REP_ACK);
+  });
+});
+
+describe("a server without a place", () => {
+  test("says so to who wants in, answers all else, and lets the same client in when there is one", async () => {
+    await start(new MemoryDevice(64 * KiB), { maxConnections: 1 });
+    const guest = await server.client();
+    const second = server.connect();
+    await second.read(18);
+    second.send(CLIENT_FLAGS);
+    const refused = await second.option(nbd.NBD_OPT_GO, goData("disk"));
+    expect(refused.map(({ type }) => type)).toEqual([nbd.NBD_REP_ERR_POLICY]);
+    expect(refused[0]?.data.toString()).toContain("--max-connections");
+    expect((await second.option(nbd.NBD_OPT_INFO, goData("disk"))).at(-1)?.type).toBe(nbd.NBD_REP_ACK);
+    const old = server.connect();
+    await old.read(18);
+    old.send(CLIENT_FLAGS, optionBytes(nbd.NBD_OPT_EXPORT_NAME, Buffer.from("disk")));
+    expect((await old.readToEnd()).length).toBe(0);
+    guest.destroy();
+    await until(() => server.server.connectionCount === 1);
+    expect((await second.option(nbd.NBD_OPT_GO, goData("disk"))).at(-1)?.type).toBe(nbd.NBD_REP_ACK);
+    expect(await isServed(second)).toBe(true);
+  });
+
+  test("keeps one in sixteen for other addresses", async () => {
+    const tcp = await startTcp({ maxConnections: 16 });
+    const enter = async (address: string): Promise<number | undefined> => {
+      const client = tcp.from(address);
+      await client.read(18);
+      client.send(CLIENT_FLAGS);
+      return (await client.option(nbd.NBD_OPT_GO, goData("disk"))).at(-1)?.type;
+    };
+    for (let i = 0; i < 15; i++) expect(await enter("127.0.0.2")).toBe(nbd.NBD_REP_ACK);
+    expect(await enter("127.0.0.2")).toBe(nbd.NBD_REP_ERR_POLICY);
+    expect(await enter("127.0.0.3")).toBe(nbd.NBD_REP_ACK);
+    expect(await enter("127.0.0.4")).toBe(nbd.NBD_REP_ERR_POLICY);
+  });
+});
+
+test("nothing more is read for a client that is gone, however much it had asked for", async () => {
+  const device = new MemoryDevice(8 * MiB);
+  await start(device);
+  const greedy = await server.client();
+  greedy.socket.pause();
+  greedy.send(...Array.from({ length: 300 }, () => requestBytes(nbd.NBD_CMD_READ, { length: 8 * MiB })));
+  await until(() => server.server.heldBytes > 40 * MiB);
+  const readCount = device.calls.length;
+  greedy.destroy();
+  await until(() => server.server.connectionCount === 0);
+  expect(device.calls.length).toBe(readCount);
+  expect(server.server.heldBytes).toBe(0);
+});
+
+test("the server's end waits three seconds for clients that sit there, whatever they are at", async () => {
+  await start(new MemoryDevice(8 * MiB));
+  for (const half of HALF_NEGOTIATIONS) server.connect().send(half);
+  const [idle, halfHeader, halfPayload, mute] = await Promise.all(
+    Array.from({ length: 4 }, () => server.client()),
+  );
+  const write = requestBytes(nbd.NBD_CMD_WRITE, { payload: Buffer.alloc(MiB) });
+  halfHeader?.send(write.subarray(0, 20));
+  halfPayload?.send(write.subarray(0, 500 * KiB));
+  mute?.socket.pause();
+  for (let i = 0; i < 50; i++) mute?.send(requestBytes(nbd.NBD_CMD_READ, { length: 8 * MiB }));
+  await until(() => server.server.heldBytes > 40 * MiB);
+  // None of them hangs up by itself.
+  for (const client of [idle, halfHeader, halfPayload]) if (client) client.socket.allowHalfOpen = true;
+  vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] });
+  let isClosed = false;
+  try {
+    void server.server.close().then(() => (isClosed = true));
+    for (let turns = 0; turns < 100; turns++) await new Promise((resolve) => setImmediate(resolve));
+    vi.advanceTimersByTime(CLOSE_DRAIN_MS);
+    await turnsUntil(() => isClosed);
+  } finally {
+    vi.useRealTimers();
+  }
+  expect(server.server.connectionCount).toBe(0);
+});
+
+/** A server on TCP, and clients from any of this machine's loopback addresses. */
+async function startTcp(
+  options: Partial<NbdServerOptions>,
+): Promise<{ from: (address: string) => RawClient }> {
+  await start(new MemoryDevice(64 * KiB), options);
+  return server.listenTcp();
+}
 
 test("bad magic ends its connection alone", async () => {
   await start(new MemoryDevice(64 * KiB));
