@@ -42,10 +42,7 @@ const enum Mode {
   Token,
 }
 
-/**
- * Splits a byte stream into JSON objects by balanced braces. @throws through its handler PROTOCOL or LIMIT,
- * by the bounds on length and depth.
- */
+/** The splitter. What is wrong with the bytes, or over a limit, comes as an item, in its place; nothing is thrown. */
 export class JsonStream {
   readonly #limits: JsonStreamLimits;
   #mode = Mode.Idle;
