@@ -15,6 +15,7 @@ const ENTRIES = [
   { entry: "src/cli/main.js", chunks: "src/cli/chunk-[name]-[hash].js" },
   { entry: "workers/copy.js", chunks: undefined },
   { entry: "workers/verify.js", chunks: undefined },
+  { entry: "workers/pages.js", chunks: undefined },
 ];
 
 rmSync("dist", { recursive: true, force: true });

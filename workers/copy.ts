@@ -1,5 +1,5 @@
 // A worker of a backup: one endless task, and in a server one after another (copy-threads.ts). It opens its doors to
-// source and target, prefaults its share of the buffer, says that it is ready, and from T0 on takes chunks until none is
+// source and target, says that it is ready, and from T0 on takes chunks until none is
 // left. On the data path it meets the main thread only in shared memory; its port carries what happens once: ready,
 // begin, stopped for an error.
 
@@ -11,7 +11,6 @@ import { FAULTS_VARIABLE, withFaults } from "../src/backup/copy/faults.js";
 import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { Drainer } from "../src/cow/drain.js";
 import type { DrainStep } from "../src/cow/drain-io.js";
-import { BLOCK_BYTES } from "../src/cow/geometry.js";
 import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
 import { SpillFile } from "../src/cow/spill.js";
@@ -44,7 +43,6 @@ export default async function copy(task: CopyTask): Promise<CopyResult> {
     const shared = new SharedState(task.shared);
     const chunkBuffer = keptPages(0, shared.geometry.chunkBytes, task.target.name);
     chunkBuffer.fill(0);
-    prefault(shared, task.workerIndex, task.workerCount);
     send(port, { kind: "ready" });
     const [command] = (await once(port, "message")) as [WorkerCommand];
     if (command.kind === "begin") await copyAll(task, shared, chunkBuffer, command.source);
@@ -54,17 +52,6 @@ export default async function copy(task: CopyTask): Promise<CopyResult> {
     return { error: typed.toDetails(), stack: typed.stack };
   } finally {
     port.close();
-  }
-}
-
-/** Touches this worker's share of the slots, so that no capture pays for a page fault. */
-function prefault(shared: SharedState, workerIndex: number, workerCount: number): void {
-  const share = Math.ceil(shared.bufferBlockCount / workerCount);
-  const end = Math.min((workerIndex + 1) * share, shared.bufferBlockCount);
-  for (let block = workerIndex * share; block < end; block++) {
-    // The start may be cancelled: what is left of the buffer is nobody's then.
-    if (Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING) return;
-    Atomics.store(shared.slots, block * BLOCK_BYTES, 0);
   }
 }
 

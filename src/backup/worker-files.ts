@@ -4,5 +4,7 @@
 
 /** Copies chunks (workers/copy.ts). */
 export const COPY_WORKER = new URL("../../workers/copy.js", import.meta.url);
+/** Makes a buffer's pages ready (workers/pages.ts). */
+export const PAGES_WORKER = new URL("../../workers/pages.js", import.meta.url);
 /** Reads a target back (workers/verify.ts). */
 export const VERIFY_WORKER = new URL("../../workers/verify.js", import.meta.url);

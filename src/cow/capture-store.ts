@@ -7,6 +7,7 @@
 import { CowcatcherError } from "../errors.js";
 import type { BlockDevice } from "../block/device.js";
 import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
+import { PAGES_FRESH } from "./buffer-pages.js";
 import { HeldBlocks } from "./held-blocks.js";
 import {
   captureInfoOf,
@@ -169,6 +170,7 @@ export class CaptureStore {
       while (block + wanted < limit && !this.#held[block + wanted]) wanted++;
       const capture = this.#slots.allocate(wanted);
       const count = this.#slots.allocatedCount;
+      Atomics.store(this.#shared.pageMarks, PAGES_FRESH, this.#slots.freshSlotCount);
       work.captures.push(capture, captureInfoOf(block, count));
       this.#readBlocks(work, this.#shared.slots, capture * BLOCK_BYTES, count, base + block * BLOCK_BYTES);
       block += count;

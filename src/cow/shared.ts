@@ -41,6 +41,7 @@
 // 128 MiB for digests (digests.ts).
 
 import { allocateDigests, ClusterDigests } from "./digests.js";
+import { newPageWords } from "./buffer-pages.js";
 import { BLOCKS_PER_SLOT, BLOCK_BYTES, type Geometry } from "./geometry.js";
 
 export const PENDING = 0;
@@ -103,6 +104,8 @@ export interface SharedBuffers {
   /** The copy-before-write buffer itself, page-aligned; may be longer than bufferBytes (it is recycled). */
   slots: SharedArrayBuffer;
   bufferBytes: number;
+  /** Which of its pages are ready; see buffer-pages.ts. */
+  pageWords: SharedArrayBuffer;
   /** Only where the target is read back afterwards; see digests.ts. */
   digests?: SharedArrayBuffer | undefined;
 }
@@ -123,6 +126,7 @@ export class SharedState {
   readonly captureInfo: Int32Array;
   readonly slots: Uint8Array;
   readonly bufferBlockCount: number;
+  readonly pageMarks: Int32Array;
   /** [the worker that took the cluster] null without --verify. */
   readonly digests: ClusterDigests | null;
   readonly #urgentPeriod: number;
@@ -141,6 +145,7 @@ export class SharedState {
     this.captureInfo = new Int32Array(buffers.captureInfo);
     this.slots = new Uint8Array(buffers.slots);
     this.bufferBlockCount = buffers.bufferBytes / BLOCK_BYTES;
+    this.pageMarks = new Int32Array(buffers.pageWords);
     this.digests = buffers.digests === undefined ? null : new ClusterDigests(buffers.digests);
   }
 
@@ -267,6 +272,7 @@ export function createSharedState(
   bufferBytes: number,
   withDigests = false,
   allocate = allocateAfresh,
+  pageWords = newPageWords(),
 ): SharedState {
   const words = (count: number) => allocate(4 * Math.max(1, count));
   const blockCount = bufferBytes / BLOCK_BYTES;
@@ -283,6 +289,7 @@ export function createSharedState(
     captureInfo: words(blockCount),
     slots,
     bufferBytes,
+    pageWords,
     digests: withDigests ? allocateDigests(geometry, allocate) : undefined,
   });
   shared.control[CTL_FREED_HEAD] = -1;

@@ -4,7 +4,8 @@
 // blocks of one slot: a 4 KiB guest write takes 4 KiB of the buffer, not a slot, so for small writes the buffer is
 // 16 times as deep as with whole slots. Slots are kept in 17 doubly linked classes by the length of their longest
 // free run. A request takes the smallest class that fits, and within a class the slot that was touched last, whose
-// memory is likely still in the cache. When no slot has a run that long, the caller gets the longest there is and
+// memory is likely still in the cache; slots that were never given out come last, in ascending order, as their pages
+// may not be there yet (buffer-pages.ts). When no slot has a run that long, the caller gets the longest there is and
 // splits its capture: nothing is lost to fragmentation.
 
 import { BLOCKS_PER_SLOT } from "./geometry.js";
@@ -35,6 +36,8 @@ export class SlotAllocator {
   /** Blocks in the run that `allocate` has just returned. */
   allocatedCount = 0;
   freeBlockCount: number;
+  /** Slots, from the first on, of which a block was ever given out: what lies behind has not been touched. */
+  freshSlotCount = 0;
   readonly blockCount: number;
   readonly #freeMask: Uint16Array;
   readonly #next: Int32Array;
@@ -64,6 +67,7 @@ export class SlotAllocator {
     const count = Math.min(run, wantedCount);
     this.#setMask(slot, mask & ~(((1 << count) - 1) << start));
     this.allocatedCount = count;
+    if (slot >= this.freshSlotCount) this.freshSlotCount = slot + 1;
     this.freeBlockCount -= count;
     return slot * BLOCKS_PER_SLOT + start;
   }

@@ -30,6 +30,7 @@ import { CowcatcherError, messageOf } from "../../errors.js";
 import type { SourceDescription } from "../../block/device.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
+import { PagePreparer, type PreparedMemory } from "./page-preparer.js";
 import { createCopyPool, endPool, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
@@ -39,7 +40,7 @@ import { RateMeter } from "./rate-meter.js";
 import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
 
 /** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
-const LIVE_WORKER_NICENESS = 10;
+export const LIVE_WORKER_NICENESS = 10;
 export const ABORT_GRACE_MS = 2_000;
 export interface CopyRunOptions {
   job: JobOptions;
@@ -53,7 +54,7 @@ export interface CopyRunOptions {
   sizeBytes: number;
   sourceClusterBytes: number;
   /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
-  slots: SharedArrayBuffer;
+  slots: PreparedMemory;
   bufferBytes: number;
   live: boolean;
   /** Ends the run when it is aborted before T0. */
@@ -80,6 +81,7 @@ export class CopyRun {
   readonly #pool: Piscina;
   readonly #ports: MessagePort[] = [];
   readonly #rate = new RateMeter();
+  #preparer: PagePreparer | undefined;
   #firstError: CowcatcherError | undefined;
   /** What a worker gave up with because another one had failed, whose own error may arrive later. */
   #consequence: CowcatcherError | undefined;
@@ -106,8 +108,8 @@ export class CopyRun {
   }
 
   /**
-   * Starts the workers, and for a live backup waits until each is ready: T0 is to find them at their places, with
-   * the buffer prefaulted. An offline copy has no T0 to be ready for, and the first worker there begins.
+   * Starts the workers, and for a live backup waits until each is ready: T0 is to find them at their places. The buffer's
+   * pages are made ready from now on, ahead of the captures. An offline copy has no T0 to be ready for, and the first worker there begins.
    * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
    */
   static async prepare(given: CopyRunOptions): Promise<CopyRun> {
@@ -115,7 +117,8 @@ export class CopyRun {
     const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live, allocateTable } = options;
     if (job.verify) checkReadable(target);
     const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
-    const shared = createSharedState(geometry, slots, bufferBytes, job.verify, allocateTable);
+    const { memory, pages } = slots;
+    const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages);
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
     const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
     if (options.dirty) markClean(shared, options.dirty);
@@ -143,6 +146,7 @@ export class CopyRun {
     const ready: Promise<void>[] = [];
     const tasks: Promise<CopyResult>[] = [];
     try {
+      if (live) await this.#prepareBuffer();
       for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
         const { port1, port2 } = new MessageChannel();
         this.#ports.push(port1);
@@ -166,6 +170,13 @@ export class CopyRun {
     if (live) await Promise.race([allReady, this.ended]);
     // A worker that fails before it is ready fails its task, and with it the run.
     else allReady.catch(() => {});
+  }
+
+  async #prepareBuffer(): Promise<void> {
+    const { threads, slots, bufferBytes } = this.#options;
+    if (threads === undefined || bufferBytes === 0) return;
+    this.#preparer = new PagePreparer(threads, slots, { bufferBytes, niceness: LIVE_WORKER_NICENESS });
+    await this.#letGuestGoFirst();
   }
 
   /** One thread boots at a time, as four at once took the guest's processors for 40 ms. */
@@ -226,7 +237,7 @@ export class CopyRun {
     if (this.#consequence !== undefined) this.abort(this.#consequence);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();
-    await this.#endThreads(areAlive?.every(Boolean) ?? false);
+    await Promise.all([this.#endThreads(areAlive?.every(Boolean) ?? false), this.#preparer?.stop()]);
     void all.then(() => this.spill?.close());
     if (this.#firstError) this.#settle.reject(this.#firstError);
     else this.#settle.resolve();

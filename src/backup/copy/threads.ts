@@ -15,8 +15,8 @@
 import type { Piscina } from "piscina";
 import { createCopyPool, endPool, WORKER_HEAP } from "./pool.js";
 
-/** Idle: those of four jobs of four workers. One pool is kept whatever its size. */
-const KEPT_THREADS_MAX = 16;
+/** Idle: those of four jobs of four workers and the thread that readies their buffer. One pool is kept whatever its size. */
+const KEPT_THREADS_MAX = 20;
 /** Garbage is left to lie until this is full, in each thread: with 8 MiB four threads came to hold 20 MiB more. */
 const KEPT_HEAP = { ...WORKER_HEAP, maxYoungGenerationSizeMb: 2 };
 

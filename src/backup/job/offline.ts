@@ -9,6 +9,7 @@ import { NbdImage } from "../../nbd/client/device.js";
 import { createTarget } from "../../target/create.js";
 import { openBacking } from "../guard/backing-check.js";
 import { endPool, takeCopyPool } from "../copy/pool.js";
+import { unpreparedMemory } from "../copy/page-preparer.js";
 import { CopyRun } from "../copy/run.js";
 import { Finishing } from "./finishing.js";
 import { dirtyRuns } from "../copy/incremental.js";
@@ -86,7 +87,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         target,
         sizeBytes: image.sizeBytes,
         sourceClusterBytes: image.clusterSizeBytes,
-        slots: new SharedArrayBuffer(0),
+        slots: unpreparedMemory(new SharedArrayBuffer(0)),
         bufferBytes: 0,
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,

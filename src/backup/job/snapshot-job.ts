@@ -28,12 +28,13 @@ export class SnapshotJob extends JobState implements HostedJob {
   /** @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<SnapshotJob> {
     refuseOptions(parts.options);
-    const { node, options, buffers, tables, publisher, signal } = parts;
+    const { node, options, buffers, tables, threads, publisher, signal } = parts;
     const snapshot = await Snapshot.prepare({
       node,
       options,
       buffers,
       tables,
+      threads,
       publisher,
       signal,
       onBroken: (error) => job.#end(error),

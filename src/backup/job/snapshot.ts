@@ -19,6 +19,9 @@ import { SpillFile } from "../../cow/spill.js";
 import { CowcatcherError } from "../../errors.js";
 import type { BlockDevice } from "../../block/device.js";
 import { MiB, roundUp } from "../../units.js";
+import { PagePreparer } from "../copy/page-preparer.js";
+import { LIVE_WORKER_NICENESS } from "../copy/run.js";
+import type { CopyThreads } from "../copy/threads.js";
 import type { BufferLease, BufferStore } from "../memory/buffer-store.js";
 import type { TableLease, TableStore } from "../memory/table-store.js";
 import type { SnapshotInfo } from "../host.js";
@@ -39,6 +42,7 @@ export interface SnapshotParts {
   options: JobOptions;
   buffers: BufferStore;
   tables: TableStore;
+  threads: CopyThreads;
   publisher: SnapshotPublisher | undefined;
   /** Ends its preparation. */
   signal: AbortSignal;
@@ -46,8 +50,6 @@ export interface SnapshotParts {
   onBroken(error: CowcatcherError): void;
 }
 
-/** Touched in one turn of the event loop, some 0.1 ms. */
-const PREFAULT_BYTES = 1 * MiB;
 const SMALLEST_BUFFER_BYTES = 2 * MiB;
 
 /** The export of a disk's T0 view. */
@@ -63,6 +65,7 @@ export class Snapshot {
   readonly #lease: BufferLease;
   readonly #tables: TableLease;
   readonly #spill: OpenSpill | null;
+  readonly #preparer: PagePreparer;
   #interceptor: Interceptor | undefined;
   #device: SnapshotDevice | undefined;
   #withdraw: (() => void) | undefined;
@@ -75,7 +78,9 @@ export class Snapshot {
     lease: BufferLease,
     tables: TableLease,
     spill: OpenSpill | null,
+    preparer: PagePreparer,
   ) {
+    this.#preparer = preparer;
     this.#parts = parts;
     this.#publisher = publisher;
     this.#shared = shared;
@@ -105,11 +110,16 @@ export class Snapshot {
         bufferBytes,
         false,
         tables.allocate,
+        lease.pages,
       );
-      await prefault(shared, signal);
+      signal.throwIfAborted();
       const spills = options.onBufferFull === "spill";
       const spill = spills ? await openSpillFile(options.spillDir, options.target) : null;
-      return new Snapshot(parts, publisher, shared, lease, tables, spill);
+      const preparer = new PagePreparer(parts.threads, lease, {
+        bufferBytes,
+        niceness: LIVE_WORKER_NICENESS,
+      });
+      return new Snapshot(parts, publisher, shared, lease, tables, spill, preparer);
     } catch (error) {
       lease.release();
       tables.release();
@@ -191,6 +201,7 @@ export class Snapshot {
     await this.#device?.close();
     await this.#interceptor?.idle();
     this.#spill?.close();
+    await this.#preparer.stop();
     this.#lease.release();
     this.#tables.release();
   }
@@ -200,15 +211,4 @@ export class Snapshot {
 function bufferSizeOf({ cowBufferSizeBytes }: JobOptions): number {
   const bytes = cowBufferSizeBytes === 0 ? JOB_DEFAULTS.cowBufferSizeBytes : cowBufferSizeBytes;
   return roundUp(Math.max(bytes, SMALLEST_BUFFER_BYTES), SLOT_BYTES);
-}
-
-/** Touches the slots, so that no capture pays for a page fault; piecemeal, so that no guest waits for it. */
-async function prefault({ slots, bufferBlockCount }: SharedState, signal: AbortSignal): Promise<void> {
-  const end = bufferBlockCount * BLOCK_BYTES;
-  for (let from = 0; from < end; from += PREFAULT_BYTES) {
-    const to = Math.min(from + PREFAULT_BYTES, end);
-    for (let at = from; at < to; at += BLOCK_BYTES) Atomics.store(slots, at, 0);
-    await new Promise((resolve) => setImmediate(resolve));
-    signal.throwIfAborted();
-  }
 }

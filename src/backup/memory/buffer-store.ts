@@ -1,6 +1,8 @@
-// Memory of copy-before-write buffers, kept from job to job: it is prefaulted and in the cache, and allocating it
-// afresh for each job would leave the old one to the garbage collector while the new one is filled. Main thread.
+// Memory of copy-before-write buffers, kept from job to job with the marks of which of its pages are ready: allocating it
+// afresh for each job would cost those pages again, and leave the old memory to the garbage collector meanwhile.
+// Main thread.
 
+import { newPageWords } from "../../cow/buffer-pages.js";
 import { allocatePages } from "../../cow/page-memory.js";
 import { CowcatcherError } from "../../errors.js";
 import { systemMemory, type SystemMemory } from "../../native/memory.js";
@@ -8,6 +10,8 @@ import { formatBytes } from "../../units.js";
 
 export interface BufferLease {
   memory: SharedArrayBuffer;
+  /** Which of its pages are ready (cow/buffer-pages.ts). */
+  pages: SharedArrayBuffer;
   release(): void;
 }
 
@@ -15,10 +19,15 @@ export interface BufferLease {
 const KEPT_MAX = 4;
 
 /** Of all jobs without a buffer. */
-const NO_MEMORY: BufferLease = { memory: new SharedArrayBuffer(0), release: () => undefined };
+const NO_MEMORY: BufferLease = {
+  memory: new SharedArrayBuffer(0),
+  pages: newPageWords(),
+  release: () => undefined,
+};
 
 export class BufferStore {
   #free: SharedArrayBuffer[] = [];
+  readonly #pagesOf = new WeakMap<SharedArrayBuffer, SharedArrayBuffer>();
   readonly #memoryNow: () => SystemMemory;
 
   /** @param memoryNow replaced in tests */
@@ -34,9 +43,12 @@ export class BufferStore {
     const [kept] = fitting;
     const memory = kept ?? this.#allocate(bytes);
     this.#free = this.#free.filter((other) => other !== memory);
+    const pages = this.#pagesOf.get(memory) ?? newPageWords();
+    this.#pagesOf.set(memory, pages);
     let released = false;
     return {
       memory,
+      pages,
       release: () => {
         if (released) return;
         released = true;

@@ -1,0 +1,74 @@
+// The thread that makes a buffer's pages ready while a job runs (workers/pages.ts): its start and its end. Main thread.
+
+import type { Piscina } from "piscina";
+import { newPageWords, PAGES_FRESH, PAGES_READY, PAGES_STOP, type PageTask } from "../../cow/buffer-pages.js";
+import { slotCountOf } from "../../cow/shared.js";
+import { MiB } from "../../units.js";
+import { PAGES_WORKER } from "../worker-files.js";
+import { endPool } from "./pool.js";
+import type { CopyThreads } from "./threads.js";
+
+/** A thousand page faults, spread over as many captures: a thread that boots takes more of the processors. */
+const UNPREPARED_BYTES_MAX = 4 * MiB;
+
+export interface PreparedMemory {
+  memory: SharedArrayBuffer;
+  /** Its marks (buffer-pages.ts). */
+  pages: SharedArrayBuffer;
+}
+
+export interface PreparerOptions {
+  /** Of the memory, how much the job uses. */
+  bufferBytes: number;
+  /** All of it at once, whatever is captured. */
+  everything?: boolean;
+  niceness: number;
+}
+
+/** At work from its making on; `stop` ends it. A thread that fails costs captures their page faults and nothing else. */
+export class PagePreparer {
+  readonly #marks: Int32Array;
+  readonly #pool: Piscina | null = null;
+  /** Fulfilled when all pages are ready, or it was stopped. Never rejects. */
+  readonly ended: Promise<void>;
+
+  constructor(
+    private readonly threads: CopyThreads,
+    { memory, pages }: PreparedMemory,
+    { bufferBytes, everything = false, niceness }: PreparerOptions,
+  ) {
+    this.#marks = new Int32Array(pages);
+    Atomics.store(this.#marks, PAGES_FRESH, 0);
+    Atomics.store(this.#marks, PAGES_STOP, 0);
+    const slotCount = slotCountOf(bufferBytes);
+    const isReady = Atomics.load(this.#marks, PAGES_READY) >= slotCount;
+    if (isReady || bufferBytes <= UNPREPARED_BYTES_MAX) {
+      this.ended = Promise.resolve();
+      return;
+    }
+    this.#pool = threads.take(1);
+    const task: PageTask = { slots: memory, words: pages, slotCount, everything, niceness };
+    this.ended = this.#run(this.#pool, task);
+  }
+
+  /** The memory is the job's no more. Settles when no thread touches it; never rejects. */
+  stop(): Promise<void> {
+    Atomics.store(this.#marks, PAGES_STOP, 1);
+    Atomics.notify(this.#marks, PAGES_STOP);
+    return this.ended;
+  }
+
+  async #run(pool: Piscina, task: PageTask): Promise<void> {
+    try {
+      await pool.run(task, { filename: PAGES_WORKER.href });
+      this.threads.giveBack(pool);
+    } catch {
+      void endPool(pool);
+    }
+  }
+}
+
+/** Memory of which nothing is ready, for tests and for whoever has none that is kept. */
+export function unpreparedMemory(memory: SharedArrayBuffer): PreparedMemory {
+  return { memory, pages: newPageWords() };
+}
