@@ -3,6 +3,8 @@
 // An error names its object (a file, an export, an option), the byte offset where there is one, what is wrong
 // and what to do. The command line prints one line of it; the stack goes to the log at debug level.
 
+import { errnoHint, errnoKind, errnoName, errnoText } from "./errno.js";
+
 export type ErrorCode =
   | "USAGE" // the command line is wrong
   | "IO" // the operating system refused a read, a write, a flush
@@ -73,39 +75,18 @@ function describe({ object, problem, hint, offsetBytes }: ErrorDetails): string 
   return `${object}: ${problem}${where}${advice}`;
 }
 
-const NO_SPACE_ERRNOS = new Set(["ENOSPC", "EDQUOT", "EFBIG"]);
+const CODE_OF_KIND = {
+  full: "NO_SPACE",
+  missing: "NOT_FOUND",
+  limit: "LIMIT",
+  transient: "IO",
+  lasting: "IO",
+} as const;
 
-const ERRNO_TEXT: Record<string, string> = {
-  EACCES: "permission denied",
-  EPERM: "operation not permitted",
-  ENOENT: "no such file or directory",
-  EISDIR: "is a directory",
-  ENOTDIR: "a part of the path is not a directory",
-  ENOSPC: "no space left on the device",
-  EDQUOT: "disk quota exceeded",
-  EFBIG: "file too large for the file system",
-  EIO: "input/output error",
-  EROFS: "read-only file system",
-  EEXIST: "exists already",
-  EINVAL: "invalid argument",
-  ENODEV: "no such device",
-  ENXIO: "no such device or address",
-  EMFILE: "too many open files",
-  EADDRINUSE: "address in use",
-  ECONNREFUSED: "connection refused",
-  ENOMEM: "out of memory",
-  ELOOP: "too many symbolic links",
-  ENAMETOOLONG: "the name is too long",
-  ETXTBSY: "the file is being executed",
-  EBUSY: "in use",
-  EADDRNOTAVAIL: "this machine does not have the address",
-  ENOTFOUND: "no such host",
-  ECONNRESET: "the other side ended the connection",
-  EPIPE: "the other side ended the connection",
-  ETIMEDOUT: "no answer in time",
-  EHOSTUNREACH: "no way to that host",
-  ENETUNREACH: "no way to that network",
-};
+/** Whether the same call may go well the next time without anybody's doing. What has no errno may. */
+export function isTransient({ code, errno }: CowcatcherError): boolean {
+  return code === "IO" && (errno === undefined || errnoKind(errno) === "transient");
+}
 
 /**
  * Wraps what a system call threw (an error with `code` such as "EIO") into a typed error.
@@ -119,14 +100,13 @@ export function ioError(
 ): CowcatcherError {
   if (cause instanceof CowcatcherError) return cause;
   const errno = errnoOf(cause);
-  const reason = errno === undefined ? messageOf(cause) : (ERRNO_TEXT[errno] ?? errno);
-  const code =
-    errno !== undefined && NO_SPACE_ERRNOS.has(errno) ? "NO_SPACE" : errno === "ENOENT" ? "NOT_FOUND" : "IO";
+  const reason = errno === undefined ? messageOf(cause) : errnoText(errno);
+  const code = errno === undefined ? "IO" : CODE_OF_KIND[errnoKind(errno)];
   return new CowcatcherError({
     code,
     object,
     problem: `cannot ${action}: ${reason}`,
-    hint: code === "NO_SPACE" ? "free space there, or choose another place" : undefined,
+    hint: errno === undefined ? undefined : errnoHint(errno),
     offsetBytes,
     errno,
     cause,
@@ -145,7 +125,11 @@ export function errnoOf(value: unknown): string | undefined {
   if (value instanceof CowcatcherError) return value.errno;
   if (typeof value !== "object" || value === null || !("code" in value)) return undefined;
   const { code } = value;
-  return typeof code === "string" && /^E[A-Z0-9]+$/.test(code) ? code : undefined;
+  if (typeof code !== "string") return undefined;
+  if (/^E(?!RR_)[A-Z0-9_]+$/.test(code)) return code;
+  // "Unknown system error -122" is libuv's word for what it has no name for.
+  const isUnnamed = code.startsWith("Unknown system error") && "errno" in value;
+  return isUnnamed && typeof value.errno === "number" ? errnoName(value.errno) : undefined;
 }
 
 /** The text of whatever was thrown: an Error's message, else the value as text. */

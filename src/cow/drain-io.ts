@@ -4,7 +4,7 @@
 // an error paused. Every wait is a step that the drainer's driver takes (workers/copy.ts), and each ends with the job.
 
 import type { OnIoError } from "./policies.js";
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError, isTransient } from "../errors.js";
 import type { Completion } from "../block/device.js";
 import {
   CNT_RATE_NEXT_NS,
@@ -97,8 +97,8 @@ export class DrainIo {
         return undefined;
       } catch (error) {
         if (!(error instanceof CowcatcherError)) throw error;
-        // A full target stays full until somebody acts: trying again would only delay the news.
-        if (error.code === "IO" && attempt < this.#options.targetRetries) {
+        // A full target stays full until somebody acts, a read-only one read-only: trying again would only delay the news.
+        if (isTransient(error) && attempt < this.#options.targetRetries) {
           yield* this.#backOff(attempt++);
           continue;
         }

@@ -24,8 +24,8 @@
 //
 //   COWCATCHER_FAULTS='target-write:error=EIO,from=1M,count=2;target-write:delay=20ms;worker:exit,after=3'
 
-import { constants } from "node:os";
 import { CTL_RUN, RUN_ABORTING } from "../../cow/shared.js";
+import { isErrnoName } from "../../errno.js";
 import { CowcatcherError, ioError } from "../../errors.js";
 import type { Completion, SourceReader } from "../../block/device.js";
 import type { TargetWriter } from "../../cow/target-writer.js";
@@ -91,7 +91,7 @@ function readActionValue(fault: Fault, value: string | undefined): void {
     case "error":
       if (fault.stage === "worker") throw bad("worker:error", "makes no sense", "give exit, throw or delay");
       fault.errno = value ?? "EIO";
-      if (!(fault.errno in constants.errno)) throw bad(fault.errno, "is no errno", "give a name such as EIO");
+      if (!isErrnoName(fault.errno)) throw bad(fault.errno, "is no errno", "give a name such as EIO");
       return;
     case "delay":
     case "hang":

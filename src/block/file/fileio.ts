@@ -7,7 +7,8 @@
 
 import * as fs from "node:fs";
 import { constants } from "node:os";
-import { getSystemErrorName, promisify } from "node:util";
+import { promisify } from "node:util";
+import { errnoName } from "../../errno.js";
 import { type CowcatcherError, ioError } from "../../errors.js";
 import { libc } from "../../native/libc.js";
 
@@ -28,7 +29,7 @@ export function errnoError(
   minusErrno: number,
   offsetBytes?: number,
 ): CowcatcherError {
-  const code = getSystemErrorName(minusErrno);
+  const code = errnoName(minusErrno);
   return ioError(action, object, Object.assign(new Error(code), { code }), offsetBytes);
 }
 
