@@ -12,7 +12,7 @@ import {
   interruptExitCode,
   type CommandName,
 } from "./output/exit-codes.js";
-import { reportError } from "./output/report.js";
+import { reportError, warn } from "./output/report.js";
 import type { Environment } from "./output/context.js";
 import { asReportedError, isFinishedRequest } from "./options/usage-errors.js";
 import { STDIO, usageError } from "./options/options.js";
@@ -77,10 +77,26 @@ function buildProgram(io: ProgramIo, session: Session, asked: CommandName | unde
   ): Promise<void> => {
     session.context = await makeContext(command, flags, io);
     io.onContext?.(session.context);
+    if (OPENS_IMAGES.has(command)) await warnWithoutNative(session.context);
     session.exitCode = await body(session.context);
   };
   addCommands(program, run, io.environment, asked);
   return program;
+}
+
+/** Commands for which it matters that there are no locks; the others only read, or open nothing. */
+const OPENS_IMAGES: ReadonlySet<CommandName> = new Set(["backup", "restore", "serve", "check", "create"]);
+
+async function warnWithoutNative({ output, logger }: CommandContext): Promise<void> {
+  const { missingKoffi } = await import("../native/koffi.js");
+  const reason = missingKoffi();
+  if (reason === undefined) return;
+  logger.debug({ err: reason }, "koffi cannot be loaded");
+  warn(
+    output,
+    "native calls are missing (the package koffi cannot be loaded): images are not locked against other programs, " +
+      "and all is slower; install the package anew",
+  );
 }
 
 async function makeContext(command: CommandName, flags: CommonFlags, io: ProgramIo): Promise<CommandContext> {

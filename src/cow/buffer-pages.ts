@@ -20,6 +20,7 @@
 
 import { BLOCK_BYTES, SLOT_BYTES } from "./geometry.js";
 import { libc } from "../native/libc.js";
+import type { PageMemory } from "./page-memory.js";
 
 /** [main] slots, from the first on, that the running job has given out at least once. */
 export const PAGES_FRESH = 0;
@@ -44,7 +45,7 @@ export function newPageWords(): SharedArrayBuffer {
 
 /** What the preparer is told: plain data for its thread. */
 export interface PageTask {
-  slots: SharedArrayBuffer;
+  slots: PageMemory;
   words: SharedArrayBuffer;
   slotCount: number;
   /** All of it, whatever captures come (`serve --preallocate`). */
@@ -65,7 +66,6 @@ export function preparePages(
   sleepMs = SLEEP_MS,
 ): void {
   const marks = new Int32Array(words);
-  const bytes = new Uint8Array(slots);
   const lately = new RecentGrowth(now);
   while (Atomics.load(marks, PAGES_STOP) === 0) {
     const fresh = Atomics.load(marks, PAGES_FRESH);
@@ -74,7 +74,7 @@ export function preparePages(
     const goal = Math.min(slotCount, fresh + ahead);
     if (ready < goal) {
       const end = Math.min(ready + PIECE_SLOTS, slotCount);
-      touchSlots(bytes, ready, end);
+      touchSlots(slots, ready, end);
       Atomics.store(marks, PAGES_READY, end);
     } else if (ready >= slotCount) {
       Atomics.store(marks, PAGES_READY, slotCount);

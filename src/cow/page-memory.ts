@@ -1,45 +1,55 @@
-// Page-aligned shared memory. A WebAssembly memory's buffer is a SharedArrayBuffer that begins at a page, which
-// O_DIRECT needs; a plain SharedArrayBuffer does not. The engine reserves it and the kernel gives pages as they
-// are touched.
+// Page-aligned shared memory: of copy-before-write buffers, and of the buffers that workers read and write with.
 
 import { CowcatcherError } from "../errors.js";
-import { GiB, KiB } from "../units.js";
+import { sharedPages } from "../native/pages.js";
+import { GiB, KiB, formatBytes, roundUp } from "../units.js";
 
-const WASM_PAGE_BYTES = 64 * KiB;
-/** A WebAssembly memory has at most 65,536 pages. */
+/** What a typed array has, at most, in the oldest Node that this runs on. */
 export const MAX_PAGE_MEMORY_BYTES = 4 * GiB;
+const UNIT_BYTES = 64 * KiB;
 
-const kept: SharedArrayBuffer[] = [];
+/** A part of a buffer that begins at a page; nothing of it is touched yet. Sent to another thread it stays shared. */
+export type PageMemory = Uint8Array<SharedArrayBuffer>;
+
+const kept: PageMemory[] = [];
 
 /**
  * Memory of this thread for its tasks one after another: at least `lengthBytes` of whatever the last one left, the same
- * each time for the same `index`. To the collector a page memory weighs nothing, so one a task would stay for long.
+ * each time for the same `index`. To the collector a shared buffer weighs nothing, so one a task would stay for long.
  * @throws CowcatcherError LIMIT
  */
-export function keptPages(index: number, lengthBytes: number, object: string): Uint8Array {
+export function keptPages(index: number, lengthBytes: number, object: string): PageMemory {
   let memory = kept[index];
-  if (memory === undefined || memory.byteLength < lengthBytes) {
+  if (memory === undefined || memory.length < lengthBytes) {
     memory = allocatePages(lengthBytes, object);
     kept[index] = memory;
   }
-  return new Uint8Array(memory);
+  return memory;
 }
 
 /**
+ * Zeroes.
  * @param lengthBytes rounded up to 64 KiB.
- * @throws CowcatcherError LIMIT over 4 GiB or when the system has no room for it.
+ * @throws CowcatcherError LIMIT over 4 GiB, or when the process can have no more.
  */
-export function allocatePages(lengthBytes: number, object: string): SharedArrayBuffer {
-  const pages = Math.max(1, Math.ceil(lengthBytes / WASM_PAGE_BYTES));
+export function allocatePages(lengthBytes: number, object: string): PageMemory {
+  if (lengthBytes > MAX_PAGE_MEMORY_BYTES) {
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object,
+      problem: `${formatBytes(lengthBytes)} of buffer is more than ${formatBytes(MAX_PAGE_MEMORY_BYTES)}`,
+      hint: "give less",
+    });
+  }
+  const wholeBytes = Math.max(UNIT_BYTES, roundUp(lengthBytes, UNIT_BYTES));
   try {
-    if (lengthBytes > MAX_PAGE_MEMORY_BYTES) throw new RangeError("over 4 GiB");
-    return new WebAssembly.Memory({ initial: pages, maximum: pages, shared: true }).buffer;
+    return sharedPages(wholeBytes);
   } catch (cause) {
     throw new CowcatcherError({
       code: "LIMIT",
       object,
-      problem: `${lengthBytes} bytes of buffer cannot be allocated`,
-      hint: "4G is the most; give less",
+      problem: `the system gives this process no ${formatBytes(wholeBytes)} of memory for a buffer`,
+      hint: "see ulimit -v and the container's limits, or give less",
       cause,
     });
   }

@@ -40,6 +40,7 @@
 // Memory for 1 TiB of disk: states 16 MiB, chunk words, heads and ring 4 MiB each: 28 MiB; with --verify another
 // 128 MiB for digests (digests.ts).
 
+import type { PageMemory } from "./page-memory.js";
 import { allocateDigests, ClusterDigests } from "./digests.js";
 import { newPageWords } from "./buffer-pages.js";
 import { BLOCKS_PER_SLOT, BLOCK_BYTES, type Geometry } from "./geometry.js";
@@ -102,7 +103,7 @@ export interface SharedBuffers {
   captureNext: SharedArrayBuffer;
   captureInfo: SharedArrayBuffer;
   /** The copy-before-write buffer itself, page-aligned; may be longer than bufferBytes (it is recycled). */
-  slots: SharedArrayBuffer;
+  slots: PageMemory;
   bufferBytes: number;
   /** Which of its pages are ready; see buffer-pages.ts. */
   pageWords: SharedArrayBuffer;
@@ -143,7 +144,7 @@ export class SharedState {
     this.regionStates = new Int32Array(buffers.regionStates);
     this.captureNext = new Int32Array(buffers.captureNext);
     this.captureInfo = new Int32Array(buffers.captureInfo);
-    this.slots = new Uint8Array(buffers.slots);
+    this.slots = buffers.slots;
     this.bufferBlockCount = buffers.bufferBytes / BLOCK_BYTES;
     this.pageMarks = new Int32Array(buffers.pageWords);
     this.digests = buffers.digests === undefined ? null : new ClusterDigests(buffers.digests);
@@ -268,7 +269,7 @@ const allocateAfresh: AllocateTable = (bytes) => new SharedArrayBuffer(bytes);
  */
 export function createSharedState(
   geometry: Geometry,
-  slots: SharedArrayBuffer,
+  slots: PageMemory | SharedArrayBuffer,
   bufferBytes: number,
   withDigests = false,
   allocate = allocateAfresh,
@@ -287,7 +288,7 @@ export function createSharedState(
     regionStates: words(geometry.regionCount),
     captureNext: words(blockCount),
     captureInfo: words(blockCount),
-    slots,
+    slots: slots instanceof SharedArrayBuffer ? new Uint8Array(slots) : slots,
     bufferBytes,
     pageWords,
     digests: withDigests ? allocateDigests(geometry, allocate) : undefined,

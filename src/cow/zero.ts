@@ -21,11 +21,11 @@ function wordsOf(buffer: ArrayBufferLike): Int32Array {
   return view;
 }
 
-/** Whether bytes [from, to) of the view are all zero. Any alignment; fastest where both are multiples of 32. */
+/** Whether bytes [from, to) of the view are all zero. Any alignment; fastest from a word on, for a multiple of 32. */
 export function isZero(view: Uint8Array, from: number, to: number): boolean {
   const start = view.byteOffset + from;
   const end = view.byteOffset + to;
-  if ((start & 31) !== 0 || (end & 31) !== 0 || end >= SCANNED_IN_WORDS_BYTES)
+  if ((start & 3) !== 0 || ((end - start) & 31) !== 0 || end >= SCANNED_IN_WORDS_BYTES)
     return bytesAreZero(view, from, to);
   const w = wordsOf(view.buffer);
   const endWord = (end / WORD_BYTES) | 0;

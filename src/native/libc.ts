@@ -9,8 +9,8 @@
 // looked up once a buffer; a typed array of a few bytes without a buffer of its own would move, hence
 // ArrayBufferLike in the signatures.
 
-import koffi from "koffi";
 import { constants } from "node:os";
+import { loadKoffi } from "./koffi.js";
 import { optionalLibrary } from "./optional-library.js";
 
 /** Linux values on x86-64 and arm64 alike. */
@@ -119,6 +119,7 @@ export interface Libc {
 }
 
 function bind(): Libc {
+  const koffi = loadKoffi();
   const library = koffi.load("libc.so.6");
   type SystemCall = (...args: number[]) => number;
   const declare = (prototype: string): SystemCall => library.func(prototype);

@@ -9,8 +9,8 @@
 // libz() is null where koffi cannot load or the functions are not there (COWCATCHER_NO_NATIVE=1): callers use
 // node:zlib then. Streams belong to the thread that made them, and hold memory of the library until close().
 
-import koffi from "koffi";
 import { addressOf } from "./addresses.js";
+import { loadKoffi } from "./koffi.js";
 import { optionalLibrary } from "./optional-library.js";
 
 /** zlib's constants (zlib.h). */
@@ -62,6 +62,7 @@ export interface Libz {
 type NativeFunction = (...args: (number | string)[]) => number;
 
 function bind(): Libz {
+  const koffi = loadKoffi();
   const library = koffi.load(null);
   const declare = (prototype: string): NativeFunction => library.func(prototype) as NativeFunction;
   const zlibVersion = library.func("const char *zlibVersion()") as () => string;

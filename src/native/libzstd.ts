@@ -4,8 +4,8 @@
 // Contexts belong to the thread that made them, and hold memory of the library until close(): 1.3 MB for level 3
 // and 64 KiB, 95 KB for decompression.
 
-import koffi from "koffi";
 import { addressOf } from "./addresses.js";
+import { loadKoffi } from "./koffi.js";
 import { optionalLibrary } from "./optional-library.js";
 
 export interface ZstdCompressor {
@@ -37,6 +37,7 @@ export interface Libzstd {
 type NativeFunction = (...args: number[]) => number;
 
 function bind(): Libzstd {
+  const koffi = loadKoffi();
   const library = koffi.load("libzstd.so.1");
   const declare = (prototype: string): NativeFunction => library.func(prototype) as NativeFunction;
   const createCCtx = declare("uint64_t ZSTD_createCCtx()");

@@ -2,6 +2,7 @@
 
 import type { Piscina } from "piscina";
 import { newPageWords, PAGES_FRESH, PAGES_READY, PAGES_STOP, type PageTask } from "../../cow/buffer-pages.js";
+import type { PageMemory } from "../../cow/page-memory.js";
 import { slotCountOf } from "../../cow/shared.js";
 import { MiB } from "../../units.js";
 import { PAGES_WORKER } from "../worker-files.js";
@@ -12,7 +13,7 @@ import type { CopyThreads } from "./threads.js";
 const UNPREPARED_BYTES_MAX = 4 * MiB;
 
 export interface PreparedMemory {
-  memory: SharedArrayBuffer;
+  memory: PageMemory;
   /** Its marks (buffer-pages.ts). */
   pages: SharedArrayBuffer;
 }
@@ -69,6 +70,6 @@ export class PagePreparer {
 }
 
 /** Memory of which nothing is ready, for tests and for whoever has none that is kept. */
-export function unpreparedMemory(memory: SharedArrayBuffer): PreparedMemory {
+export function unpreparedMemory(memory: PageMemory): PreparedMemory {
   return { memory, pages: newPageWords() };
 }

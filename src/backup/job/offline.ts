@@ -87,7 +87,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         target,
         sizeBytes: image.sizeBytes,
         sourceClusterBytes: image.clusterSizeBytes,
-        slots: unpreparedMemory(new SharedArrayBuffer(0)),
+        slots: unpreparedMemory(new Uint8Array(new SharedArrayBuffer(0))),
         bufferBytes: 0,
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,

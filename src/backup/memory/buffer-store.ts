@@ -3,13 +3,13 @@
 // Main thread.
 
 import { newPageWords } from "../../cow/buffer-pages.js";
-import { allocatePages } from "../../cow/page-memory.js";
+import { allocatePages, type PageMemory } from "../../cow/page-memory.js";
 import { CowcatcherError } from "../../errors.js";
 import { systemMemory, type SystemMemory } from "../../native/memory.js";
 import { formatBytes } from "../../units.js";
 
 export interface BufferLease {
-  memory: SharedArrayBuffer;
+  memory: PageMemory;
   /** Which of its pages are ready (cow/buffer-pages.ts). */
   pages: SharedArrayBuffer;
   release(): void;
@@ -20,14 +20,14 @@ const KEPT_MAX = 4;
 
 /** Of all jobs without a buffer. */
 const NO_MEMORY: BufferLease = {
-  memory: new SharedArrayBuffer(0),
+  memory: new Uint8Array(new SharedArrayBuffer(0)),
   pages: newPageWords(),
   release: () => undefined,
 };
 
 export class BufferStore {
-  #free: SharedArrayBuffer[] = [];
-  readonly #pagesOf = new WeakMap<SharedArrayBuffer, SharedArrayBuffer>();
+  #free: PageMemory[] = [];
+  readonly #pagesOf = new WeakMap<PageMemory, SharedArrayBuffer>();
   readonly #memoryNow: () => SystemMemory;
 
   /** @param memoryNow replaced in tests */
@@ -59,7 +59,7 @@ export class BufferStore {
   }
 
   /** The kernel promises more than it has, and ends the process, the guest's disk with it, once pages are touched. */
-  #allocate(bytes: number): SharedArrayBuffer {
+  #allocate(bytes: number): PageMemory {
     const { availableBytes = Infinity, freeSwapBytes } = this.#memoryNow();
     if (bytes > availableBytes + freeSwapBytes) {
       throw new CowcatcherError({

@@ -15,6 +15,7 @@
 
 import { constants } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
+import { beginsPage } from "../../native/pages.js";
 import { KiB, roundDown, roundUp } from "../../units.js";
 import {
   DIRECT_ALIGNMENT_BYTES,
@@ -273,12 +274,8 @@ function isAligned(value: number): boolean {
   return value % DIRECT_ALIGNMENT_BYTES === 0;
 }
 
-/**
- * Shared memory of this project starts on a page (page-memory.ts). Other buffers may, but nothing tells;
- * a guess that is wrong costs one refused call.
- */
 function isAlignedMemory(buffer: Uint8Array, bufferOffset: number): boolean {
-  return buffer.buffer instanceof SharedArrayBuffer && isAligned(buffer.byteOffset + bufferOffset);
+  return beginsPage(buffer.buffer, buffer.byteOffset + bufferOffset);
 }
 
 function isRefusedAlignment(error: unknown): boolean {

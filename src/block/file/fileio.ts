@@ -11,10 +11,10 @@ import { promisify } from "node:util";
 import { errnoName } from "../../errno.js";
 import { type CowcatcherError, ioError } from "../../errors.js";
 import { libc } from "../../native/libc.js";
+import { pages } from "../../native/pages.js";
 
 /** What O_DIRECT asks of offsets, lengths and addresses at most: no device in use has larger logical blocks. */
 export const DIRECT_ALIGNMENT_BYTES = 4096;
-const WASM_PAGE_BYTES = 65536;
 const EINTR = constants.errno.EINTR;
 
 export const openFile: (path: string, flags: number, mode?: number) => Promise<number> = promisify(fs.open);
@@ -34,14 +34,11 @@ export function errnoError(
 }
 
 /**
- * Memory whose address is a multiple of the page size, which O_DIRECT needs. Each call reserves a large stretch
- * of address space (WebAssembly's guard regions): make few, and keep them. Not shared between threads: copying to
- * and from shared memory is slow.
+ * Memory whose address is a multiple of the page size, which O_DIRECT needs. Not shared between threads: copying to and
+ * from shared memory is slow.
  */
 export function pageAlignedMemory(lengthBytes: number): Uint8Array {
-  const pageCount = Math.ceil(lengthBytes / WASM_PAGE_BYTES);
-  const memory = new WebAssembly.Memory({ initial: pageCount, maximum: pageCount, shared: false });
-  return new Uint8Array(memory.buffer, 0, lengthBytes);
+  return pages(lengthBytes);
 }
 
 /**

@@ -20,7 +20,9 @@ export interface ErrorMessage {
 
 /** "cowcatcher: OBJECT: what is wrong (what to do)", always one line, whatever a file's name holds. */
 export function errorLine(error: CowcatcherError): string {
-  return `cowcatcher: ${onOneLine(error.message)}`;
+  // What is about no object is about the program.
+  const text = error.message.replace(/^cowcatcher: /, "");
+  return `cowcatcher: ${onOneLine(text)}`;
 }
 
 export function errorMessage(error: CowcatcherError): ErrorMessage {

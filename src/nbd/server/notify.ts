@@ -2,8 +2,9 @@
 //
 // Node has no Unix datagrams, so this binds four calls of the C library. Once a process, off every hot path.
 
-import koffi from "koffi";
-import { CowcatcherError } from "../../errors.js";
+import { CowcatcherError, ioError } from "../../errors.js";
+import { errnoName } from "../../errno.js";
+import { loadKoffi, missingKoffi } from "../../native/koffi.js";
 
 const AF_UNIX = 1;
 const SOCK_DGRAM = 2;
@@ -20,7 +21,8 @@ export function notifyReady(state = "READY=1", environment: NodeJS.ProcessEnv = 
   const address = environment["NOTIFY_SOCKET"];
   if (address === undefined || address === "") return false;
   const sockaddr = unixAddress(address);
-  if (environment["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") {
+  const isForbidden = environment["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux";
+  if (isForbidden || missingKoffi() !== undefined) {
     throw new CowcatcherError({
       code: "UNSUPPORTED",
       object: address,
@@ -50,6 +52,7 @@ function unixAddress(address: string): Buffer {
 }
 
 function send(address: string, sockaddr: Buffer, message: Buffer): void {
+  const koffi = loadKoffi();
   const library = koffi.load("libc.so.6");
   const socket = library.func("int socket(int domain, int type, int protocol)");
   const sendto = library.func(
@@ -57,22 +60,16 @@ function send(address: string, sockaddr: Buffer, message: Buffer): void {
   );
   const close = library.func("int close(int fd)");
   const fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number;
-  if (fd < 0) throw failure("open a socket for", address);
+  if (fd < 0) throw failure("open a socket for", address, koffi.errno());
   try {
     const sent = sendto(fd, message, message.length, MSG_NOSIGNAL, sockaddr, sockaddr.length) as number;
-    if (sent !== message.length) throw failure("notify", address);
+    if (sent !== message.length) throw failure("notify", address, koffi.errno());
   } finally {
     close(fd);
   }
 }
 
-function failure(action: string, address: string): CowcatcherError {
-  const errno = koffi.errno();
-  const name = Object.entries(koffi.os.errno).find(([, value]) => value === errno)?.[0];
-  return new CowcatcherError({
-    code: "IO",
-    object: address,
-    problem: `cannot ${action}: ${name ?? `error ${errno}`}`,
-    errno: name,
-  });
+function failure(action: string, address: string, errno: number): CowcatcherError {
+  const code = errnoName(errno);
+  return ioError(action, address, Object.assign(new Error(code), { code }));
 }

@@ -9,6 +9,7 @@ import {
   type PageTask,
 } from "../../../src/cow/buffer-pages.js";
 import { SLOT_BYTES } from "../../../src/cow/geometry.js";
+import { allocatePages } from "../../../src/cow/page-memory.js";
 
 const SLOT_COUNT = 4096;
 
@@ -16,7 +17,7 @@ function task(options: Partial<PageTask> = {}): PageTask & { marks: Int32Array }
   const slotCount = options.slotCount ?? SLOT_COUNT;
   const words = newPageWords();
   return {
-    slots: new SharedArrayBuffer(slotCount * SLOT_BYTES),
+    slots: allocatePages(slotCount * SLOT_BYTES, "test"),
     words,
     slotCount,
     everything: false,

@@ -38,7 +38,7 @@ class HoleDisk implements Pick<
 }
 
 /** @param slots may be longer than what is used of it: memory goes from job to job. */
-function makeSnapshot(slots = new SharedArrayBuffer(MiB)) {
+function makeSnapshot(slots = allocatePages(MiB, "test")) {
   const disk = new HoleDisk();
   const image = disk as unknown as BlockDevice;
   const shared = createSharedState(geometryOf(SIZE_BYTES), slots, MiB);

@@ -1,0 +1,34 @@
+// What the process is given, or not: memory, packages.
+import { cpSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { dirname, join, resolve } from "node:path";
+import { afterEach, expect, it } from "vitest";
+import { COWCATCHER_BIN, run } from "../../support/cli.js";
+import { scratchFolder, stopAll } from "../../support/server.js";
+
+afterEach(stopAll);
+
+const DISK = Buffer.alloc(3 * 1024 * 1024, "disk");
+
+it("a backup needs no more addresses than memory: it runs under ulimit -v", async () => {
+  const folder = scratchFolder();
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const command = `ulimit -v 8000000; exec node "${COWCATCHER_BIN}" backup --direct a.raw b.qcow2`;
+  const { code, stderr } = await run("sh", ["-c", command], { cwd: folder });
+  expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+});
+
+it("without koffi all goes on, with a warning that says what is missing", async () => {
+  const folder = scratchFolder();
+  cpSync(dirname(dirname(dirname(COWCATCHER_BIN))), join(folder, "dist"), { recursive: true });
+  cpSync("package.json", join(folder, "package.json"));
+  mkdirSync(join(folder, "node_modules"));
+  for (const name of ["pino", "piscina", "commander", "cli-progress"]) {
+    symlinkSync(resolve("node_modules", name), join(folder, "node_modules", name));
+  }
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const bin = join(folder, "dist/src/cli/main.js");
+  const { code, stderr } = await run("node", [bin, "backup", "a.raw", "b.raw"], { cwd: folder });
+  expect(stderr).toMatch(/^cowcatcher: warning: native calls are missing .*not locked.*\n$/);
+  expect(code).toBe(0);
+  expect(readFileSync(join(folder, "b.raw")).equals(DISK)).toBe(true);
+});
