@@ -156,6 +156,64 @@ const MUTANTS = [
   },
 ];
 
+const TRACKING_MUTANTS = [
+  {
+    rule: "tracking: the intent is durable before the data is written",
+    file: "src/tracking/tracker.ts",
+    from: "if (hot !== null && !hot.areHot(firstExtent, lastExtent)) return hot.request(firstExtent, lastExtent);",
+    to: "if (hot !== null && !hot.areHot(firstExtent, lastExtent)) void hot.request(firstExtent, lastExtent);",
+  },
+  {
+    rule: "tracking: bits are synced before their extent is evicted",
+    file: "src/tracking/tracker.ts",
+    from: "await this.#active.file.sync();\n  }\n\n  /** What has changed",
+    to: "}\n\n  /** What has changed",
+  },
+  {
+    rule: "tracking: an extent with a new bit since the sync began stays",
+    file: "src/tracking/hot-set.ts",
+    from: "touched < syncedAt && !keep.has(extent)",
+    to: "!keep.has(extent)",
+  },
+  {
+    rule: "tracking: bits alone are not believed in another boot",
+    file: "src/tracking/recovery.ts",
+    from: "if (head.bootId === boot.id) return { ...kept",
+    to: "if (head.bootId !== '') return { ...kept",
+  },
+  {
+    rule: "tracking: what a disk has grown by has changed",
+    file: "src/tracking/recovery.ts",
+    from: "bits?.setBytes(head.sizeBytes, sizeBytes - head.sizeBytes);",
+    to: "",
+  },
+  {
+    rule: "tracking: the image is flushed before a checkpoint has its name",
+    file: "src/tracking/tracker.ts",
+    from: "await this.#options.flushImage();",
+    to: "",
+  },
+  {
+    rule: "tracking: the boundary of a backup that runs is kept",
+    file: "src/tracking/tracker.ts",
+    from: "this.#store.hold(epoch);",
+    to: "",
+  },
+  {
+    rule: "tracking: what was found is durable before the log that told of it goes",
+    file: "src/tracking/tracker.ts",
+    from: "await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), found.active));",
+    to: "await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), new Bits(options.image.sizeBytes, base.granularityBytes)));",
+  },
+  {
+    rule: "tracking: epochs on both sides of a checkpoint are never merged",
+    file: "src/tracking/epoch-store.ts",
+    from: "before < epoch && epoch <= after;",
+    to: "epoch === after;",
+  },
+].map((mutant) => ({ ...mutant, test: "test/model/tracking.test.ts" }));
+MUTANTS.push(...TRACKING_MUTANTS);
+
 const chosen = process.argv[2] ?? "";
 let survivors = 0;
 for (const mutant of MUTANTS.filter(({ rule }) => rule.includes(chosen))) {

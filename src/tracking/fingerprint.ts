@@ -1,0 +1,82 @@
+// Who wrote the image since we last had it? What an image's files looked like when we let go of them, and what the
+// system tells of its own start.
+//
+// A file: device, inode, size, and the times of last change of its content and of its inode in nanoseconds. A program
+// that sets the first back (touch, cp -p, tar) moves the second, and there is no call that sets that. It moves too for
+// chown, chmod, link and rename: then all counts as changed though nothing has, which is the safe side.
+//
+// A block device has no such times. It has a count of sectors written, which begins anew with the system: so it is
+// trusted within one boot alone, by that count, its number, its size and whatever name it has for itself. Nothing is
+// known of an export (NBD) that others may write at any time.
+//
+// A guest's disk is the image with its backing files, so that all of them count.
+
+import { createHash } from "node:crypto";
+import * as fs from "node:fs";
+import { uptime } from "node:os";
+import { promisify } from "node:util";
+
+const statFd: (fd: number, options: { bigint: true }) => Promise<fs.BigIntStats> = promisify(fs.fstat);
+
+/** This start of the system. */
+export interface Boot {
+  id: string;
+  /** When it was, in ms since 1970, as far as the clock is right. */
+  startedMs: number;
+}
+
+export async function currentBoot(): Promise<Boot> {
+  // Where there is none (no Linux), each process counts as another start of the system: nothing is taken for granted.
+  const id = await readLine("/proc/sys/kernel/random/boot_id");
+  return { id: id ?? crypto.randomUUID(), startedMs: Date.now() - uptime() * 1000 };
+}
+
+/**
+ * SHA-256, in hex, of what the files look like now; undefined where they cannot be known again. All that was written to
+ * them must be synced: a time may move as late as that.
+ */
+export async function identityOf(fds: readonly number[], boot: Boot): Promise<string | undefined> {
+  const parts: string[] = [];
+  for (const fd of fds) {
+    const stats = await statFd(fd, { bigint: true });
+    const part = stats.isBlockDevice() ? await deviceIdentity(stats, boot) : fileIdentity(stats);
+    if (part === undefined) return undefined;
+    parts.push(part);
+  }
+  if (parts.length === 0) return undefined;
+  return createHash("sha256").update(parts.join("\n")).digest("hex");
+}
+
+function fileIdentity({ dev, ino, size, mtimeNs, ctimeNs }: fs.BigIntStats): string {
+  return ["file", dev, ino, size, mtimeNs, ctimeNs].join(" ");
+}
+
+async function deviceIdentity({ rdev }: fs.BigIntStats, boot: Boot): Promise<string | undefined> {
+  const major = ((rdev >> 8n) & 0xfffn) | ((rdev >> 32n) & 0xfffff000n);
+  const minor = (rdev & 0xffn) | ((rdev >> 12n) & 0xffffff00n);
+  const folder = `/sys/dev/block/${major}:${minor}`;
+  const [sizeSectors, statistics, ...names] = await Promise.all(
+    ["size", "stat", "dm/uuid", "wwid", "device/wwid", "loop/backing_file"].map((name) =>
+      readLine(`${folder}/${name}`),
+    ),
+  );
+  const sectorsWritten = statistics?.trim().split(/\s+/)[6];
+  if (sizeSectors === undefined || sectorsWritten === undefined) return undefined;
+  return ["device", boot.id, `${major}:${minor}`, sizeSectors, sectorsWritten, ...names].join(" ");
+}
+
+/** When the content of any of the files was last changed, in ms since 1970; undefined where there is no telling. */
+export async function changedMs(fds: readonly number[]): Promise<number | undefined> {
+  let latest: number | undefined;
+  for (const fd of fds) {
+    const stats = await statFd(fd, { bigint: true });
+    if (!stats.isFile()) continue;
+    latest = Math.max(latest ?? 0, Number(stats.mtimeNs / 1_000_000n));
+  }
+  return latest;
+}
+
+async function readLine(path: string): Promise<string | undefined> {
+  const text = await fs.promises.readFile(path, "utf8").catch(() => undefined);
+  return text?.trimEnd();
+}
