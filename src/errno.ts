@@ -22,7 +22,6 @@ interface Errno {
 const HINTS: Readonly<Record<string, string>> = {
   ENOSPC: "free space there, or choose another place",
   EDQUOT: "free space of that user or group, raise the quota, or choose another place",
-  EFBIG: "ulimit -f and the file system each have a largest size; qcow2 takes no more than the data needs",
   ESTALE: "mount it again, then start again",
   EMFILE: "raise ulimit -n",
   ENFILE: "raise the sysctl fs.file-max",
@@ -56,7 +55,7 @@ const LINES: readonly (readonly [number: number, name: string, text: string, kin
   [24, "EMFILE", "too many open files", "limit"],
   [25, "ENOTTY", "inappropriate ioctl for device"],
   [26, "ETXTBSY", "the file is being executed"],
-  [27, "EFBIG", "file too large for the file system", "full"],
+  [27, "EFBIG", "file too large", "full"],
   [28, "ENOSPC", "no space left on the device", "full"],
   [29, "ESPIPE", "illegal seek"],
   [30, "EROFS", "read-only file system"],

@@ -4,6 +4,7 @@
 // and what to do. The command line prints one line of it; the stack goes to the log at debug level.
 
 import { errnoHint, errnoKind, errnoName, errnoText } from "./errno.js";
+import { readFileSync } from "node:fs";
 
 export type ErrorCode =
   | "USAGE" // the command line is wrong
@@ -19,6 +20,7 @@ export type ErrorCode =
   | "BUFFER_FULL" // --on-buffer-full cancel, or the spill's limit
   | "GUEST_TIMEOUT" // a guest write waited for --guest-timeout
   | "CANCELLED"
+  | "SERVER_ENDED" // the server that made the backup was ended by a signal or by quit
   | "WORKER" // a worker thread died
   | "VERIFY" // the target, read back, is not what was written to it
   | "LIMIT" // a stated bound was hit; the message names the bound
@@ -106,11 +108,30 @@ export function ioError(
     code,
     object,
     problem: `cannot ${action}: ${reason}`,
-    hint: errno === undefined ? undefined : errnoHint(errno),
+    hint: errno === "EFBIG" ? fileSizeHint() : errno === undefined ? undefined : errnoHint(errno),
     offsetBytes,
     errno,
     cause,
   });
+}
+
+function fileSizeHint(): string {
+  const limitBytes = fileSizeLimit();
+  const limit =
+    limitBytes === undefined
+      ? "the file system's maximum for a file is reached"
+      : `this process may write files of ${limitBytes} bytes at most: see ulimit -f`;
+  return `${limit}; a qcow2 target takes only what its data takes, and can be compressed`;
+}
+
+/** RLIMIT_FSIZE in bytes; undefined: none. */
+function fileSizeLimit(): number | undefined {
+  try {
+    const soft = /^Max file size +(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1];
+    return soft === undefined ? undefined : Number(soft);
+  } catch {
+    return undefined;
+  }
 }
 
 /** Any thrown value as a typed error; a bug in our own code becomes INTERNAL. */

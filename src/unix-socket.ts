@@ -4,19 +4,24 @@
 // connect. A file that is left over from a server that is gone (a connection is refused) is replaced; one that
 // answers, or that is no socket, is left alone. Main thread only: the umask is the process's.
 
-import { existsSync, lstatSync, unlinkSync } from "node:fs";
+import { chmodSync, chownSync, existsSync, lstatSync, unlinkSync } from "node:fs";
 import { connect, type Server } from "node:net";
 import { dirname } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "./errors.js";
 
 /** sun_path holds 108 bytes with the final NUL; longer ones would be cut silently. */
 const MAX_PATH_BYTES = 107;
+const OWNER_MODE = 0o600;
+/** Of a socket that is given to a group, where no mode is asked for. */
+const GROUP_MODE = 0o660;
 /** A stale socket refuses at once; a live but busy server may take a moment. */
 const LIVENESS_TIMEOUT_MS = 2_000;
 
 export interface UnixSocketOptions {
   /** Permission bits of the socket's file; undefined: what the process's umask leaves. */
   mode?: number | undefined;
+  /** Group id of the socket's file; undefined: the process's own. */
+  groupId?: number | undefined;
   backlog?: number | undefined;
 }
 
@@ -56,20 +61,37 @@ function refuseMissingFolder(path: string, cause: unknown): void {
   });
 }
 
-function bind(server: Server, path: string, { mode, backlog }: UnixSocketOptions): Promise<void> {
+function bind(server: Server, path: string, { mode, groupId, backlog }: UnixSocketOptions): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once("error", reject);
-    const umask = mode === undefined ? undefined : process.umask(~mode & 0o777);
+    // A group's bits are meant for that group alone, so they come when the file is that group's.
+    const firstMode = groupId === undefined ? mode : OWNER_MODE;
+    const umask = firstMode === undefined ? undefined : process.umask(~firstMode & 0o777);
     try {
       // The socket file is made before listen() returns; only the callback comes later.
       server.listen({ path, ...(backlog !== undefined && { backlog }) }, () => {
         server.off("error", reject);
-        resolve();
+        try {
+          if (groupId !== undefined) giveToGroup(path, groupId, mode ?? GROUP_MODE);
+          resolve();
+        } catch (error) {
+          server.close();
+          reject(error instanceof Error ? error : new Error(String(error)));
+        }
       });
     } finally {
       if (umask !== undefined) process.umask(umask);
     }
   });
+}
+
+function giveToGroup(path: string, groupId: number, mode: number): void {
+  try {
+    chownSync(path, -1, groupId);
+    chmodSync(path, mode);
+  } catch (error) {
+    throw ioError(`give the socket to the group ${groupId}`, path, error);
+  }
 }
 
 function checkPath(path: string): void {

@@ -27,11 +27,16 @@ export interface BackupJob {
   readonly error: CowcatcherError | undefined;
   /** Current limit in bytes a second; 0 is none. */
   readonly speed: number;
+  /** The instant that the backup shows, in milliseconds since 1970 UTC; undefined before it. */
+  readonly t0Ms?: number | undefined;
   /** While the job offers one. */
   readonly snapshot?: SnapshotInfo | undefined;
   progress(): JobProgress;
-  /** Returns at once; the guest's writes go through from this moment on. No effect on a job that has ended. */
-  cancel(): void;
+  /**
+   * Returns at once; the guest's writes go through from this moment on. No effect on a job that has ended.
+   * @param cause why, where nobody asked for it
+   */
+  cancel(cause?: CowcatcherError): void;
   pause(): void;
   resume(): void;
   setSpeed(bytesPerSecond: number): void;
@@ -50,12 +55,16 @@ export interface DiskInfo {
   format: ImageFormat;
   sizeBytes: number;
   readOnly: boolean;
+  /** Backups of it that were asked for since the server began. */
+  jobCount?: number | undefined;
 }
 
 export type JobStatusListener = (job: BackupJob, status: JobStatus) => void;
 
 export interface JobHost {
   disks(): readonly DiskInfo[];
+  /** What the disk's image and what it builds on take of their storage, in bytes; undefined where that is unknown. */
+  allocatedBytes?(disk: string): Promise<number | undefined>;
   /** Jobs that have not been dismissed, oldest first. */
   jobs(): readonly BackupJob[];
   /**

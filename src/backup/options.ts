@@ -47,6 +47,9 @@ export interface JobOptions {
   snapshotExport: boolean;
 }
 
+/** A buffer has at least room for the captures of two chunks, so that no single guest write needs more than there is. */
+export const SMALLEST_BUFFER_BYTES = 2 * MiB;
+
 /**
  * Workers of an offline copy. It is bound by the processor, not by a limit or a guest: with two cores a third and
  * fourth worker made a copy of 1 GiB 30 % slower, by their start and by taking turns.

@@ -13,6 +13,7 @@ import {
   type CommandName,
 } from "./output/exit-codes.js";
 import { reportError, warn } from "./output/report.js";
+import { withLockHolder } from "./output/lock-holder.js";
 import type { Environment } from "./output/context.js";
 import { asReportedError, isFinishedRequest } from "./options/usage-errors.js";
 import { STDIO, usageError } from "./options/options.js";
@@ -114,7 +115,7 @@ async function makeContext(command: CommandName, flags: CommonFlags, io: Program
 
 function fail(thrown: unknown, argv: readonly string[], io: ProgramIo, { context }: Session): number {
   const command = context?.command ?? COMMAND_NAMES.find((name) => name === argv[0]);
-  const error = asReportedError(thrown, command);
+  const error = withLockHolder(asReportedError(thrown, command), command);
   reportError(error, context?.output ?? earlyOutput(argv, io), context?.logger);
   if (context?.interruptedBy !== undefined) return interruptExitCode(context.interruptedBy);
   return exitCodeOfError(command, error);

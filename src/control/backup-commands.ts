@@ -1,6 +1,8 @@
 // The commands that start backups. A transaction checks all its actions before it starts any, so an action that
 // is wrong, or `abort`, leaves nothing behind; the engine then starts all at one T0, or none.
 
+import { userInfo } from "node:os";
+import { CowcatcherError } from "../errors.js";
 import { backupFromArguments, BACKUP_COMMON, DRIVE_BACKUP } from "./backup-arguments.js";
 import type { BackupStart, DriveBackupArguments } from "./backup-arguments.js";
 import { command } from "./command.js";
@@ -61,8 +63,32 @@ async function start(
   try {
     await host.startBackups(starts.map(({ request }) => request));
     worked = true;
+  } catch (error) {
+    throw namingUser(error);
   } finally {
     monitor.started(ids, worked);
+  }
+}
+
+/** Whoever asks is often root, and wonders why a permission is missing. */
+function namingUser(error: unknown): unknown {
+  if (!(error instanceof CowcatcherError)) return error;
+  if (error.errno !== "EACCES" && error.errno !== "EPERM") return error;
+  return new CowcatcherError({
+    ...error.toDetails(),
+    problem: `${error.problem} for the server's user ${userName()}`,
+    hint:
+      error.hint ?? "the server writes targets and spill files: give it a folder where that user may write",
+    cause: error,
+  });
+}
+
+function userName(): string {
+  try {
+    return userInfo().username;
+  } catch {
+    // No entry in passwd, as in many containers.
+    return String(process.geteuid?.() ?? "unknown");
   }
 }
 

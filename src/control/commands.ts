@@ -1,5 +1,7 @@
 // The table of all commands, and those that ask about the server and its disks.
 
+import { resolve } from "node:path";
+import { isNbdUri } from "../nbd/wire/uri.js";
 import type { DiskInfo, JobHost } from "../backup/host.js";
 import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
@@ -39,6 +41,19 @@ function nodeInfo({ name, path, format, sizeBytes, readOnly }: DiskInfo): JsonOb
   };
 }
 
+/** `nodeInfo`, and what a client that makes backups wants to know besides. */
+async function nodeInfoWithMore(host: JobHost, disk: DiskInfo): Promise<JsonObject> {
+  const allocated = await host.allocatedBytes?.(disk.name);
+  return {
+    ...nodeInfo(disk),
+    "x-cowcatcher": {
+      path: isNbdUri(disk.path) ? disk.path : resolve(disk.path),
+      allocated,
+      "job-count": disk.jobCount ?? 0,
+    },
+  };
+}
+
 function blockInfo(disk: DiskInfo): JsonObject {
   return { device: disk.name, type: "unknown", removable: false, locked: false, inserted: nodeInfo(disk) };
 }
@@ -61,7 +76,7 @@ const QUERY_COMMANDS: Record<string, Command> = {
   "query-status": command({}, () => ({ status: "running", running: true })),
   // Without backing chains in the answer, `flat` makes no difference.
   "query-named-block-nodes": command({ flat: optional(boolean) }, (_args, { host }) =>
-    host.disks().map(nodeInfo),
+    Promise.all(host.disks().map((disk) => nodeInfoWithMore(host, disk))),
   ),
   "query-block": command({}, (_args, { host }) => host.disks().map(blockInfo)),
   "query-block-exports": command({}, (_args, { host }) => [

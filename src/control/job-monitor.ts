@@ -153,7 +153,7 @@ export class JobMonitor {
       offset: bytesDone,
       speed: job.speed,
     };
-    const wasCancelled = job.error?.code === "CANCELLED";
+    const wasCancelled = isCancelled(job.error);
     if (job.error !== undefined && !wasCancelled) data.error = job.error.message;
     data["x-cowcatcher"] = jobToWire(job);
     this.#emit(wasCancelled ? "BLOCK_JOB_CANCELLED" : "BLOCK_JOB_COMPLETED", data);
@@ -175,6 +175,11 @@ export class JobMonitor {
       this.#logger.warn({ job: job.id, error }, "a concluded job could not be dismissed");
     }
   }
+}
+
+/** By somebody, or by the server's end. */
+function isCancelled(error: CowcatcherError | undefined): boolean {
+  return error?.code === "CANCELLED" || error?.code === "SERVER_ENDED";
 }
 
 function mayCancel(status: JobStatus): boolean {
@@ -200,6 +205,6 @@ function isAboutTarget(job: BackupJob, objectName: string): boolean {
 
 /** QEMU's BlockDeviceIoStatus of a job. */
 export function ioStatus(job: BackupJob): "ok" | "failed" | "nospace" {
-  if (job.error === undefined || job.error.code === "CANCELLED") return "ok";
+  if (job.error === undefined || isCancelled(job.error)) return "ok";
   return job.error.code === "NO_SPACE" ? "nospace" : "failed";
 }

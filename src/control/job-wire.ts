@@ -26,6 +26,7 @@ const PROGRESS_KEYS = Object.keys(PROGRESS_FIELDS) as (keyof JobProgress)[];
 export function jobToWire(job: BackupJob): JsonObject {
   const progress = job.progress();
   const wire: JsonObject = { disk: job.disk, target: job.options.target, speed: job.speed };
+  if (job.t0Ms !== undefined) wire.t0 = new Date(job.t0Ms).toISOString();
   for (const key of PROGRESS_KEYS) wire[PROGRESS_FIELDS[key]] = progress[key];
   if (job.error !== undefined) wire.error = errorToWire(job.error);
   if (job.snapshot !== undefined) {

@@ -34,12 +34,16 @@ export interface JobSummary {
   error?: CowcatcherError | undefined;
   /** Name of the export of the disk's T0 view, where the job has one. */
   snapshotExport?: string | undefined;
+  /** The instant that the backup shows, RFC 3339 in UTC; undefined before it. */
+  t0?: string | undefined;
 }
 
 export interface JobResult {
   progress: JobProgress;
   /** The first cause; absent when the backup is complete. Code CANCELLED for a cancelled one. */
   error?: CowcatcherError | undefined;
+  /** As in JobSummary. */
+  t0?: string | undefined;
 }
 
 export interface StartOptions {
@@ -105,11 +109,15 @@ export async function watchJob(
   const stopLoss = client.onLoss(() => bell.ring(undefined));
   try {
     for (;;) {
-      const result = bell.result ?? takeEnded(client, id);
+      const result = bell.result ?? endedJob(client, id);
       if (result !== undefined) return result;
-      const job = (await listJobs(client)).find((candidate) => candidate.id === id);
+      const job = await findJob(client, id).catch((error: unknown) => {
+        // A server that ends says how the job ended, and then nothing more.
+        if (bell.result === undefined) throw error;
+        return undefined;
+      });
       if (bell.result !== undefined) continue;
-      if (job?.status === "concluded") return { progress: job.progress, error: job.error };
+      if (job?.status === "concluded") return { progress: job.progress, error: job.error, t0: job.t0 };
       if (job === undefined) throw noSuchJob(id);
       onProgress(job.progress, job.status);
       await bell.wait(pollMs);
@@ -119,6 +127,10 @@ export async function watchJob(
     stopLoss();
     endedJobs.get(client)?.delete(id);
   }
+}
+
+async function findJob(client: ControlClient, id: string): Promise<JobSummary | undefined> {
+  return (await listJobs(client)).find((candidate) => candidate.id === id);
 }
 
 /** The server's jobs, oldest first. @throws CowcatcherError */
@@ -144,6 +156,7 @@ function readJob({ id, status, error, "x-cowcatcher": extra }: JsonObject): JobS
     speed: typeof wire.speed === "number" ? wire.speed : 0,
     progress: progressFromWire(wire),
     error: readError(wire.error, error, text(id)),
+    t0: typeof wire.t0 === "string" ? wire.t0 : undefined,
     snapshotExport: typeof wire["snapshot-export"] === "string" ? wire["snapshot-export"] : undefined,
   };
 }
@@ -153,7 +166,11 @@ function lastEventOf({ event, data }: ControlEvent, id: string): JobResult | und
   if (data.device !== id) return undefined;
   const wire = isJsonObject(data["x-cowcatcher"]) ? data["x-cowcatcher"] : {};
   const fallback = event === "BLOCK_JOB_CANCELLED" ? "cancelled" : data.error;
-  return { progress: progressFromWire(wire), error: readError(wire.error, fallback, id) };
+  return {
+    progress: progressFromWire(wire),
+    error: readError(wire.error, fallback, id),
+    t0: typeof wire.t0 === "string" ? wire.t0 : undefined,
+  };
 }
 
 function readError(details: unknown, description: unknown, id: string): CowcatcherError | undefined {
@@ -183,7 +200,8 @@ function keepLastEvents(client: ControlClient, ids: Set<string>): () => void {
   return stop;
 }
 
-function takeEnded(client: ControlClient, id: string): JobResult | undefined {
+/** The result of a job that this client has started, if it has ended and is not watched yet. */
+export function endedJob(client: ControlClient, id: string): JobResult | undefined {
   return endedJobs.get(client)?.get(id);
 }
 

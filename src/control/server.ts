@@ -12,7 +12,7 @@ import type { CommandContext } from "./command.js";
 import { ControlConnection } from "./connection.js";
 import { JobMonitor } from "./job-monitor.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { listenAtPath } from "../unix-socket.js";
+import { listenAtPath, type UnixSocketOptions } from "../unix-socket.js";
 
 /** Each may hold REQUEST_LIMITS.maxBytes of input and OUTPUT_BYTES_MAX of output. */
 const CLIENT_COUNT_MAX = 32;
@@ -43,12 +43,13 @@ export class ControlServer {
   }
 
   /**
-   * Listens on the Unix socket at `path`, mode 0600.
+   * Listens on the Unix socket at `path`, mode 0600 unless something else is asked for.
    * @throws CowcatcherError BUSY if another server answers there, EXISTS if another kind of file is there, LIMIT
    *   for a path that is too long, IO.
    */
-  async listen(path: string): Promise<void> {
-    await listenAtPath(this.#server, path, { mode: PRIVATE_MODE });
+  async listen(path: string, access: Pick<UnixSocketOptions, "mode" | "groupId"> = {}): Promise<void> {
+    const mode = access.mode ?? (access.groupId === undefined ? PRIVATE_MODE : undefined);
+    await listenAtPath(this.#server, path, { mode, groupId: access.groupId });
     this.#server.on("error", (error) => this.#logger.warn({ error }, "the control socket failed"));
   }
 

@@ -63,12 +63,23 @@ function isVmdkDescriptor(sector: Uint8Array): boolean {
 export function probeFormat(name: string, sector: Uint8Array): ImageFormat {
   const found = probeSignature(sector);
   if (found === "raw" || found === "qcow2") return found;
+  if (found === "luks") throw encrypted(name);
   const version = found === "qcow" ? ` (qcow header, version ${headerVersion(sector)})` : "";
   throw new CowcatcherError({
     code: "UNSUPPORTED",
     object: name,
     problem: `the image is in the format '${found}'${version}, which is not supported`,
     hint: "convert it with qemu-img convert, or give -f raw to take its bytes as they are",
+  });
+}
+
+/** A backup of it is as good as any, and as secret as its source. */
+function encrypted(name: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "UNSUPPORTED",
+    object: name,
+    problem: "the image is encrypted (LUKS), and its content is not read here",
+    hint: "give -f raw: a copy of the ciphertext is a sound backup, which the same key opens",
   });
 }
 

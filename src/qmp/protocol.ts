@@ -119,6 +119,7 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   BUFFER_FULL: true,
   GUEST_TIMEOUT: true,
   CANCELLED: true,
+  SERVER_ENDED: true,
   WORKER: true,
   VERIFY: true,
   LIMIT: true,

@@ -40,8 +40,11 @@ export interface ListedJob extends BackupJob {
 export interface HostedJob extends ListedJob {
   /** @throws CowcatcherError what has failed since the job was prepared. */
   checkReady(): void;
-  /** The step at T0: synchronous, with no guest write in flight. */
-  start(): void;
+  /**
+   * The step at T0: synchronous, with no guest write in flight.
+   * @param t0Ms the wall clock's time, the same for all that start together
+   */
+  start(t0Ms: number): void;
   /** Before T0, or when start() has thrown: the group does not start. */
   abandon(): Promise<void>;
 }

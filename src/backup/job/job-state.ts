@@ -12,6 +12,8 @@ export abstract class JobState {
   readonly options: JobOptions;
   status: JobStatus = "created";
   error: CowcatcherError | undefined;
+  /** The instant that the backup shows, in milliseconds since 1970 UTC. */
+  t0Ms: number | undefined;
   /** Bytes a second to the target; 0: no limit. */
   speed: number;
   /** Fulfilled when the job is concluded and everything of it is cleaned up. */

@@ -1,6 +1,9 @@
 // The disks that `serve` has open and the jobs on them: the engine's side of JobHost. Main thread.
 
+import * as fs from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
+import { promisify } from "node:util";
+import type { Image } from "../../block/device.js";
 import type { DiskNode } from "../../cow/disk-node.js";
 import { CowcatcherError } from "../../errors.js";
 import type { NbdPlace } from "../../nbd/wire/place.js";
@@ -20,6 +23,9 @@ import { withBackingOf } from "./top-layer.js";
 
 /** A machine has a handful of disks; more jobs at once than this is a runaway script. */
 const MAX_JOBS = 64;
+/** Of st_blocks (stat(2)). */
+const STAT_BLOCK_BYTES = 512;
+const statFd: (fd: number) => Promise<fs.Stats> = promisify(fs.fstat);
 /** A cancelled start gives up its workers after one such time, their threads after another, then its target goes. */
 const UNDO_MS_MAX = 2 * ABORT_GRACE_MS + 1_000;
 
@@ -29,6 +35,7 @@ export class LiveHost implements JobHost {
   readonly #jobs = new Map<string, ListedJob>();
   /** Under way, or cancelled and not undone yet. */
   readonly #starts = new Set<JobStart>();
+  readonly #jobCounts = new Map<string, number>();
   readonly #listeners = new Set<JobStatusListener>();
   readonly #buffers = new BufferStore();
   readonly #tables = new TableStore();
@@ -59,7 +66,17 @@ export class LiveHost implements JobHost {
       format: image.format,
       sizeBytes: image.sizeBytes,
       readOnly: image.readOnly,
+      jobCount: this.#jobCounts.get(nodeName) ?? 0,
     }));
+  }
+
+  async allocatedBytes(disk: string): Promise<number | undefined> {
+    let bytes = 0;
+    for (let layer: Image | null = this.#node(disk).image; layer !== null; layer = layer.backing) {
+      if (layer.files.length === 0) return undefined;
+      for (const { fd } of layer.files) bytes += (await statFd(fd)).blocks * STAT_BLOCK_BYTES;
+    }
+    return bytes;
   }
 
   jobs(): readonly BackupJob[] {
@@ -130,6 +147,7 @@ export class LiveHost implements JobHost {
       throw error;
     }
     this.#starts.add(start);
+    for (const { disk } of start.jobs) this.#jobCounts.set(disk, (this.#jobCounts.get(disk) ?? 0) + 1);
     for (const job of start.jobs) this.#changed(job, "created");
   }
 
@@ -137,9 +155,9 @@ export class LiveHost implements JobHost {
     const refuse = (object: string, problem: string): never => {
       throw new CowcatcherError({ code: "BUSY", object, problem });
     };
-    if (this.#jobs.has(id)) refuse(id, "a job with this id is there already");
     const isBusy = [...this.#jobs.values()].some((job) => job.disk === disk && isActive(job.status));
     if (isBusy) refuse(disk, "the disk has a backup running already");
+    if (this.#jobs.has(id)) refuse(id, "a job with this id is there already");
   }
 
   #refuseTooMany(): void {
@@ -201,7 +219,7 @@ export class LiveHost implements JobHost {
   async close(): Promise<void> {
     this.#closing = true;
     const jobs = [...this.#jobs.values()];
-    for (const job of jobs) job.cancel();
+    for (const job of jobs) job.cancel(serverEnded(job));
     await Promise.all(jobs.filter((job) => isActive(job.status)).map((job) => job.concluded));
     const settled = Promise.all([...this.#starts].map((start) => start.settled));
     await Promise.race([settled, delay(UNDO_MS_MAX, undefined, { ref: false })]);
@@ -213,6 +231,15 @@ export class LiveHost implements JobHost {
     for (const start of this.#starts) start.abortSync();
     for (const job of this.#jobs.values()) if (isActive(job.status)) job.abortSync();
   };
+}
+
+function serverEnded({ options }: BackupJob): CowcatcherError {
+  return new CowcatcherError({
+    code: "SERVER_ENDED",
+    object: options.target,
+    problem: "the server was ended while the backup ran",
+    hint: "start the server, then the backup again",
+  });
 }
 
 function isActive(status: JobStatus): boolean {

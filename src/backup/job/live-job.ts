@@ -21,7 +21,7 @@ import { Finishing } from "./finishing.js";
 import type { SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
 import { JobState } from "./job-state.js";
-import type { JobOptions } from "../options.js";
+import { type JobOptions, SMALLEST_BUFFER_BYTES } from "../options.js";
 import type { JobProgress } from "../progress.js";
 import type { BufferLease } from "../memory/buffer-store.js";
 import { Snapshot } from "./snapshot.js";
@@ -143,8 +143,9 @@ export class LiveJob extends JobState implements HostedJob {
   }
 
   /** The step at T0: synchronous, with no guest write in flight. */
-  start(): void {
+  start(t0Ms: number): void {
     const { node } = this.parts;
+    this.t0Ms = t0Ms;
     this.#frozen = node.image.freeze();
     this.#snapshot?.start();
     node.addInterceptor(this.#interceptor);
@@ -218,9 +219,9 @@ export class LiveJob extends JobState implements HostedJob {
     this.setStatus("paused");
   }
 
-  cancel(): void {
+  cancel(cause?: CowcatcherError): void {
     // Paused for an error: the error is what ended the backup, not the user who gave up.
-    const error = this.error ?? this.#cancelled();
+    const error = this.error ?? cause ?? this.#cancelled();
     const isCopying = this.status === "running" || this.status === "paused";
     const isFinishing = this.status === "waiting" || this.status === "pending";
     if (isCopying || (isFinishing && this.#finishing?.cancel(error) === true)) this.#fail(error);
@@ -269,6 +270,6 @@ export class LiveJob extends JobState implements HostedJob {
  */
 function bufferSizeOf(options: JobOptions, node: DiskNode, target: Target): number {
   if (options.cowBufferSizeBytes === 0) return 0;
-  const largestChunk = Math.max(1024 * 1024, node.clusterSizeBytes, target.granularityBytes);
+  const largestChunk = Math.max(SMALLEST_BUFFER_BYTES / 2, node.clusterSizeBytes, target.granularityBytes);
   return roundUp(Math.max(options.cowBufferSizeBytes, 2 * largestChunk), SLOT_BYTES);
 }

@@ -28,6 +28,8 @@ export interface OfflineCopyRequest {
   job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
   /** Asked while a server's answer is awaited before the copy begins; true ends it. */
   isCancelled?: (() => boolean) | undefined;
+  /** Called when the source is open, with the job as it will be, before anything of the target is made. */
+  onOpened?: ((image: Image, job: JobOptions) => Promise<void>) | undefined;
   onStarted: (totalBytes: number) => void;
   onStopped: (error: CowcatcherError) => void;
 }
@@ -68,6 +70,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     const targetFormat = request.job.targetFormat ?? image.format;
     const job = withBackingOf(image, { ...request.job, targetFormat });
     await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+    await request.onOpened?.(image, job);
     const dirty = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
     // Before the workers connect: a server may take one connection at a time.
     const remote = nbdLayerOf(image);

@@ -51,8 +51,9 @@ export class SnapshotJob extends JobState implements HostedJob {
     // There are no workers that could have failed since.
   }
 
-  start(): void {
+  start(t0Ms: number): void {
     this.#snapshot.start();
+    this.t0Ms = t0Ms;
     this.#startMs = performance.now();
     this.setStatus("running");
   }
@@ -76,14 +77,13 @@ export class SnapshotJob extends JobState implements HostedJob {
     this.conclude();
   }
 
-  cancel(): void {
-    this.#end(
-      new CowcatcherError({
-        code: "CANCELLED",
-        object: this.#snapshot.info.exportName,
-        problem: "the snapshot was ended",
-      }),
-    );
+  cancel(cause?: CowcatcherError): void {
+    const ended = new CowcatcherError({
+      code: "CANCELLED",
+      object: this.#snapshot.info.exportName,
+      problem: "the snapshot was ended",
+    });
+    this.#end(cause ?? ended);
   }
 
   pause(): void {

@@ -68,7 +68,7 @@ export class JobStart {
   constructor(parts: StartParts) {
     this.#parts = parts;
     this.jobs = parts.requests.map(
-      (request) => new StandIn(request, parts, (job) => this.#cancel(job.cancelledError())),
+      (request) => new StandIn(request, parts, (job, cause) => this.#cancel(cause ?? job.cancelledError())),
     );
     this.#overdue.catch(() => {});
   }
@@ -137,17 +137,18 @@ export class JobStart {
   /** Synchronous, with no guest write in flight. */
   #atT0(): void {
     for (const job of this.#prepared) job.checkReady();
+    const t0Ms = Date.now();
     for (const [index, standIn] of this.jobs.entries()) {
       const job = this.#prepared[index];
-      if (job !== undefined) this.#replace(standIn, job);
+      if (job !== undefined) this.#replace(standIn, job, t0Ms);
     }
     for (const [index, standIn] of this.jobs.entries()) standIn.handOver(this.#prepared[index]);
   }
 
-  #replace(standIn: StandIn, job: HostedJob): void {
+  #replace(standIn: StandIn, job: HostedJob, t0Ms: number): void {
     this.#parts.list(job);
     try {
-      job.start();
+      job.start(t0Ms);
     } catch (error) {
       this.#parts.list(standIn);
       throw error;
@@ -173,7 +174,7 @@ export class JobStart {
     this.#cause ??= error;
     this.#graceTimer = setTimeout(this.#giveUp, UNDO_GRACE_MS);
     this.#abort.abort(error);
-    for (const job of this.jobs) if (!job.isReplaced) job.abort();
+    for (const job of this.jobs) if (!job.isReplaced) job.abort(error);
   }
 
   #conclude(job: StandIn): void {
@@ -197,13 +198,13 @@ export class StandIn implements ListedJob {
   #isPaused = false;
   readonly #sizeBytes: number;
   readonly #onStatus: StartParts["onStatus"];
-  readonly #onCancel: (job: StandIn) => void;
+  readonly #onCancel: (job: StandIn, cause: CowcatcherError | undefined) => void;
   #markConcluded: () => void = () => {};
 
   constructor(
     { id, disk, options }: BackupRequest,
     { nodeOf, onStatus }: Pick<StartParts, "nodeOf" | "onStatus">,
-    onCancel: (job: StandIn) => void,
+    onCancel: (job: StandIn, cause: CowcatcherError | undefined) => void,
   ) {
     this.id = id;
     this.disk = disk;
@@ -217,8 +218,8 @@ export class StandIn implements ListedJob {
     });
   }
 
-  cancel(): void {
-    if (this.status === "created" && !this.isReplaced) this.#onCancel(this);
+  cancel(cause?: CowcatcherError): void {
+    if (this.status === "created" && !this.isReplaced) this.#onCancel(this, cause);
   }
 
   cancelledError(): CowcatcherError {
@@ -229,8 +230,8 @@ export class StandIn implements ListedJob {
     });
   }
 
-  abort(): void {
-    this.error = this.cancelledError();
+  abort(cause: CowcatcherError): void {
+    this.error = cause.code === "CANCELLED" ? this.cancelledError() : cause;
     this.#setStatus("aborting");
   }
 

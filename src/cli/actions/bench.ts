@@ -103,7 +103,7 @@ function backupDocument({ bufferBytes, isComplete, endedBeforeGuest, progress }:
     ended_before_guest: endedBeforeGuest,
     seconds: rounded(progress.elapsedMs / 1000, 3),
     bytes_done: progress.bytesDone,
-    rate: Math.round(rateOf(progress)),
+    disk_rate: Math.round(rateOf(progress)),
     captures: progress.captureCount,
     captured_bytes: progress.capturedBytes,
     spilled_bytes: progress.spilledBytes,

@@ -1,5 +1,6 @@
 // Whether the buffer that `serve` promises its jobs can be had: known at the start, where somebody looks, and not
 // only when the first backup fails at night.
+import { SMALLEST_BUFFER_BYTES } from "../../backup/options.js";
 import { systemMemory, type SystemMemory } from "../../native/memory.js";
 import { formatBytes } from "../../units.js";
 import type { OutputSettings } from "../output/context.js";
@@ -15,6 +16,9 @@ export function checkBufferMemory(
   output: OutputSettings,
   memory: SystemMemory = systemMemory(),
 ): void {
+  if (bufferBytes > 0 && bufferBytes < SMALLEST_BUFFER_BYTES) {
+    warn(output, `--cow-buffer-size: raised to ${formatBytes(SMALLEST_BUFFER_BYTES)}, the least that works`);
+  }
   const { totalBytes, availableBytes } = memory;
   const size = formatBytes(bufferBytes);
   if (bufferBytes > totalBytes) {

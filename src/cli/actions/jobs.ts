@@ -26,6 +26,8 @@ export interface JobDocument extends Omit<StatusMessage, "message_type"> {
   status: string;
   /** Limit in bytes a second; 0: none. */
   rate_limit: number;
+  /** The instant that the backup shows; null before it. */
+  t0: string | null;
   /** Name of the export of the disk as of T0; left out where the job has none. */
   snapshot_export?: string;
   error: ErrorMessage["error"] | null;
@@ -56,12 +58,24 @@ export async function runJobs(
 ): Promise<number> {
   const client = await ControlClient.connect(control);
   try {
-    if (request.action !== "list") await command(client, request, request.id);
+    if (request.action !== "list") await command(client, request, await jobIdFor(client, request.id));
     if (request.action === "list" || output.json) printJobs(output, await listJobs(client));
   } finally {
     client.close();
   }
   return EXIT.done;
+}
+
+/** A job's id as it is; or the name of a disk that has one job, for that job's. @throws CowcatcherError USAGE */
+async function jobIdFor(client: ControlClient, text: string): Promise<string> {
+  const jobs = await listJobs(client);
+  if (jobs.some(({ id }) => id === text)) return text;
+  const ofDisk = jobs.filter(({ disk }) => disk === text);
+  if (ofDisk.length > 1) {
+    const ids = ofDisk.map(({ id }) => id).join(", ");
+    throw usageError(text, "is a disk with several jobs", `name one of ${ids}`);
+  }
+  return ofDisk[0]?.id ?? text;
 }
 
 /** What the server refuses is about the job, not about its socket. */
@@ -108,6 +122,7 @@ export function jobDocument(job: JobSummary): JobDocument {
     target: job.target,
     status: job.status,
     rate_limit: job.speed,
+    t0: job.t0 ?? null,
     ...(job.snapshotExport === undefined ? {} : { snapshot_export: job.snapshotExport }),
     error: job.error === undefined ? null : errorMessage(job.error).error,
   };

@@ -17,6 +17,7 @@ import { type CommandContext, printJsonLine, printLine } from "../output/context
 import { EXIT } from "../output/exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
 import { bitmapContexts } from "./serve-bitmaps.js";
+import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { ServedExports } from "./served-exports.js";
 import type { ListenSettings, ServedImage, ServeSettings } from "../options/serve-options.js";
 import { onInterrupt } from "../signals.js";
@@ -36,7 +37,10 @@ export async function runServe(settings: ServeSettings, context: CommandContext)
   try {
     for (const served of settings.images) {
       const options = { format: served.format, readOnly: settings.readOnly, direct: settings.direct };
-      images.push({ served, image: await openImage(served.path, options) });
+      const image = await openImage(served.path, options);
+      images.push({ served, image });
+      warnOfEmptySource(context.output, served.path, image.sizeBytes);
+      if (!settings.readOnly) await warnOfMountedSource(context.output, image, MOUNTED_SERVED);
     }
     const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
     const opened = images.map(({ image }) => image);
@@ -85,7 +89,7 @@ async function serveNodes(
   try {
     listeners.push(...(await listen(settings.listen)));
     host.listensAt(listeners.flatMap(({ place }) => place ?? []));
-    if (settings.control !== undefined) await control.listen(settings.control);
+    if (settings.control !== undefined) await control.listen(settings.control, settings.controlAccess);
     for (const listener of listeners) listener.serve(server);
     announce(settings, context, listeners);
     await quitting;
@@ -107,7 +111,7 @@ function negotiatingLimit(): number {
 async function listen(settings: ListenSettings): Promise<NbdListener[]> {
   switch (settings.type) {
     case "unix":
-      return [await listenUnix(settings.path, { mode: settings.mode })];
+      return [await listenUnix(settings.path, { mode: settings.mode, groupId: settings.groupId })];
     case "tcp":
       return [await listenTcp(settings.address, settings.port)];
     case "inherited":

@@ -22,6 +22,8 @@ export function addBackup(program: Command, run: RunCommand): void {
       "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away, or -, standard output,\n" +
       "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
       "redirected from a file. Files of this name are ./-. Without --control no one else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
+      "The server writes TARGET and the spill file then, with its own user's rights. With several disks each has its own\n" +
+      "buffer, workers and --rate-limit. --dry-run reads the disk's image without a lock.\n" +
       "What is about the guest's writes (the buffer, the spill, --guest-timeout, --on-cbw-error) goes with it alone.\n" +
       "With --sync top the backup holds what SOURCE's own layer does, and builds on what SOURCE builds on (or on -b).\n" +
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
@@ -37,7 +39,7 @@ export function addBackup(program: Command, run: RunCommand): void {
   addCommonOptions(addBackupOptions(command)).action((args: string[], flags: BackupFlags & CommonFlags) =>
     run("backup", flags, async (context) => {
       const settings = parseBackupSettings(args, flags);
-      if (flags.dryRun === true && settings.mode === "offline") {
+      if (flags.dryRun === true) {
         return (await import("../actions/dry-run.js")).runDryRun(settings, context);
       }
       return (await import("../actions/backup.js")).runBackup(settings, context);

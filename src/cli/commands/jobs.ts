@@ -9,12 +9,12 @@ export function addJobs(program: Command, run: RunCommand): void {
       "--control SOCK\n       cowcatcher jobs cancel|pause|resume ID --control SOCK\n       cowcatcher jobs set-speed ID SIZE --control SOCK",
     examples: [
       "cowcatcher jobs --control /run/vm1.ctl",
-      "cowcatcher jobs cancel backup-root --control /run/vm1.ctl",
-      "cowcatcher jobs set-speed backup-root 50M --control /run/vm1.ctl",
+      "cowcatcher jobs cancel root --control /run/vm1.ctl",
+      "cowcatcher jobs set-speed root-2 50M --control /run/vm1.ctl",
     ],
   })
     .argument("[ACTION]", "cancel, pause, resume or set-speed (list the jobs)")
-    .argument("[ID]", "the job")
+    .argument("[ID]", "the job, or the name of a disk that has one job")
     .argument("[SIZE]", "for set-speed: bytes a second, 0 for no limit")
     .addOption(pathOption("--control <SOCK>", "control socket of the server").makeOptionMandatory());
   addCommonOptions(command).action(

@@ -96,7 +96,7 @@ export function addBackupOptions(command: Command): Command {
     .addOption(
       choiceOption(
         "--bitmap-mode <MODE>",
-        "what becomes of the bitmap: nothing, so give never (of an export the default)",
+        "what becomes of the bitmap: nothing (never); QEMU's other modes are refused by name",
         BITMAP_MODES,
       ),
     )
@@ -169,7 +169,12 @@ function addCopyOptions(command: Command): Command {
       ),
     )
     .addOption(sizeOption("--cluster-size <SIZE>", "of a new qcow2 target (64K)"))
-    .addOption(sizeOption("--rate-limit <SIZE>", "bytes a second to the target (none)"))
+    .addOption(
+      sizeOption(
+        "--rate-limit <SIZE>",
+        "bytes a second to the target, of each disk where there are several (none)",
+      ),
+    )
     .addOption(choiceOption("--on-source-error <ACTION>", onError, ON_IO_ERROR))
     .addOption(choiceOption("--on-target-error <ACTION>", onError, ON_IO_ERROR))
     .addOption(
@@ -188,7 +193,9 @@ function collectDisks(value: string, previous: string[] | undefined): string[] {
   return [...(previous ?? []), parseText(value, "--disk")];
 }
 
-const COMPRESS_METHOD = /^(?:zlib|zstd)(?::.*)?$/;
+/** Those of other tools as well: to refuse them by name is better than to look for a file. */
+const COMPRESS_METHOD =
+  /^(?:zlib|zstd|gzip|gz|deflate|lzo|lz4|lzma|xz|bzip2|brotli|snappy|none|\d{1,2})(?::.*)?$/;
 
 function compressOption(): Option {
   return new Option(
@@ -272,8 +279,10 @@ function offlineCopy(
 ): OfflineBackupSettings {
   if (source === undefined) throw usageError(sourceName, "is missing", `give ${sourceName} and TARGET`);
   if (target === undefined) throw usageError("TARGET", "is missing", `give ${sourceName} and TARGET`);
-  if (rest[0] !== undefined)
-    throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET`);
+  if (rest[0] !== undefined) {
+    const method = flags.compress === undefined ? "" : "; -c takes zlib or zstd, with a level if wanted";
+    throw usageError(rest[0], "is one argument too many", `give ${sourceName} and TARGET${method}`);
+  }
   if (source !== STDIO && absoluteName(source) === absoluteName(target)) {
     throw usageError(target, "is source and target at once", "choose another target");
   }
@@ -298,18 +307,15 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   if (flags.snapshot !== undefined) {
     throw usageError("--snapshot", "does not go with --control", "give the disk's image as SOURCE");
   }
-  if (flags.dryRun === true) {
-    throw usageError("--dry-run", "does not go with --control", "give the disk's image as SOURCE");
-  }
   if (targets.length === 0) throw usageError("TARGET", "is missing", "give one for each --disk");
   if (names.length === 0 && targets.length > 1) {
     throw usageError("--disk", `is missing for ${targets.length} targets`, "give one for each TARGET");
   }
   if (names.length > 0 && names.length !== targets.length) {
     throw usageError(
-      "--disk",
-      `given ${names.length} times for ${targets.length} targets`,
-      "give one for each TARGET",
+      "TARGET",
+      `${counted(names.length, "disk")} and ${counted(targets.length, "target")}`,
+      "give a TARGET for each --disk, in the same order",
     );
   }
   refuseRepeated("--disk", names);
@@ -324,6 +330,10 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   if (flags.sync === "none") checkSnapshotFlags(paths, flags);
   const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
   return { mode: "live", control: absoluteName(control), disks };
+}
+
+function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 function refuseRepeated(object: string, values: readonly string[]): void {

@@ -46,8 +46,18 @@ export function checkSnapshotFlags(targets: readonly string[], flags: BackupFlag
   if (flags.cowBufferSize === 0) {
     throw usageError("--cow-buffer-size", "--sync none keeps old data in the buffer", "give a size");
   }
-  const { workers, rateLimit, targetFormat, clusterSize, backingFile, compress, direct, force, verify } =
-    flags;
+  const {
+    workers,
+    rateLimit,
+    targetFormat,
+    clusterSize,
+    backingFile,
+    compress,
+    direct,
+    force,
+    verify,
+    dryRun,
+  } = flags;
   const ofCopies = {
     workers,
     compress,
@@ -56,6 +66,7 @@ export function checkSnapshotFlags(targets: readonly string[], flags: BackupFlag
     direct,
     force,
     verify,
+    "dry-run": dryRun,
   };
   const given = Object.entries({ ...ofCopies, "cluster-size": clusterSize, "backing-file": backingFile });
   const useless = given.find(([, value]) => value !== undefined);

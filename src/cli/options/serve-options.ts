@@ -18,6 +18,7 @@ import {
   textOption,
   usageError,
 } from "./options.js";
+import { groupIdOf } from "./groups.js";
 import { addTlsOptions, parseTls, type TlsFlags } from "./serve-tls.js";
 import type { Environment } from "../output/context.js";
 
@@ -31,10 +32,16 @@ export interface ServedImage {
 
 export type ListenSettings =
   /** `mode`: permission bits of the socket's file; undefined: what the umask leaves. */
-  | { type: "unix"; path: string; mode: number | undefined }
+  | { type: "unix"; path: string; mode: number | undefined; groupId: number | undefined }
   | { type: "tcp"; address: string; port: number }
   /** Sockets that systemd has opened: `count` file descriptors from 3 on. */
   | { type: "inherited"; count: number };
+
+/** Permission bits and group of a socket's file. */
+export interface SocketAccess {
+  mode?: number | undefined;
+  groupId?: number | undefined;
+}
 
 export interface ServeSettings {
   /** At least one. */
@@ -42,6 +49,8 @@ export interface ServeSettings {
   listen: ListenSettings;
   /** Path of the control socket. */
   control: string | undefined;
+  /** Who may use it besides the server's user; undefined members: nobody. */
+  controlAccess: SocketAccess;
   readOnly: boolean;
   /** O_DIRECT for the images. */
   direct: boolean;
@@ -59,6 +68,9 @@ export interface ServeSettings {
 export interface ServeFlags extends TlsFlags {
   socket?: string;
   socketMode?: number;
+  socketGroup?: number;
+  controlMode?: number;
+  controlGroup?: number;
   bitmap?: string[];
   port?: number;
   bind?: string;
@@ -92,11 +104,22 @@ function addImageOptions(command: Command): Command {
       new Option(
         "--socket-mode <MODE>",
         "permissions of the Unix socket, octal (0777 less the umask)",
-      ).argParser(parseSocketMode),
+      ).argParser((text) => parseMode(text, "--socket-mode")),
+    )
+    .addOption(
+      groupOption("--socket-group <GROUP>", "group of the Unix socket; mode 660 then (the server's)"),
     )
     .addOption(countOption("--port <N>", "listen on a TCP port (0: any free one)", PORT_BOUNDS))
     .addOption(textOption("--bind <ADDR>", `address of the TCP port (${DEFAULT_ADDRESS})`))
     .addOption(pathOption("--control <PATH>", "control socket (QMP) for backups and jobs (none)"))
+    .addOption(
+      new Option("--control-mode <MODE>", "permissions of the control socket, octal (600)").argParser(
+        (text) => parseMode(text, "--control-mode"),
+      ),
+    )
+    .addOption(
+      groupOption("--control-group <GROUP>", "group of the control socket; mode 660 then (the server's)"),
+    )
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2, of every IMAGE (probed)"))
     .option("--read-only", "refuse the guest's writes")
     .option("--direct", "O_DIRECT for the images")
@@ -141,6 +164,7 @@ export function parseServeSettings(
     images: parseImages(images, flags),
     listen: parseListen(flags, environment, processId),
     control: flags.control,
+    controlAccess: parseControlAccess(flags),
     readOnly: flags.readOnly ?? false,
     direct: flags.direct ?? false,
     cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
@@ -158,9 +182,20 @@ function parseBitmaps({ bitmap = [], readOnly }: ServeFlags): string[] {
   return [...new Set(bitmap)];
 }
 
-function parseSocketMode(text: string): number {
+function parseControlAccess({ control, controlMode: mode, controlGroup: groupId }: ServeFlags): SocketAccess {
+  if (control === undefined && mode !== undefined) throw usageError("--control-mode", "needs --control");
+  if (control === undefined && groupId !== undefined) throw usageError("--control-group", "needs --control");
+  return { mode, groupId };
+}
+
+function groupOption(flags: string, help: string): Option {
+  const name = flags.slice(0, flags.indexOf(" "));
+  return new Option(flags, help).argParser((text) => groupIdOf(text, name));
+}
+
+function parseMode(text: string, option: string): number {
   if (!/^0?[0-7]{3}$/.test(text)) {
-    throw usageError("--socket-mode", `'${text}' is not a mode`, "give three octal digits, such as 660");
+    throw usageError(option, `'${text}' is not a mode`, "give three octal digits, such as 660");
   }
   return Number.parseInt(text, 8);
 }
@@ -220,7 +255,7 @@ function splitName(text: string): { path: string; name: string | undefined } {
 }
 
 function parseListen(
-  { socket, socketMode, port, bind, control }: ServeFlags,
+  { socket, socketMode, socketGroup, port, bind, control }: ServeFlags,
   environment: Environment,
   processId: number,
 ): ListenSettings {
@@ -230,7 +265,8 @@ function parseListen(
     throw usageError("--control", "is the path of --socket", "give another path");
   }
   if (socketMode !== undefined && socket === undefined) throw usageError("--socket-mode", "needs --socket");
-  if (socket !== undefined) return { type: "unix", path: socket, mode: socketMode };
+  if (socketGroup !== undefined && socket === undefined) throw usageError("--socket-group", "needs --socket");
+  if (socket !== undefined) return { type: "unix", path: socket, mode: socketMode, groupId: socketGroup };
   if (port !== undefined) return { type: "tcp", address: bind ?? DEFAULT_ADDRESS, port };
   const count = inheritedSocketCount(environment, processId);
   if (count > 0) return { type: "inherited", count };

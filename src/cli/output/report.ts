@@ -6,6 +6,8 @@ import { printJsonLine, type OutputSettings } from "./context.js";
 
 export interface ErrorMessage {
   message_type: "error";
+  /** RFC 3339, UTC. */
+  time: string;
   error: {
     code: string;
     object: string;
@@ -28,6 +30,7 @@ export function errorLine(error: CowcatcherError): string {
 export function errorMessage(error: CowcatcherError): ErrorMessage {
   return {
     message_type: "error",
+    time: new Date().toISOString(),
     error: {
       code: error.code,
       object: error.object,

@@ -14,7 +14,7 @@ export class WatchedJobs {
   private readonly jobs = new Map<string, WatchedJob>();
 
   add(info: JobInfo): WatchedJob {
-    const job = { info, pace: new Pace(), progress: undefined };
+    const job = { info, pace: new Pace(info.dataBytes), progress: undefined };
     this.jobs.set(info.jobId, job);
     return job;
   }

@@ -2,6 +2,7 @@
 // (percent_done, total_bytes, bytes_done, seconds_elapsed, seconds_remaining), snake_case ones of our own
 // elsewhere. `summary` and `error` messages are summary.ts's and report.ts's.
 import type { JobProgress } from "../../backup/progress.js";
+import { packageVersion } from "../version.js";
 import { printJsonLine, type OutputSettings } from "../output/context.js";
 import { WatchedJobs, type WatchedJob } from "./jobs.js";
 import { fractionDone } from "./pace.js";
@@ -16,17 +17,27 @@ export interface JsonOptions {
 
 export interface StartedMessage {
   message_type: "started";
+  /** RFC 3339, UTC. */
+  time: string;
+  version: string;
   job: string;
   disk: string;
   target: string;
+  /** Null of a job without a target. */
+  target_format: string | null;
   total_bytes: number;
+  /** About what there is to copy; null: unknown. */
+  data_bytes: number | null;
   live: boolean;
+  /** The instant that the backup shows; null where the server does not tell. */
+  t0: string | null;
   /** The export of the disk as it was at T0; left out where there is none. */
   snapshot_export?: string;
 }
 
 export interface StatusMessage {
   message_type: "status";
+  time: string;
   job: string;
   disk: string;
   /** 0 to 1, as restic's. */
@@ -34,7 +45,7 @@ export interface StatusMessage {
   total_bytes: number;
   bytes_done: number;
   bytes_written: number;
-  /** Bytes a second to the target, over the last seconds. */
+  /** Of `bytes_written`, a second, over the last seconds. */
   rate: number;
   seconds_elapsed: number;
   /** Left out while there is no telling. */
@@ -99,9 +110,21 @@ export class JsonView implements PrintableView {
 }
 
 export function startedMessage(info: JobInfo): StartedMessage {
-  const { jobId, disk, target, totalBytes, live, snapshotExport } = info;
-  const snapshot = snapshotExport === undefined ? {} : { snapshot_export: snapshotExport };
-  return { message_type: "started", job: jobId, disk, target, total_bytes: totalBytes, live, ...snapshot };
+  const { jobId, disk, target, targetFormat, totalBytes, dataBytes, live, t0, snapshotExport } = info;
+  return {
+    message_type: "started",
+    time: now(),
+    version: packageVersion(),
+    job: jobId,
+    disk,
+    target,
+    target_format: targetFormat ?? null,
+    total_bytes: totalBytes,
+    data_bytes: dataBytes ?? null,
+    live,
+    t0: t0 ?? null,
+    ...(snapshotExport === undefined ? {} : { snapshot_export: snapshotExport }),
+  };
 }
 
 export function statusMessage(
@@ -111,6 +134,7 @@ export function statusMessage(
 ): StatusMessage {
   return {
     message_type: "status",
+    time: now(),
     job: jobId,
     disk,
     percent_done: fractionDone(progress),
@@ -130,6 +154,11 @@ export function statusMessage(
     guest_wait_ms_total: progress.guestWaitMsTotal,
     ignored_errors: progress.ignoredErrorCount,
   };
+}
+
+/** The wall clock, as every message has it. */
+export function now(): string {
+  return new Date().toISOString();
 }
 
 function toSeconds(ms: number): number {

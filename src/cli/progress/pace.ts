@@ -1,10 +1,12 @@
-// How fast a job goes and when it will be done, from its last samples: holes are passed in no time and a full
-// buffer slows everything, so the average since the start would mislead.
+// How fast a job goes and when it will be done, from its last samples: a full buffer slows everything, so the average
+// since the start would mislead. Holes are passed in no time, so where it is known about how much data there is, what
+// is left of it and the pace of the data tell the time; else the disk's size has to.
 import type { JobProgress } from "../../backup/progress.js";
 
 interface Sample {
   elapsedMs: number;
   bytesDone: number;
+  bytesWritten: number;
 }
 
 const WINDOW_MS = 20_000;
@@ -12,25 +14,37 @@ const SAMPLE_INTERVAL_MS = 500;
 
 export class Pace {
   // At most WINDOW_MS / SAMPLE_INTERVAL_MS samples, and the one that begins the window.
-  private readonly samples: Sample[] = [{ elapsedMs: 0, bytesDone: 0 }];
+  private readonly samples: Sample[] = [{ elapsedMs: 0, bytesDone: 0, bytesWritten: 0 }];
+  readonly #dataBytes: number | undefined;
 
-  add({ elapsedMs, bytesDone }: Pick<JobProgress, "elapsedMs" | "bytesDone">): void {
+  /** @param dataBytes about what there is to copy; undefined: unknown */
+  constructor(dataBytes?: number) {
+    this.#dataBytes = dataBytes;
+  }
+
+  add({ elapsedMs, bytesDone, bytesWritten }: Sample): void {
     const last = this.samples.at(-1);
     if (last !== undefined && elapsedMs - last.elapsedMs < SAMPLE_INTERVAL_MS) return;
-    this.samples.push({ elapsedMs, bytesDone });
+    this.samples.push({ elapsedMs, bytesDone, bytesWritten });
     while (this.samples.length > 2 && elapsedMs - (this.samples[1]?.elapsedMs ?? elapsedMs) >= WINDOW_MS) {
       this.samples.shift();
     }
   }
 
   /** Milliseconds until all is done at the pace of the last seconds; undefined: no telling. */
-  remainingMs({ elapsedMs, bytesDone, bytesTotal }: JobProgress): number | undefined {
+  remainingMs({ elapsedMs, bytesDone, bytesTotal, bytesWritten }: JobProgress): number | undefined {
     if (bytesDone >= bytesTotal) return 0;
     const first = this.samples[0];
     if (first === undefined) return undefined;
     const windowMs = elapsedMs - first.elapsedMs;
     const windowBytes = bytesDone - first.bytesDone;
     if (windowMs <= 0 || windowBytes <= 0) return undefined;
+    const writtenBytes = bytesWritten - first.bytesWritten;
+    const dataLeft = (this.#dataBytes ?? 0) - bytesWritten;
+    // More data than was thought (a compressed source), or none of late: the estimate is of no use.
+    if (dataLeft > 0 && writtenBytes > 0) {
+      return (Math.min(dataLeft, bytesTotal - bytesDone) * windowMs) / writtenBytes;
+    }
     return ((bytesTotal - bytesDone) * windowMs) / windowBytes;
   }
 }

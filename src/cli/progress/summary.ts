@@ -1,21 +1,38 @@
 // What a finished backup or restore says: a few lines for people, one object for scripts.
+import { statSync } from "node:fs";
 import type { JobProgress } from "../../backup/progress.js";
 import { formatBytes, formatDuration } from "../../units.js";
 import { printJsonLine, printLine, type OutputSettings } from "../output/context.js";
+import { packageVersion } from "../version.js";
+import { now } from "./json.js";
 import type { JobInfo } from "./view.js";
+
+/** Of st_blocks (stat(2)). */
+const STAT_BLOCK_BYTES = 512;
 
 export interface SummaryMessage {
   message_type: "summary";
+  /** RFC 3339, UTC. */
+  time: string;
+  version: string;
   job: string;
   disk: string;
   target: string;
+  /** Null of a job without a target. */
+  target_format: string | null;
+  /** The instant that the backup shows; null where the server does not tell. */
+  t0: string | null;
   /** Size of the disk. */
   bytes: number;
-  /** Bytes that went to the target: neither zeroes nor holes. */
+  /** Bytes of data that were copied: neither zeroes nor holes, and before compression. */
   bytes_written: number;
+  /** What the target takes of its storage; null of what is no file. */
+  bytes_on_target: number | null;
   seconds: number;
-  /** Bytes of the disk dealt with, a second, holes included. */
+  /** Of `bytes_written`, a second, as in `status`. */
   rate: number;
+  /** Of `bytes`, a second: of the disk dealt with, holes included. */
+  disk_rate: number;
   captures: number;
   captured_bytes: number;
   spilled_bytes: number;
@@ -30,13 +47,19 @@ export interface SummaryMessage {
 export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMessage {
   return {
     message_type: "summary",
+    time: now(),
+    version: packageVersion(),
     job: info.jobId,
     disk: info.disk,
     target: info.target,
+    target_format: info.targetFormat ?? null,
+    t0: info.t0 ?? null,
     bytes: progress.bytesTotal,
     bytes_written: progress.bytesWritten,
+    bytes_on_target: info.bytesOnTarget ?? null,
     seconds: Math.round(progress.elapsedMs) / 1000,
-    rate: Math.round(averageRate(progress)),
+    rate: Math.round(rateOf(progress.bytesWritten, progress)),
+    disk_rate: Math.round(rateOf(progress.bytesDone, progress)),
     captures: progress.captureCount,
     captured_bytes: progress.capturedBytes,
     spilled_bytes: progress.spilledBytes,
@@ -54,8 +77,8 @@ export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
   }
   const lines = [
     `${info.disk} -> ${info.target}: ${formatBytes(progress.bytesTotal)} in ` +
-      `${formatDuration(progress.elapsedMs)} (${formatBytes(averageRate(progress))}/s), ` +
-      `${formatBytes(progress.bytesWritten)} written${info.verify === true ? ", verified" : ""}`,
+      `${formatDuration(progress.elapsedMs)} (${formatBytes(rateOf(progress.bytesDone, progress))}/s), ` +
+      `${formatBytes(progress.bytesWritten)} written${onTarget(info)}${info.verify === true ? ", verified" : ""}`,
   ];
   if (info.live) lines.push(captureLine(progress));
   if (progress.ignoredErrorCount > 0) {
@@ -82,8 +105,22 @@ function captureLine(progress: JobProgress): string {
   return `  ${captures}, ${spilled}, ${waits}, the longest ${formatDuration(progress.guestWaitMsMax)}`;
 }
 
-function averageRate({ bytesDone, elapsedMs }: JobProgress): number {
-  return elapsedMs > 0 ? (bytesDone * 1000) / elapsedMs : 0;
+function onTarget({ bytesOnTarget: bytes }: JobInfo): string {
+  return bytes === undefined ? "" : `, ${formatBytes(bytes)} on disk`;
+}
+
+/** What a finished target takes of its storage; undefined for what is no file, or may not be looked at. */
+export function bytesOnTarget(target: string): number | undefined {
+  try {
+    const stats = statSync(target);
+    return stats.isFile() ? stats.blocks * STAT_BLOCK_BYTES : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+function rateOf(bytes: number, { elapsedMs }: JobProgress): number {
+  return elapsedMs > 0 ? (bytes * 1000) / elapsedMs : 0;
 }
 
 function counted(count: number, noun: string): string {

@@ -16,29 +16,47 @@ export function formatPercent(fraction: number): string {
   return `${Math.floor(fraction * 100)}%`;
 }
 
-/** The parts of a progress text, the most important first, so that a narrow terminal can leave out the last. */
-export function progressParts(
+/** A part of a progress text, and its place among those that a narrow terminal keeps: the smallest stays longest. */
+export interface ProgressPart {
+  text: string;
+  rank: number;
+}
+
+/** The parts of a progress text, in the order in which they stand. */
+export function rankedParts(
   progress: JobProgress,
   { live, remainingMs, snapshotOnly }: ProgressTextOptions,
-): string[] {
+): ProgressPart[] {
   const parts = snapshotOnly === true ? snapshotParts(progress) : copyParts(progress, remainingMs);
-  if (live && progress.bufferBytesTotal > 0) parts.push(bufferPart(progress));
-  if (live) parts.push(guestWaitPart(progress));
-  if (progress.spilledBytes > 0) parts.push(`${formatBytes(progress.spilledBytes)} spilled`);
+  if (live && progress.bufferBytesTotal > 0) parts.push({ text: bufferPart(progress), rank: 4 });
+  // What the whole tool is about goes last.
+  if (live) parts.push({ text: guestWaitPart(progress), rank: 1 });
+  if (progress.spilledBytes > 0) {
+    parts.push({ text: `${formatBytes(progress.spilledBytes)} spilled`, rank: 6 });
+  }
   return parts;
 }
 
-function copyParts(progress: JobProgress, remainingMs: number | undefined): string[] {
+/** The texts of all parts. */
+export function progressParts(progress: JobProgress, options: ProgressTextOptions): string[] {
+  return rankedParts(progress, options).map(({ text }) => text);
+}
+
+function copyParts(progress: JobProgress, remainingMs: number | undefined): ProgressPart[] {
+  const left = remainingMs === undefined ? "time left unknown" : `${formatDuration(remainingMs)} left`;
   return [
-    formatPercent(fractionDone(progress)),
-    `${formatBytes(progress.bytesDone)} of ${formatBytes(progress.bytesTotal)}`,
-    `${formatBytes(progress.targetRate)}/s`,
-    remainingMs === undefined ? "time left unknown" : `${formatDuration(remainingMs)} left`,
+    { text: formatPercent(fractionDone(progress)), rank: 0 },
+    { text: `${formatBytes(progress.bytesDone)} of ${formatBytes(progress.bytesTotal)}`, rank: 5 },
+    { text: `${formatBytes(progress.targetRate)}/s`, rank: 3 },
+    { text: left, rank: 2 },
   ];
 }
 
-function snapshotParts(progress: JobProgress): string[] {
-  return [`${formatBytes(progress.capturedBytes)} captured`, `for ${formatDuration(progress.elapsedMs)}`];
+function snapshotParts(progress: JobProgress): ProgressPart[] {
+  return [
+    { text: `${formatBytes(progress.capturedBytes)} captured`, rank: 0 },
+    { text: `for ${formatDuration(progress.elapsedMs)}`, rank: 2 },
+  ];
 }
 
 export function bufferPart(progress: JobProgress): string {

@@ -12,6 +12,13 @@ export interface JobInfo {
   disk: string;
   target: string;
   totalBytes: number;
+  /** About what there is to copy, holes not counted; undefined: unknown. */
+  dataBytes?: number | undefined;
+  /** The instant that the backup shows, RFC 3339 in UTC. */
+  t0?: string | undefined;
+  targetFormat?: string | undefined;
+  /** What a finished target takes of its storage; undefined: unknown, or no file. */
+  bytesOnTarget?: number | undefined;
   /** A guest uses the disk: buffer and guest waits are shown. */
   live: boolean;
   /** Without an error at the end, the target was read back and is what was written. */

@@ -39,6 +39,7 @@ import {
   OPTION_HEADER_BYTES,
   OPTION_REPLY_HEADER_BYTES,
 } from "../wire/protocol.js";
+import { withExportNames } from "./export-list.js";
 import { secure } from "./tls.js";
 import type { NbdAddress } from "../wire/uri.js";
 
@@ -244,7 +245,8 @@ async function readGoReplies(talk: Negotiation, exportName: string): Promise<Exp
       if (info.sizeBytes < 0) throw protocolError(object, "the server did not say the export's size");
       return info;
     } else {
-      throw refusal(type, data, object, exportName);
+      const refused = refusal(type, data, object, exportName);
+      throw type === NBD_REP_ERR_UNKNOWN ? await withExportNames(talk, refused) : refused;
     }
   }
   throw protocolError(object, `more than ${MAX_OPTION_REPLIES} replies to one option`);

@@ -7,7 +7,7 @@
 import { readFileSync, readlinkSync } from "node:fs";
 import { createServer, type ListenOptions, type Server, type Socket } from "node:net";
 import { CowcatcherError, ioError } from "../../errors.js";
-import { listenAtPath } from "../../unix-socket.js";
+import { listenAtPath, type UnixSocketOptions } from "../../unix-socket.js";
 import type { NbdPlace } from "../wire/place.js";
 
 export { notifyReady } from "./notify.js";
@@ -39,10 +39,10 @@ const MAX_SYSTEMD_SOCKETS = 64;
  */
 export async function listenUnix(
   path: string,
-  options: { mode?: number | undefined } = {},
+  options: Pick<UnixSocketOptions, "mode" | "groupId"> = {},
 ): Promise<NbdListener> {
   const listener = new Listener(path);
-  await listener.listenAtPath(path, options.mode);
+  await listener.listenAtPath(path, options);
   return listener;
 }
 
@@ -97,8 +97,8 @@ class Listener implements NbdListener {
     });
   }
 
-  async listenAtPath(path: string, mode: number | undefined): Promise<void> {
-    await listenAtPath(this.server, path, { mode, backlog: LISTEN_BACKLOG });
+  async listenAtPath(path: string, access: Pick<UnixSocketOptions, "mode" | "groupId">): Promise<void> {
+    await listenAtPath(this.server, path, { ...access, backlog: LISTEN_BACKLOG });
     this.place = { path };
     this.outlastErrors();
   }

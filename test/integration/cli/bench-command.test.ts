@@ -44,7 +44,7 @@ interface Phase {
     ended_before_guest: boolean;
     seconds: number;
     bytes_done: number;
-    rate: number;
+    disk_rate: number;
     captured_bytes: number;
   };
 }

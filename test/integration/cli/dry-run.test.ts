@@ -108,12 +108,14 @@ it.each(SOURCES)("%s, to raw and to qcow2 with every size of cluster", async (so
 it("prints both, and leaves the folder as it was", async () => {
   const before = readdirSync(folder);
   const json = await dryRun("--json", "v3.qcow2", "t.qcow2");
-  expect(JSON.parse(json.stdout)).toEqual(await measured("v3.qcow2", "-O", "qcow2"));
+  expect(JSON.parse(json.stdout)).toMatchObject(await measured("v3.qcow2", "-O", "qcow2"));
   const { required, "fully-allocated": full } = await measured("holes.raw", "-O", "qcow2");
   const text = await dryRun("-c", "holes.raw", "t.qcow2");
   expect(text).toEqual({
     code: 0,
-    stdout: `required size: ${required}\nfully allocated size: ${full}\n`,
+    stdout: expect.stringMatching(
+      `^required size: ${required}\nfully allocated size: ${full}\nfree size: \\d+\n$`,
+    ) as string,
     stderr: "",
   });
   expect(readdirSync(folder)).toEqual(before);
@@ -144,10 +146,6 @@ it("fails as the backup would", async () => {
     [
       ["--cluster-size", "512", "huge.raw", "t.qcow2"],
       "t.qcow2: a qcow2 image with clusters of 512 B holds at most 128 GiB (choose larger clusters, such as 64K)",
-    ],
-    [
-      ["--control", "s", "t.qcow2"],
-      "--dry-run: does not go with --control (give the disk's image as SOURCE)",
     ],
   ] as const;
   for (const [args, message] of cases) {

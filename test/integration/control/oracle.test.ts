@@ -134,6 +134,7 @@ describe("beside qemu-storage-daemon", () => {
     const [their, our] = (await both(run("query-named-block-nodes"))).map((answer) =>
       (answer as { return: Record<string, unknown>[] }).return.find((node) => node["node-name"] === "disk"),
     );
-    expect(Object.keys(our ?? {}).sort()).toEqual(Object.keys(their ?? {}).sort());
+    const ourNames = Object.keys(our ?? {}).filter((name) => name !== "x-cowcatcher");
+    expect(ourNames.sort()).toEqual(Object.keys(their ?? {}).sort());
   });
 });

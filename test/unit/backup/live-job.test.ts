@@ -341,7 +341,7 @@ describe("a start that is cancelled", () => {
     await host.close();
     expect(job.status).toBe("null");
     expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
-    expect(await starting).toMatchObject({ code: "CANCELLED" });
+    expect(await starting).toMatchObject({ code: "SERVER_ENDED" });
     await expect(host.startBackups([order("b")])).rejects.toMatchObject({ code: "BUSY" });
   });
 
@@ -350,15 +350,16 @@ describe("a start that is cancelled", () => {
     pool.isStuck = true;
     await host.close();
     expect(job.status).toBe("null");
-    expect(await starting).toMatchObject({ code: "CANCELLED" });
+    expect(await starting).toMatchObject({ code: "SERVER_ENDED" });
     expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
   });
 
   it("frees its disk and its id at once, and takes both until then", async () => {
     const { job, starting } = await startSlowly("a");
-    await expect(host.startBackups([order("a")])).rejects.toMatchObject({ code: "BUSY", object: "job-a" });
-    const again = { ...order("a"), id: "other" };
-    await expect(host.startBackups([again])).rejects.toMatchObject({ code: "BUSY", object: "a" });
+    const sameId = { ...order("b"), id: "job-a" };
+    await expect(host.startBackups([sameId])).rejects.toMatchObject({ code: "BUSY", object: "job-a" });
+    const sameDisk = { ...order("a"), id: "other" };
+    await expect(host.startBackups([sameDisk])).rejects.toMatchObject({ code: "BUSY", object: "a" });
     expect(host.jobs()).toEqual([job]);
     job.cancel();
     await starting;

@@ -12,6 +12,8 @@ import { CowcatcherError } from "../../../src/errors.js";
 import type { BlockStatus } from "../../../src/block/device.js";
 import { GiB, KiB, MiB, TiB } from "../../../src/units.js";
 
+const UTC = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/;
+
 describe("errors", () => {
   const error = new CowcatcherError({
     code: "IO",
@@ -31,6 +33,7 @@ describe("errors", () => {
   it("are complete in JSON", () => {
     expect(errorMessage(error)).toEqual({
       message_type: "error",
+      time: expect.stringMatching(UTC) as string,
       error: {
         code: "IO",
         object: "disk\nname\u001b[31m",

@@ -11,6 +11,8 @@ import { createProgressView, progressForm } from "../../../src/cli/progress/crea
 import type { JobInfo } from "../../../src/cli/progress/view.js";
 import { printSummary, summaryLines } from "../../../src/cli/progress/summary.js";
 import { CowcatcherError } from "../../../src/errors.js";
+import { isForegroundStat } from "../../../src/cli/progress/foreground.js";
+import { packageVersion } from "../../../src/cli/version.js";
 import { GiB, KiB, MiB } from "../../../src/units.js";
 
 const INFO: JobInfo = { jobId: "j1", disk: "root", target: "/b/root.img", totalBytes: 10 * GiB, live: true };
@@ -63,6 +65,8 @@ function writtenTo(stream: PassThrough): string {
   for (let chunk; (chunk = stream.read() as Buffer | null) !== null;) chunks.push(chunk);
   return Buffer.concat(chunks).toString();
 }
+
+const UTC = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/;
 
 describe("which form", () => {
   it.each([
@@ -146,14 +150,20 @@ describe("JSON lines", () => {
     expect(messages).toHaveLength(3);
     expect(messages[0]).toEqual({
       message_type: "started",
+      time: expect.stringMatching(UTC) as string,
+      version: packageVersion(),
       job: "j1",
       disk: "root",
       target: "/b/root.img",
+      target_format: null,
       total_bytes: 10 * GiB,
+      data_bytes: null,
       live: true,
+      t0: null,
     });
     expect(messages[1]).toEqual({
       message_type: "status",
+      time: expect.stringMatching(UTC) as string,
       job: "j1",
       disk: "root",
       percent_done: 0.5,
@@ -206,20 +216,60 @@ describe("bars", () => {
         "longest guest wait 12 ms, 3.00 MiB spilled",
     );
     expect(barText(watched(PROGRESS), 80)).toBe(
-      "root [==========----------] 50%, 5.00 GiB of 10.0 GiB, 50.0 MiB/s, 1:00 left",
+      "root [=====-----] 50%, 50.0 MiB/s, 1:00 left, longest guest wait 12 ms",
     );
+    expect(barText(watched(PROGRESS), 60)).toBe("root [=====-----] 50%, 1:00 left, longest guest wait 12 ms");
+    expect(barText(watched(PROGRESS), 50)).toBe("root [=====-----] 50%, longest guest wait 12 ms");
     for (let columns = 40; columns < 200; columns++) {
       expect(barText(watched(PROGRESS), columns).length).toBeLessThan(columns + 1);
     }
   });
 
+  it("wipe all rows that a narrower window has made of them, and fit it", () => {
+    const stream = Object.assign(new PassThrough(), { isTTY: true, columns: 120, rows: 24 });
+    const view = new TerminalView(stream, {}, () => true);
+    view.start(INFO);
+    view.update("j1", PROGRESS);
+    stream.emit("resize");
+    writtenTo(stream);
+    stream.columns = 40;
+    stream.emit("resize");
+    const text = writtenTo(stream);
+    view.stop();
+    expect(text).toContain("\r\u001b[2A\u001b[0J");
+    expect(text).toContain(barText(watched(PROGRESS), 40));
+    stream.emit("resize");
+  });
+
+  it("are silent in the background, and drawn again in the foreground", () => {
+    const stream = Object.assign(new PassThrough(), { isTTY: true, columns: 80, rows: 24 });
+    let isForeground = false;
+    const view = new TerminalView(stream, {}, () => isForeground);
+    view.start(INFO);
+    view.update("j1", PROGRESS);
+    stream.emit("resize");
+    expect(writtenTo(stream)).toBe("");
+    isForeground = true;
+    stream.emit("resize");
+    expect(writtenTo(stream)).toContain("root [");
+    view.stop();
+  });
+
+  it("know the foreground by the terminal's process group", () => {
+    const stat = (group: number, terminalGroup: number): string =>
+      `7 (a) b) S 1 ${group} 3 34816 ${terminalGroup} 4194304 0`;
+    expect(isForegroundStat(stat(5, 5))).toBe(true);
+    expect(isForegroundStat(stat(5, 6))).toBe(false);
+    expect(isForegroundStat(stat(5, -1))).toBe(true);
+  });
+
   it("take a terminal without a size for one of 80 columns", () => {
     const stream = Object.assign(new PassThrough(), { isTTY: true, columns: 0, rows: 0 });
-    const view = new TerminalView(stream, {});
+    const view = new TerminalView(stream, {}, () => true);
     view.start(INFO);
     view.update("j1", PROGRESS);
     view.stop();
-    expect(writtenTo(stream)).toContain("root [==========----------] 50%, 5.00 GiB of 10.0 GiB");
+    expect(writtenTo(stream)).toContain("root [=====-----] 50%, 50.0 MiB/s, 1:00 left");
   });
 
   it("stay on stderr, in colour unless NO_COLOR is set, and give the cursor back", () => {
@@ -232,7 +282,7 @@ describe("bars", () => {
       const stream = Object.assign(new PassThrough(), { isTTY: true, columns: 200, rows: 50 });
       const chunks: string[] = [];
       stream.on("data", (chunk: Buffer) => chunks.push(chunk.toString()));
-      const view = new TerminalView(stream, environment);
+      const view = new TerminalView(stream, environment, () => true);
       view.start(INFO);
       view.update("j1", almostFull);
       view.printNow();
@@ -242,17 +292,36 @@ describe("bars", () => {
       const text = chunks.join("");
       expect(text).toContain("buffer 97%");
       expect(text.includes("\u001b[33m")).toBe(color);
-      expect(text.lastIndexOf("\u001b[?25h")).toBeGreaterThan(text.lastIndexOf("\u001b[?25l"));
+      expect(text).not.toContain("\u001b[?25l");
     }
   });
 });
 
 describe("pace", () => {
+  it("goes by the data that is left where the source's size is mostly holes", () => {
+    const pace = new Pace(1 * GiB);
+    // 100 MiB of data a second from the disk's beginning; all that follows is a hole.
+    for (let second = 1; second <= 2; second++) {
+      const bytes = second * 100 * MiB;
+      pace.add({ elapsedMs: second * 1000, bytesDone: bytes, bytesWritten: bytes });
+    }
+    const now = { ...PROGRESS, elapsedMs: 2000, bytesDone: 200 * MiB, bytesWritten: 200 * MiB };
+    expect(pace.remainingMs(now)).toBeCloseTo(8240, 0);
+    expect(pace.remainingMs({ ...now, bytesDone: 10 * GiB - 50 * MiB })).toBeCloseTo(500, 0);
+  });
+
+  it("goes by the size again where there was more data than the source took of its storage", () => {
+    const pace = new Pace(1 * MiB);
+    pace.add({ elapsedMs: 1000, bytesDone: 1 * GiB, bytesWritten: 1 * GiB });
+    const now = { ...PROGRESS, elapsedMs: 1000, bytesDone: 1 * GiB, bytesWritten: 1 * GiB };
+    expect(pace.remainingMs(now)).toBeCloseTo(9000, 0);
+  });
+
   it("follows the last seconds, not the average", () => {
     const pace = new Pace();
     // 9 GiB of holes in the first second, then 10 MiB a second.
     for (let second = 1; second <= 60; second++) {
-      pace.add({ elapsedMs: second * 1000, bytesDone: 9 * GiB + (second - 1) * 10 * MiB });
+      pace.add({ elapsedMs: second * 1000, bytesDone: 9 * GiB + (second - 1) * 10 * MiB, bytesWritten: 0 });
     }
     const progress = { ...PROGRESS, elapsedMs: 60_000, bytesDone: 9 * GiB + 590 * MiB };
     expect(pace.remainingMs(progress)).toBeCloseTo((434 / 10) * 1000, -2);
@@ -313,13 +382,19 @@ describe("summary", () => {
     expect(output.stdout.lines).toHaveLength(1);
     expect(JSON.parse(output.stdout.text)).toEqual({
       message_type: "summary",
+      time: expect.stringMatching(UTC) as string,
+      version: packageVersion(),
+      target_format: null,
+      t0: null,
+      bytes_on_target: null,
+      disk_rate: GiB,
       job: "j1",
       disk: "root",
       target: "/b/root.img",
       bytes: 10 * GiB,
       bytes_written: 2 * GiB,
       seconds: 10,
-      rate: GiB,
+      rate: Math.round((2 * GiB) / 10),
       captures: 1234,
       captured_bytes: 80 * MiB,
       spilled_bytes: 3 * MiB,

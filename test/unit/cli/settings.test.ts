@@ -197,12 +197,13 @@ describe("serve", () => {
   it("takes its defaults", () => {
     expect(serve(["--socket", "s", "a.qcow2"])).toEqual({
       images: [{ path: "a.qcow2", name: "disk", format: undefined }],
-      listen: { type: "unix", path: "s", mode: undefined },
+      listen: { type: "unix", path: "s", mode: undefined, groupId: undefined },
       control: undefined,
       readOnly: false,
       direct: false,
       cowBufferSizeBytes: 256 * MiB,
       snapshotExport: false,
+      controlAccess: { mode: undefined, groupId: undefined },
       maxConnections: 128,
       bitmaps: [],
       tls: undefined,
@@ -221,6 +222,7 @@ describe("serve", () => {
       direct: false,
       cowBufferSizeBytes: GiB,
       snapshotExport: true,
+      controlAccess: { mode: undefined, groupId: undefined },
       maxConnections: 3,
       bitmaps: ["b0", "b1"],
       tls: { kind: "certificates", folder: "d", verifyPeer: true },
@@ -248,7 +250,10 @@ describe("serve", () => {
   });
 
   it("takes a socket's mode in octal", () => {
-    expect(serve(["--socket", "s", "--socket-mode", "0660", "a"]).listen).toMatchObject({ mode: 0o660 });
+    expect(serve(["--socket", "s", "--socket-mode", "0660", "a"]).listen).toMatchObject({
+      mode: 0o660,
+      groupId: undefined,
+    });
   });
 
   it("takes systemd's sockets if they are meant for this process", () => {

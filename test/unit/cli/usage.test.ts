@@ -107,25 +107,25 @@ const USAGE: [string, string, number?][] = [
   ["backup -c zstd:20 a b.qcow2", "--compress: zstd has no level 20 (give a number from 1 to 19)"],
   [
     "backup --compress=gzip a b.qcow2",
-    "--compress: 'gzip' is no compression (give zlib or zstd, with or without a level, such as zstd:3)",
+    "--compress: 'gzip' is no compression method (there are zlib and zstd, with or without a level, such as zstd:3; a file of this name is ./gzip)",
   ],
   [
     "backup -c a b.img",
     "--compress: a raw target cannot be compressed (choose a qcow2 target with -O qcow2)",
   ],
   [
-    "backup --control s --dry-run b.qcow2",
-    "--dry-run: does not go with --control (give the disk's image as SOURCE)",
+    "backup -c lzo a b.qcow2",
+    "--compress: 'lzo' is no compression method (there are zlib and zstd, with or without a level, such as zstd:3; a file of this name is ./lzo)",
+  ],
+  [
+    "backup -c a b.qcow2 c.qcow2",
+    "c.qcow2: is one argument too many (give SOURCE and TARGET; -c takes zlib or zstd, with a level if wanted)",
   ],
   [
     "backup -b base.qcow2 a b.qcow2",
     "--backing-format: is missing (name the backing file's format: raw or qcow2)",
   ],
-  [
-    "backup --bitmap b0 a b",
-    "--bitmap-mode: 'on-success' would change the image (give never, and afterwards run: qemu-img bitmap --clear IMAGE NAME)",
-    1,
-  ],
+  ["backup --bitmap b0 a b", "--bitmap: needs --backing-file (name the backup that this one builds on)"],
   [
     "backup --bitmap b0 --bitmap-mode never --snapshot s -b f -B raw a b",
     "--bitmap: does not go with --snapshot (a bitmap tells of the disk as it is)",
@@ -244,7 +244,10 @@ describe("usage errors", () => {
   it.each([
     [[...LIVE], "TARGET: is missing (give one for each --disk)"],
     [[...LIVE, "a", "b"], "--disk: is missing for 2 targets (give one for each TARGET)"],
-    [[...LIVE, "--disk", "x", "a", "b"], "--disk: given 1 times for 2 targets (give one for each TARGET)"],
+    [
+      [...LIVE, "--disk", "x", "a", "b"],
+      "TARGET: 1 disk and 2 targets (give a TARGET for each --disk, in the same order)",
+    ],
     [[...LIVE, "--disk", "x", "--disk", "x", "a", "b"], "--disk: 'x' is given twice"],
     [[...LIVE, "--disk", "x", "--disk", "y", "/a", "/./a"], "TARGET: '/a' is given twice"],
     [
@@ -262,6 +265,7 @@ describe("usage errors", () => {
     expect(stdout.endsWith("}\n")).toBe(true);
     expect(JSON.parse(stdout)).toEqual({
       message_type: "error",
+      time: expect.stringMatching(/Z$/) as string,
       error: {
         code: "USAGE",
         object: "--workers",

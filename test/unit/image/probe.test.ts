@@ -25,12 +25,16 @@ describe("probeFormat", () => {
     ["vhdx", sectorWith("vhdxfile")],
     ["vpc", sectorWith("conectix")],
     ["qed", sectorWith("QED\0")],
-    ["luks", sectorWith("LUKS\xba\xbe\0\x01")],
     ["parallels", sectorWith("WithoutFreeSpace")],
     ["bochs", sectorWith("Bochs Virtual HD Image")],
     ["cloop", sectorWith("#!/bin/sh\n#V2.0 Format\n")],
   ])("refuses %s by name", (format, sector) => {
     expect(() => probeFormat("disk", sector)).toThrow(`disk: the image is in the format '${format}'`);
+  });
+
+  it("says of LUKS what can be done with it", () => {
+    const probe = () => probeFormat("disk", sectorWith("LUKS\xba\xbe\0\x01"));
+    expect(probe).toThrow(/^disk: the image is encrypted \(LUKS\).* \(give -f raw/);
   });
 
   it.each([

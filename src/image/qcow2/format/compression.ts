@@ -55,8 +55,9 @@ export function parseCompression(text: string, object: string): Compression {
   throw new CowcatcherError({
     code: "USAGE",
     object,
-    problem: `'${text}' is no compression`,
-    hint: "give zlib or zstd, with or without a level, such as zstd:3",
+    problem: `'${text}' is no compression method`,
+    hint:
+      "there are zlib and zstd, with or without a level, such as zstd:3; a file of this name is ./" + text,
   });
 }
 

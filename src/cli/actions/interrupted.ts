@@ -1,0 +1,29 @@
+// What a command says that a signal has ended: what has become of its targets, and of them alone.
+import { statSync } from "node:fs";
+import { CowcatcherError } from "../../errors.js";
+import { isNbdUri, NULL_TARGET, STDIO } from "../options/options.js";
+import type { CommandContext } from "../output/context.js";
+
+export function interrupted(
+  signal: string,
+  { command }: Pick<CommandContext, "command">,
+  targets: readonly string[],
+): CowcatcherError {
+  const hints = [...new Set(targets.map(remainsOf))].filter((hint) => hint !== undefined);
+  return new CowcatcherError({
+    code: "CANCELLED",
+    object: command,
+    problem: `interrupted by ${signal}`,
+    hint: hints.length === 0 ? undefined : hints.join("; "),
+  });
+}
+
+function remainsOf(target: string): string | undefined {
+  if (target === NULL_TARGET) return undefined;
+  if (target === STDIO) return "the reader of standard output has a part of the disk";
+  if (isNbdUri(target)) return "the export holds a part of the copy";
+  if (statSync(target, { throwIfNoEntry: false })?.isBlockDevice() === true) {
+    return "the device holds a part of the copy";
+  }
+  return "the unfinished file was removed";
+}
