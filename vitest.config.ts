@@ -5,6 +5,7 @@ export default defineConfig({
     include: ["test/**/*.test.ts"],
     // Campaigns of minutes: vitest.long.config.ts.
     exclude: ["test/long/**"],
+    globalSetup: ["test/support/ceph-setup.ts"],
     // No test is about these limits: they end a run that hangs, and must not end one whose processors were away.
     testTimeout: 180_000,
     hookTimeout: 180_000,

@@ -16,6 +16,7 @@ const ENTRIES = [
   { entry: "workers/copy.js", chunks: undefined },
   { entry: "workers/verify.js", chunks: undefined },
   { entry: "workers/pages.js", chunks: undefined },
+  { entry: "workers/rbd.js", chunks: undefined },
 ];
 
 rmSync("dist", { recursive: true, force: true });

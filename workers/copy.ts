@@ -64,7 +64,7 @@ async function copyAll(
   const isAborting = (): boolean => Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING;
   const { reader, writer } = withFaults(
     process.env[FAULTS_VARIABLE],
-    openSource(source, isAborting, task.target.format !== "nbd"),
+    openSource(source, isAborting, task.target.format !== "nbd" && task.target.format !== "rbd"),
     openTarget(task.target, isAborting),
     {
       control: shared.control,
@@ -99,11 +99,12 @@ function laneBuffers(
   source: SourceDescription,
 ): Uint8Array[] {
   const buffers = [chunkBuffer];
+  const isRemote = [source.format, target.format].some((format) => format === "nbd" || format === "rbd");
   // Standard output takes the disk in order, so one chunk at a time.
-  if (target.format === "stdout" || (source.format !== "nbd" && target.format !== "nbd")) return buffers;
+  if (target.format === "stdout" || !isRemote) return buffers;
   // Such a source is read by blocking calls, best into memory that is in the cache still.
-  if (target.format !== "nbd" && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri)))
-    return buffers;
+  const isTargetRemote = target.format === "nbd" || target.format === "rbd";
+  if (!isTargetRemote && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri))) return buffers;
   const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(LANES_OF_ALL_WORKERS / workerCount)));
   while (buffers.length < laneCount) {
     buffers.push(keptPages(buffers.length, geometry.chunkBytes, target.name));

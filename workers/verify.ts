@@ -17,7 +17,7 @@ import { ClusterDigests } from "../src/cow/digests.js";
 import { keptPages } from "../src/cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING } from "../src/cow/shared.js";
 import { CowcatcherError, type ErrorDetails, toCowcatcherError } from "../src/errors.js";
-import type { SourceReader } from "../src/block/device.js";
+import type { SourceDescription, SourceReader } from "../src/block/device.js";
 import { openImage } from "../src/image/open.js";
 import { openSource } from "../src/image/reader.js";
 import { NbdImage } from "../src/nbd/client/device.js";
@@ -32,27 +32,36 @@ bootIsOver();
 export default async function verify(task: VerifyTask): Promise<VerifyResult> {
   const checker = new Checker(task);
   return withErrors(task, checker.result, async () => {
-    const { path, name, format, direct } = task;
+    const { path, name, format, direct, source } = task;
+    if (source !== undefined) return checkSource(task, checker, source);
     const image = await openImage(path, { format, readOnly: true, direct, lock: false });
     try {
       if (image instanceof NbdImage) await image.handOver();
       checkSize(task, image.sizeBytes);
       const frozen = image.freeze();
-      const reader = withTargetReadFaults(
-        process.env[FAULTS_VARIABLE],
-        openSource({ ...frozen.description, name }, () => checker.mustLeave),
-        { control: new Int32Array(task.control), workerIndex: task.workerIndex, targetName: name },
-      );
       try {
-        await checker.checkAll(reader);
+        await checkSource(task, checker, { ...frozen.description, name });
       } finally {
-        reader.close();
         frozen.release();
       }
     } finally {
       await image.close();
     }
   });
+}
+
+async function checkSource(task: VerifyTask, checker: Checker, source: SourceDescription): Promise<void> {
+  const { control, workerIndex, name } = task;
+  const reader = withTargetReadFaults(
+    process.env[FAULTS_VARIABLE],
+    openSource(source, () => checker.mustLeave),
+    { control: new Int32Array(control), workerIndex, targetName: name },
+  );
+  try {
+    await checker.checkAll(reader);
+  } finally {
+    reader.close();
+  }
 }
 
 /**
@@ -62,7 +71,7 @@ export default async function verify(task: VerifyTask): Promise<VerifyResult> {
 export async function dropCache(task: VerifyTask): Promise<VerifyResult> {
   return withErrors(task, { differingClusterCount: 0, firstDifferenceBytes: Infinity }, () => {
     // Whether an NBD server reads its medium or its memory is its own business.
-    if (libc === null || isNbdUri(task.path)) return;
+    if (libc === null || isNbdUri(task.path) || task.source !== undefined) return;
     const fd = openSync(task.path, "r");
     try {
       libc.fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);

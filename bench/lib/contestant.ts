@@ -9,8 +9,17 @@ export interface Throttle {
   name: string;
   /** Bytes a second; undefined: no limit. */
   bytesPerSecond?: number;
+  /** The target is an RBD image, made for each backup and removed after it. */
+  rbd?: RbdPlace;
   /** Milliseconds that each write to the target takes longer. */
   writeDelayMs?: number;
+}
+
+/** A real image in a real pool. */
+export interface RbdPlace {
+  conf: string;
+  pool: string;
+  image: string;
 }
 
 export interface Setup {

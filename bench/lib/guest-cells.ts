@@ -2,7 +2,7 @@
 // backup does. A cell holds the contestants that are compared; a cell's first one is what its ratios refer to.
 
 import { MiB } from "../../src/units.js";
-import type { Contestant, DiskFormat, Throttle } from "./contestant.js";
+import type { Contestant, DiskFormat, RbdPlace, Throttle } from "./contestant.js";
 import type { FioPattern } from "./fio.js";
 import { cowcatcher } from "./ours.js";
 import { qemu } from "./qemu.js";
@@ -159,6 +159,19 @@ export function filterCells(cells: readonly Cell[], filters: readonly string[]):
 export function timelineCell(): Cell {
   const contestants = [...BUFFERED.contestants, ...UNBUFFERED.contestants];
   return { ...makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED), contestants };
+}
+
+/** The table that the project began with, on a real image: no backup, an unbuffered one, a buffered one. */
+export function rbdCells(rbd: RbdPlace): Cell[] {
+  const throttle: Throttle = { name: "Ceph RBD", rbd };
+  return [
+    makeCell(MAIN_PATTERN, "raw", NO_TARGET, NO_BACKUP),
+    makeCell(MAIN_PATTERN, "raw", throttle, {
+      ...UNBUFFERED,
+      contestants: [qemu("plain"), qemu("tuned"), ...UNBUFFERED.contestants.slice(1)],
+    }),
+    makeCell(MAIN_PATTERN, "raw", throttle, BUFFERED),
+  ];
 }
 
 function makeCell(

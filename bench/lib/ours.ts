@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { LOOP_DELAY_MESSAGE } from "../../src/cli/actions/loop-delay.js";
 import { childError, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
+import { rbdAddress, removeRbdImage } from "./ceph.js";
 import { startCowcatcher, startServe } from "./cowcatcher.js";
 
 /** @param backupArguments of `backup`, beside target and rate; undefined: no backup. */
@@ -26,7 +27,9 @@ async function start(setup: Setup, backupArguments: readonly string[]): Promise<
   // The watch over the event loop costs a timer a millisecond, so it is set only where it is asked for.
   const serveArguments = direct ? ["--direct", "--log-level", "debug", "--log-file", log] : [];
   const child = await startServe({ image: disk, format, socket, control, env, args: serveArguments });
-  const args = ["--control", control, join(folder, "target.raw"), "-O", "raw"];
+  const { rbd } = throttle;
+  const target = rbd === undefined ? join(folder, "target.raw") : rbdAddress(rbd);
+  const args = ["--control", control, target, "-O", "raw"];
   if (direct) args.push("--direct");
   if (throttle.bytesPerSecond !== undefined) args.push("--rate-limit", String(throttle.bytesPerSecond));
   return {
@@ -35,6 +38,7 @@ async function start(setup: Setup, backupArguments: readonly string[]): Promise<
     startBackup: () => startBackup([...args, ...backupArguments]),
     stop: async () => {
       await child.stop();
+      if (rbd !== undefined) await removeRbdImage(rbd);
     },
     ...(direct && { loopDelayMs: (fromMs, toMs) => longestDelay(log, fromMs, toMs) }),
   };

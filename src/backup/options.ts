@@ -40,6 +40,8 @@ export interface JobOptions {
   onSourceError: OnIoError;
   onTargetError: OnIoError;
   targetRetries: number;
+  /** Of an RBD target: a snapshot to be made when all is written and flushed. */
+  targetSnapshot?: string | undefined;
   direct: boolean;
   verify: boolean;
   sync: SyncMode;

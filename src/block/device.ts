@@ -148,12 +148,35 @@ export interface NbdSourceDescription {
   sizeBytes: number;
   /** How often a lost connection is made again before a read fails. */
   retries: number;
-  /** What reads as zeroes, where that was asked for and cannot change any more (nbd/client/extent-map.ts). */
+  /** What reads as zeroes, where that was asked for and cannot change any more (block/extent-map.ts). */
+  zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
+}
+
+/** An open RBD image, for every thread of this process (rbd/io.ts). */
+export interface RbdHandle {
+  /** librbd's pointer. */
+  image: bigint;
+  /** Who uses it, and until when: rbd/door.ts. */
+  door: SharedArrayBuffer;
+  /** What errors call it. */
+  name: string;
+}
+
+export interface RbdSourceDescription {
+  format: "rbd";
+  name: string;
+  handle: RbdHandle;
+  sizeBytes: number;
+  /** What reads as zeroes, where that was asked for (block/extent-map.ts). */
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
 }
 
 export type SourceDescription =
-  RawSourceDescription | Qcow2SourceDescription | NullSourceDescription | NbdSourceDescription;
+  | RawSourceDescription
+  | Qcow2SourceDescription
+  | NullSourceDescription
+  | NbdSourceDescription
+  | RbdSourceDescription;
 
 /** A worker's view of the source at T0. One thread; offsets and lengths within [0, sizeBytes). */
 export interface SourceReader {

@@ -18,6 +18,7 @@ import {
 } from "../image/qcow2/format/compression.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
+import { isRbdAddress } from "../rbd/address.js";
 import { KiB } from "../units.js";
 import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
@@ -78,6 +79,7 @@ export const BACKUP_COMMON = {
   "x-cluster-size": optional(size),
   "x-verify": optional(boolean),
   "x-target-retries": optional(upTo(RETRY_COUNT_MAX)),
+  "x-target-snapshot": optional(string),
   "x-backing-file": optional(string),
   "x-backing-format": optional(oneOf(IMAGE_FORMATS)),
   "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
@@ -131,6 +133,7 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     onSourceError: ioPolicy(args["on-source-error"]),
     onTargetError: ioPolicy(args["on-target-error"]),
     targetRetries: args["x-target-retries"],
+    targetSnapshot: args["x-target-snapshot"],
     force: args["x-force"],
     direct: args["x-direct"],
     verify: args["x-verify"],
@@ -146,7 +149,10 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     ...defaults,
     ...(Object.fromEntries(present) as Partial<JobOptions>),
     target: targetName(args.target),
-    targetFormat: targetFormat(args.format ?? (isNbdUri(args.target) ? "raw" : undefined), disk),
+    targetFormat: targetFormat(
+      args.format ?? (isNbdUri(args.target) || isRbdAddress(args.target) ? "raw" : undefined),
+      disk,
+    ),
   };
 }
 
@@ -187,8 +193,11 @@ function refuseUnsupported(args: DriveBackupArguments): void {
   if (args.bitmap !== undefined) throw notSupported("Parameter 'bitmap'");
   if (args["bitmap-mode"] !== undefined) throw notSupported("Parameter 'bitmap-mode'");
   if (args["discard-source"] === true) throw notSupported("'discard-source'");
-  // An NBD export exists; QEMU asks for this mode there.
+  // An NBD export exists; QEMU asks for this mode there. An RBD image may: x-force says that it is to be written.
   if (args.mode === "existing" && !isNbdUri(args.target)) throw notSupported("Mode 'existing'");
+  if (args["x-target-snapshot"] !== undefined && !isRbdAddress(args.target)) {
+    throw notSupported("'x-target-snapshot' of a target that is no RBD image");
+  }
   // The job finishes its target by itself; nothing could wait for a job-finalize.
   if (args["auto-finalize"] === false) throw notSupported("'auto-finalize' false");
   if (args.speed !== undefined && args.speed < 0) {
@@ -243,6 +252,7 @@ export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObj
     "x-cluster-size": options.clusterSizeBytes,
     "x-verify": options.verify,
     "x-target-retries": options.targetRetries,
+    "x-target-snapshot": options.targetSnapshot,
     "x-backing-file": options.backingFile,
     "x-backing-format": options.backingFormat,
     compress: options.compression === undefined ? undefined : true,

@@ -6,6 +6,7 @@
 // `startBackup` therefore listens before it starts, and keeps the last event of each job it started.
 
 import { resolve as resolvePath } from "node:path";
+import { isRbdAddress } from "../rbd/address.js";
 import { CowcatcherError } from "../errors.js";
 import type { JobStatus } from "../backup/host.js";
 import { JOB_DEFAULTS } from "../backup/options.js";
@@ -209,7 +210,7 @@ function withAbsolutePaths(order: BackupOrder): BackupOrder {
   const { target, spillDir } = order.options;
   const options = { ...order.options };
   // "null:" and URIs (nbd://…) are no paths.
-  if (!/^(null:$|[a-z+]+:\/\/)/.test(target)) options.target = resolvePath(target);
+  if (!/^(null:$|[a-z+]+:\/\/)/.test(target) && !isRbdAddress(target)) options.target = resolvePath(target);
   if (spillDir !== undefined) options.spillDir = resolvePath(spillDir);
   return { ...order, options };
 }

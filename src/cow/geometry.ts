@@ -26,11 +26,23 @@ export interface Geometry {
   blocksPerChunk: number;
 }
 
-/** @throws RangeError for a disk over 1 PiB: openers and creators refuse those by name long before. */
+/** @throws as chunkedGeometryOf */
 export function geometryOf(sizeBytes: number, ...clusterSizesBytes: number[]): Geometry {
+  return chunkedGeometryOf(sizeBytes, CHUNK_BYTES, ...clusterSizesBytes);
+}
+
+/**
+ * @param wantedChunkBytes a power of two: the unit in which the target takes data best; smaller ones than ours do not count
+ * @throws RangeError for a disk over 1 PiB: openers and creators refuse those by name long before.
+ */
+export function chunkedGeometryOf(
+  sizeBytes: number,
+  wantedChunkBytes: number,
+  ...clusterSizesBytes: number[]
+): Geometry {
   if (!(sizeBytes >= 0 && sizeBytes <= MAX_DISK_BYTES)) throw new RangeError(`disk of ${sizeBytes} bytes`);
   const clusterBytes = Math.max(MIN_CLUSTER_BYTES, ...clusterSizesBytes);
-  const chunkBytes = Math.max(CHUNK_BYTES, clusterBytes);
+  const chunkBytes = Math.max(CHUNK_BYTES, wantedChunkBytes, clusterBytes);
   const chunkCount = Math.ceil(sizeBytes / chunkBytes);
   return {
     sizeBytes,

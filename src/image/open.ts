@@ -9,6 +9,8 @@ import { closeSync, openSync } from "node:fs";
 import { CowcatcherError, ioError } from "../errors.js";
 import { openNbdImage } from "../nbd/client/device.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
+import { isRbdAddress } from "../rbd/address.js";
+import { openRbdImage } from "../rbd/image.js";
 import { resolveBacking } from "./backing-name.js";
 import type { Image } from "../block/device.js";
 import { type ExternalData, fileIdentity, openExternalData } from "./external-data.js";
@@ -60,6 +62,7 @@ interface ChainState {
 export async function openImage(imagePath: string, options: OpenOptions): Promise<Image> {
   if (options.snapshot !== undefined && !options.readOnly) throw snapshotIsReadOnly(imagePath);
   if (isNbdUri(imagePath)) return openNbd(imagePath, options);
+  if (isRbdAddress(imagePath)) return openRbd(imagePath, options);
   const chain: ChainState = {
     direct: options.direct ?? false,
     lock: options.lock ?? true,
@@ -82,6 +85,18 @@ async function openNbd(uri: string, options: OpenOptions): Promise<Image> {
     );
   }
   return openNbdImage(uri, { readOnly, bitmap, isCancelled });
+}
+
+/** An image's bytes are the disk, as those of an export. */
+async function openRbd(address: string, options: OpenOptions): Promise<Image> {
+  const { format, readOnly, lock, snapshot, isCancelled } = options;
+  if (snapshot !== undefined) {
+    throw unsupported(address, "a snapshot of an RBD image is named in its address", "give IMAGE@SNAP");
+  }
+  if (format !== undefined && format !== "raw") {
+    throw unsupported(address, `an RBD image is not read as ${format}`, "give -f raw, or leave -f out");
+  }
+  return openRbdImage(address, { readOnly, lock, isCancelled });
 }
 
 async function openLayer(

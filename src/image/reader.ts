@@ -15,6 +15,7 @@ import {
   readOnceSync,
 } from "../block/file/fileio.js";
 import { NbdSourceReader } from "../nbd/client/reader.js";
+import { RbdSourceReader } from "../rbd/reader.js";
 import { Qcow2SourceReader } from "./qcow2/reader.js";
 
 const BOUNCE_BYTES = 64 * KiB;
@@ -36,6 +37,8 @@ export function openSource(
       return new NullSourceReader(description.sizeBytes);
     case "nbd":
       return new NbdSourceReader(description, isCancelled, mayBlock);
+    case "rbd":
+      return new RbdSourceReader(description, isCancelled);
     case "qcow2": {
       const { backing } = description;
       const below = backing === null ? null : openSource(backing, isCancelled, mayBlock);

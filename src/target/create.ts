@@ -2,9 +2,11 @@
 
 import { CowcatcherError } from "../errors.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
+import { isRbdAddress } from "../rbd/address.js";
 import { createNbdTarget } from "./nbd.js";
 import { NULL_TARGET_PATH, NullTarget } from "./null.js";
 import { createQcow2Target } from "./qcow2/qcow2.js";
+import { createRbdTarget } from "./rbd.js";
 import { createRawTarget } from "./file/raw.js";
 import { createStdoutTarget, STDOUT_TARGET_PATH } from "./stdout.js";
 import type { Target, TargetOptions } from "./target.js";
@@ -18,6 +20,7 @@ export async function createTarget(options: TargetOptions): Promise<Target> {
   if (options.path === NULL_TARGET_PATH) return new NullTarget();
   if (options.path === STDOUT_TARGET_PATH) return createStdoutTarget(options);
   if (isNbdUri(options.path)) return createNbdTarget(options);
+  if (isRbdAddress(options.path)) return createRbdTarget(options);
   if (!Number.isSafeInteger(options.sizeBytes) || options.sizeBytes < 0) {
     throw new CowcatcherError({
       code: "USAGE",

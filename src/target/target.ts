@@ -1,12 +1,13 @@
 // What a backup is written to. The main thread makes, finishes or abandons a Target; each worker opens a
 // TargetWriter (cow/target-writer.ts) on its description. Nothing else crosses: no message a cluster.
 
+import type { RbdHandle, SourceDescription } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 
 export interface TargetOptions {
   /** Final path; the file is written beside it under a temporary name. "null:" throws all data away;
-   *  "-" is standard output; an NBD URI names an export, which is written in place. */
+   *  "-" is standard output; an NBD URI names an export, which is written in place; an RBD address an image, made if it is not there. */
   path: string;
   format: ImageFormat;
   sizeBytes: number;
@@ -22,6 +23,8 @@ export interface TargetOptions {
   direct: boolean;
   /** Of an NBD target: how often a lost connection is made again. */
   targetRetries?: number | undefined;
+  /** Of an RBD image: a snapshot to be made of it when all is written. */
+  targetSnapshot?: string | undefined;
   /** Asked while a server's answer is awaited; true ends the wait with CANCELLED. */
   isCancelled?: (() => boolean) | undefined;
 }
@@ -32,10 +35,16 @@ export interface Target {
   /** Smallest unit that writers take, in bytes (the qcow2 cluster size; 1 for raw). */
   readonly granularityBytes: number;
   readonly description: TargetDescription;
+  /** Unit in which the target takes data best, in bytes: the copy's chunk. Undefined: the copy's own. */
+  readonly chunkBytes?: number | undefined;
+  /** commit() waits for a server: a cancel ends the wait, and abort() undoes what comes of it. */
+  readonly commitMayHang?: boolean | undefined;
   /** Most workers that may write at a time; undefined: any number. */
   readonly workerLimit?: number | undefined;
   /** Where a complete target can be read before it has its final name; null for `null:`. */
   readonly unfinishedPath: string | null;
+  /** How a complete target is read before it has its final name, where that is not by the path. */
+  readonly readBack?: SourceDescription | undefined;
   /** Writes what metadata is left and syncs: all of the target is on the medium then. */
   complete(): Promise<void>;
   /** After complete(): renames to the final name and syncs the folder. */
@@ -106,8 +115,19 @@ export interface NbdTargetDescription {
   exportBytes: number;
   /** How often a lost connection is made again before the flush at the end fails; writes are the caller's to retry. */
   retries: number;
-  /** What read as zeroes before the copy began, so that zeroes need no write there (nbd/client/extent-map.ts). */
+  /** What read as zeroes before the copy began, so that zeroes need no write there (block/extent-map.ts). */
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
+  direct: false;
+}
+
+export interface RbdTargetDescription {
+  format: "rbd";
+  name: string;
+  handle: RbdHandle;
+  /** Of the disk; the image may be larger. */
+  sizeBytes: number;
+  /** As in RawTargetDescription. */
+  startsZeroed: boolean;
   direct: false;
 }
 
@@ -116,4 +136,5 @@ export type TargetDescription =
   | Qcow2TargetDescription
   | NullTargetDescription
   | NbdTargetDescription
-  | StdoutTargetDescription;
+  | StdoutTargetDescription
+  | RbdTargetDescription;

@@ -2,6 +2,7 @@
 
 import { NbdTargetWriter } from "./nbd.js";
 import { NullWriter } from "./null.js";
+import { RbdTargetWriter } from "./rbd.js";
 import { CompressingWriter } from "./qcow2/compressing.js";
 import { Qcow2Writer } from "./qcow2/writer.js";
 import { RawWriter } from "./file/raw.js";
@@ -27,5 +28,7 @@ export function openTarget(
       return new StdoutWriter(description, isCancelled);
     case "nbd":
       return new NbdTargetWriter(description, isCancelled);
+    case "rbd":
+      return new RbdTargetWriter(description, isCancelled);
   }
 }

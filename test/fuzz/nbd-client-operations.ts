@@ -2,7 +2,8 @@
 
 import type { NbdClient } from "../../src/nbd/client/client.js";
 import { readRange, trimRange, writeRange, zeroRange } from "../../src/nbd/client/io.js";
-import { ExtentReader, gatherZeroes } from "../../src/nbd/client/extent-map.js";
+import { ExtentReader } from "../../src/block/extent-map.js";
+import { gatherZeroes } from "../../src/nbd/client/extent-map.js";
 import type { Random } from "../support/random.js";
 
 const KiB = 1024;

@@ -9,7 +9,7 @@ import { CNT_DONE_BYTES, DONE, REGION_CHUNKED, REGION_HOLE, type SharedState } f
 import { readChanges } from "../../image/bitmaps.js";
 import type { Image } from "../../block/device.js";
 import { NbdImage } from "../../nbd/client/device.js";
-import { type ExtentMap, ExtentReader } from "../../nbd/client/extent-map.js";
+import { type ExtentMap, ExtentReader } from "../../block/extent-map.js";
 
 /** The run of bytes from offsetBytes on, at most lengthBytes, that are all dirty or all clean. */
 export type DirtyRuns = (offsetBytes: number, lengthBytes: number) => { lengthBytes: number; dirty: boolean };

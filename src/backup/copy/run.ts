@@ -10,7 +10,7 @@
 import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
 import type { Piscina } from "piscina";
-import { geometryOf, type Geometry, BLOCK_BYTES } from "../../cow/geometry.js";
+import { chunkedGeometryOf, type Geometry, BLOCK_BYTES } from "../../cow/geometry.js";
 import {
   type AllocateTable,
   CNT_DONE_BYTES,
@@ -116,7 +116,12 @@ export class CopyRun {
     const options = withinLimits(given);
     const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live, allocateTable } = options;
     if (job.verify) checkReadable(target);
-    const geometry = geometryOf(sizeBytes, sourceClusterBytes, target.granularityBytes);
+    const geometry = chunkedGeometryOf(
+      sizeBytes,
+      target.chunkBytes ?? 0,
+      sourceClusterBytes,
+      target.granularityBytes,
+    );
     const { memory, pages } = slots;
     const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages);
     const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";

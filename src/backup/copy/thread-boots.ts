@@ -6,6 +6,7 @@
 
 import { setTimeout as delay } from "node:timers/promises";
 import { threadId, workerData } from "node:worker_threads";
+import { keeperIsBusy } from "../../rbd/busy.js";
 
 /** Threads of one pool. */
 export interface Boots {
@@ -68,7 +69,7 @@ export async function mayEndProcess(): Promise<void> {
  * process.exit; "exit" handlers run.
  */
 export function endProcess(code: number): void {
-  if (exitAtOnce !== undefined && isAnyBootUnderWay()) {
+  if (exitAtOnce !== undefined && (isAnyBootUnderWay() || keeperIsBusy())) {
     process.emit("exit", code);
     exitAtOnce(code);
   }

@@ -12,6 +12,7 @@ import type { Piscina } from "piscina";
 import type { Geometry } from "../../cow/geometry.js";
 import { CTL_RUN, RUN_ABORTING, RUN_RUNNING } from "../../cow/shared.js";
 import { CowcatcherError } from "../../errors.js";
+import type { SourceDescription } from "../../block/device.js";
 import type { ImageFormat } from "../../block/format.js";
 import { formatBytes } from "../../units.js";
 import { createCopyPool, endPool } from "./pool.js";
@@ -26,6 +27,8 @@ export interface VerifyRunOptions {
   path: string;
   name: string;
   format: ImageFormat;
+  /** Instead of path and format, where the target is open already for all threads. */
+  source?: SourceDescription | undefined;
   direct: boolean;
   workerCount: number;
   /** Where the check has its pool from; one of its own where undefined. */

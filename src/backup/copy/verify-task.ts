@@ -2,6 +2,7 @@
 
 import type { Geometry } from "../../cow/geometry.js";
 import type { ErrorDetails } from "../../errors.js";
+import type { SourceDescription } from "../../block/device.js";
 import type { ImageFormat } from "../../block/format.js";
 import { MiB } from "../../units.js";
 
@@ -24,6 +25,8 @@ export interface VerifyTask {
   /** What errors call it. */
   name: string;
   format: ImageFormat;
+  /** Instead of path and format, where the target is open already for all threads. */
+  source?: SourceDescription | undefined;
   /** O_DIRECT, as it was written. */
   direct: boolean;
 }

@@ -13,6 +13,7 @@ import { CowcatcherError } from "../../errors.js";
 import { overlap, type Storage, storageAt } from "../../block/file/storage.js";
 import { resolveExport, type ResolvedExport, sameExport } from "../../nbd/wire/place.js";
 import { isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
+import { isRbdAddress, mayBeSameImage, parseRbdAddress, type RbdAddress } from "../../rbd/address.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
 import { openBacking } from "./backing-check.js";
 import type { BackupRequest } from "../host.js";
@@ -20,6 +21,7 @@ import { type InUse, refuseImageAsTarget } from "./target-guard.js";
 
 type TargetPlace =
   | { kind: "export"; address: ResolvedExport }
+  | { kind: "rbd"; address: RbdAddress }
   | { kind: "device"; storage: Storage }
   | { kind: "file"; name: string };
 
@@ -78,6 +80,7 @@ export class TargetClaims {
 async function placeOf(target: string): Promise<TargetPlace | null> {
   if (target === NULL_TARGET_PATH) return null;
   if (isNbdUri(target)) return { kind: "export", address: await resolveExport(parseNbdUri(target)) };
+  if (isRbdAddress(target)) return { kind: "rbd", address: parseRbdAddress(target) };
   const storage = await storageAt(target);
   if (storage?.isBlockDevice === true) return { kind: "device", storage };
   const path = await fs.promises.realpath(target).catch(() => resolve(target));
@@ -87,6 +90,7 @@ async function placeOf(target: string): Promise<TargetPlace | null> {
 
 function isSamePlace(a: TargetPlace, b: TargetPlace): boolean {
   if (a.kind === "export" && b.kind === "export") return sameExport(a.address, b.address) !== "no";
+  if (a.kind === "rbd" && b.kind === "rbd") return mayBeSameImage(a.address, b.address);
   if (a.kind === "device" && b.kind === "device") return overlap(a.storage, b.storage);
   return a.kind === "file" && b.kind === "file" && a.name === b.name;
 }

@@ -14,6 +14,7 @@ import type { Image } from "../../block/device.js";
 import { overlap, type Storage, storageAt, storageOfFd } from "../../block/file/storage.js";
 import { haveCommon, listenerKeys, type NbdPlace, resolveExport, sameExport } from "../../nbd/wire/place.js";
 import { isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
+import { isRbdAddress, mayBeSameImage, parseRbdAddress } from "../../rbd/address.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
 import { STDOUT_FD, STDOUT_TARGET_PATH } from "../../target/stdout.js";
 
@@ -45,6 +46,7 @@ interface Part {
 export async function refuseImageAsTarget(target: string, inUse: InUse): Promise<void> {
   if (target === NULL_TARGET_PATH) return;
   if (isNbdUri(target)) return refuseExport(target, inUse);
+  if (isRbdAddress(target)) return refuseRbdImage(target, inUse);
   const storage = target === STDOUT_TARGET_PATH ? await storageOfFd(STDOUT_FD) : await storageAt(target);
   if (storage === null) return;
   for (const { image, isSource } of inUse.images) {
@@ -73,6 +75,20 @@ async function refuseExport(target: string, inUse: InUse): Promise<void> {
   }
   if (await isOwnServer(place.keys, inUse)) {
     throw refusal(target, "is an export of this very server", "");
+  }
+}
+
+/** A snapshot of an image is no other than it. No layer but the last can be an RBD image. */
+function refuseRbdImage(target: string, inUse: InUse): void {
+  const address = parseRbdAddress(target);
+  for (const { image, isSource } of inUse.images) {
+    if (!isRbdAddress(image.path) || !mayBeSameImage(address, parseRbdAddress(image.path))) continue;
+    const name = image.path === target ? "" : `: it is '${image.path}', in this cluster or another`;
+    throw refusal(
+      target,
+      roleOf({ name: "", depth: 0, isDataFile: false, storage: null }, image, isSource),
+      name,
+    );
   }
 }
 

@@ -38,6 +38,11 @@ export class Finishing {
     this.#throwIfCancelled();
     await this.#verify();
     this.#throwIfCancelled();
+    if (this.#target.commitMayHang === true) {
+      await Promise.race([this.#target.commit(), this.#givenUp]);
+      this.#named = true;
+      return;
+    }
     this.#named = true;
     await this.#target.commit();
   }
@@ -53,7 +58,7 @@ export class Finishing {
 
   async #verify(): Promise<void> {
     const { geometry, digests } = this.#shared.buffers;
-    const { unfinishedPath, name, description } = this.#target;
+    const { unfinishedPath, name, description, readBack } = this.#target;
     if (digests === undefined || unfinishedPath === null) return;
     if (description.format === "null" || description.format === "stdout") return;
     this.#check = new VerifyRun({
@@ -61,7 +66,8 @@ export class Finishing {
       digests,
       path: unfinishedPath,
       name,
-      format: description.format === "nbd" ? "raw" : description.format,
+      format: description.format === "qcow2" ? "qcow2" : "raw",
+      source: readBack,
       direct: description.direct,
       threads: this.#threads,
       workerCount: Math.min(this.#job.workerCount, this.#target.workerLimit ?? Infinity),

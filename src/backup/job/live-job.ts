@@ -80,6 +80,7 @@ export class LiveJob extends JobState implements HostedJob {
       force: options.force,
       direct: options.direct,
       targetRetries: options.targetRetries,
+      targetSnapshot: options.targetSnapshot,
       isCancelled: () => signal.aborted,
     });
     parts.onTarget(target);
@@ -270,6 +271,11 @@ export class LiveJob extends JobState implements HostedJob {
  */
 function bufferSizeOf(options: JobOptions, node: DiskNode, target: Target): number {
   if (options.cowBufferSizeBytes === 0) return 0;
-  const largestChunk = Math.max(SMALLEST_BUFFER_BYTES / 2, node.clusterSizeBytes, target.granularityBytes);
+  const largestChunk = Math.max(
+    SMALLEST_BUFFER_BYTES / 2,
+    node.clusterSizeBytes,
+    target.granularityBytes,
+    target.chunkBytes ?? 0,
+  );
   return roundUp(Math.max(options.cowBufferSizeBytes, 2 * largestChunk), SLOT_BYTES);
 }

@@ -6,6 +6,7 @@ import { stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname } from "node:path";
 import type { SpillDescription } from "../../cow/spill.js";
+import { isRbdAddress } from "../../rbd/address.js";
 import { createTemporary, removeStale, unlinkTemporary } from "../../target/file/temporary.js";
 
 const PREFIX = "spill";
@@ -27,7 +28,7 @@ export async function openSpillFile(spillDir: string | undefined, target: string
 }
 
 async function defaultDirectory(target: string): Promise<string> {
-  if (target === "null:" || target.includes("://")) return tmpdir();
+  if (target === "null:" || target.includes("://") || isRbdAddress(target)) return tmpdir();
   const existing = await stat(target).catch(() => undefined);
   return existing !== undefined && !existing.isFile() ? tmpdir() : dirname(target);
 }

@@ -11,7 +11,7 @@ import { CowcatcherError } from "../../errors.js";
 import { formatBytes, formatDuration } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { isNbdUri, NULL_TARGET, usageError } from "../options/options.js";
+import { isNbdUri, isRbdAddress, NULL_TARGET, unsupported, usageError } from "../options/options.js";
 import { onInterrupt } from "../signals.js";
 
 /** A terminal sends its signal to the server, too, and the server's end may be noticed before the signal. */
@@ -55,6 +55,13 @@ function checkTarget({ target, force }: BenchSettings): void {
   if (target === undefined || target === NULL_TARGET) {
     if (force) throw usageError("--force", "needs a --target that is a device or an export");
     return;
+  }
+  if (isRbdAddress(target)) {
+    throw unsupported(
+      target,
+      "bench does not write to RBD images",
+      "see docs/rbd.md for a benchmark with Ceph",
+    );
   }
   if (isNbdUri(target)) {
     if (!force) throw needsForce(target, "is an export, and its content would be lost");

@@ -8,7 +8,7 @@ import {
   type CheckResult,
 } from "../../image/qcow2/check/check.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
-import { isNbdUri, parseImage, unsupported, usageError } from "../options/options.js";
+import { isNbdUri, isRbdAddress, parseImage, unsupported, usageError } from "../options/options.js";
 
 export interface CheckFlags {
   format?: ImageFormat;
@@ -41,7 +41,7 @@ export function parseCheckRequest(image: string | undefined, flags: CheckFlags):
 /** What an export shows is a raw disk. */
 function parseCheckable(image: string): string {
   const path = parseImage(image);
-  if (!isNbdUri(path)) return path;
+  if (!isNbdUri(path) && !isRbdAddress(path)) return path;
   throw unsupported(path, "this image format does not support checks", "check the image where it is stored");
 }
 

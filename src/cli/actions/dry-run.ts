@@ -20,7 +20,7 @@ import type {
 } from "../options/backup-options.js";
 import { printJsonDocument, printLine, type CommandContext, type OutputSettings } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { isNbdUri, NULL_TARGET, STDIO, unsupported, usageError } from "../options/options.js";
+import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO, unsupported, usageError } from "../options/options.js";
 import { warn } from "../output/report.js";
 import { chooseDisk, servedDisks } from "./served-disks.js";
 import { dataBytesOf, freeBytesFor } from "./target-space.js";
@@ -104,7 +104,7 @@ async function measure(image: Image, given: JobSettings, output: OutputSettings)
   const job = withBackingOf(image, { ...given, targetFormat: format });
   if (job.bitmap !== undefined) await dirtyRuns(image, job.bitmap);
   await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
-  if (!isNbdUri(job.target)) await resolveDestination(job.target, job.force);
+  if (!isNbdUri(job.target) && !isRbdAddress(job.target)) await resolveDestination(job.target, job.force);
   await checkBacking({ ...job, path: job.target });
   if (job.compression !== undefined) {
     if (format === "raw") {

@@ -23,11 +23,12 @@ import {
   type Qcow2Header,
 } from "../../image/qcow2/format/header.js";
 import { describeImage } from "../../image/qcow2/info.js";
+import { RbdImage } from "../../rbd/image.js";
 import { roundUp } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { infoLines, type FormatSpecificDocument, type ImageInfoDocument } from "../output/info-text.js";
-import { isNbdUri } from "../options/options.js";
+import { isNbdUri, isRbdAddress } from "../options/options.js";
 
 export interface InfoFlags {
   format?: ImageFormat;
@@ -58,7 +59,7 @@ async function describeChain(
   const layers: ImageInfoDocument[] = [];
   const seen = new Set<string>();
   for (let next: string | undefined = path, nextFormat = format; next !== undefined;) {
-    const identity = isNbdUri(next) ? next : fileIdentity(next);
+    const identity = isNbdUri(next) || isRbdAddress(next) ? next : fileIdentity(next);
     if (seen.has(identity)) throw chainError("FORMAT", next, "the backing chain comes back to this file");
     if (layers.length > MAX_BACKING_DEPTH) {
       throw chainError("LIMIT", path, `the backing chain is deeper than ${MAX_BACKING_DEPTH}`);
@@ -103,6 +104,7 @@ async function describeLayer(
   lock: boolean,
 ): Promise<ImageInfoDocument> {
   if (isNbdUri(path)) return describeExport(path, format);
+  if (isRbdAddress(path)) return describeRbdImage(path, format);
   const fd = await openImageFile(path, { readOnly: true, direct: false });
   try {
     if (lock) acquireImageLock(fd, path, { write: false });
@@ -118,6 +120,27 @@ async function describeExport(uri: string, format: ImageFormat | undefined): Pro
   const image = await openImage(uri, { format, readOnly: true });
   await image.close();
   return { "virtual-size": roundUp(image.sizeBytes, SECTOR_BYTES), filename: uri, format: "raw" };
+}
+
+/** As QEMU's own driver: an object is what it calls a cluster. */
+async function describeRbdImage(
+  address: string,
+  format: ImageFormat | undefined,
+): Promise<ImageInfoDocument> {
+  const image = await openImage(address, { format, readOnly: true, lock: false });
+  try {
+    return {
+      "virtual-size": roundUp(image.sizeBytes, SECTOR_BYTES),
+      filename: address,
+      format: "raw",
+      ...(image instanceof RbdImage && {
+        "actual-size": image.allocatedBytes,
+        "cluster-size": image.objectBytes,
+      }),
+    };
+  } finally {
+    await image.close();
+  }
 }
 
 function describeRaw(path: string, fd: number): ImageInfoDocument {

@@ -1,7 +1,7 @@
 // What a command says that a signal has ended: what has become of its targets, and of them alone.
 import { statSync } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
-import { isNbdUri, NULL_TARGET, STDIO } from "../options/options.js";
+import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
 import type { CommandContext } from "../output/context.js";
 
 export function interrupted(
@@ -22,6 +22,7 @@ function remainsOf(target: string): string | undefined {
   if (target === NULL_TARGET) return undefined;
   if (target === STDIO) return "the reader of standard output has a part of the disk";
   if (isNbdUri(target)) return "the export holds a part of the copy";
+  if (isRbdAddress(target)) return "the image holds a part of the copy";
   if (statSync(target, { throwIfNoEntry: false })?.isBlockDevice() === true) {
     return "the device holds a part of the copy";
   }

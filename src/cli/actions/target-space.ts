@@ -6,7 +6,7 @@ import { stat, statfs } from "node:fs/promises";
 import { dirname, resolve } from "node:path";
 import type { Image } from "../../block/device.js";
 import { formatBytes } from "../../units.js";
-import { isNbdUri, NULL_TARGET, STDIO } from "../options/options.js";
+import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
 import type { OutputSettings } from "../output/context.js";
 import { warn } from "../output/report.js";
 
@@ -15,7 +15,8 @@ const STAT_BLOCK_BYTES = 512;
 
 /** What a file at `target` may take, in bytes; undefined for what is no new file, or where that is not told. */
 export async function freeBytesFor(target: string): Promise<number | undefined> {
-  if (target === NULL_TARGET || target === STDIO || isNbdUri(target)) return undefined;
+  if (target === NULL_TARGET || target === STDIO || isNbdUri(target) || isRbdAddress(target))
+    return undefined;
   try {
     const existing = await stat(target).catch(() => undefined);
     if (existing?.isFile() === false) return undefined;

@@ -13,13 +13,19 @@ const NBD_NOTES =
   "With --bitmap NAME a dirty bitmap of the qcow2 image or of QEMU's export says what is copied, into an overlay of\n" +
   "--backing-file; clearing the bitmap is QEMU's business. Not supported in this version: bitmaps of served disks.";
 
+const RBD_NOTES =
+  "Ceph RBD: rbd:POOL[/NAMESPACE]/IMAGE[@SNAP][:id=USER][:conf=FILE][:KEY=VALUE], as in QEMU; a backslash before ':',\n" +
+  "'@', '=' and '/' within a name. A TARGET that is not there is made, and has its name when it is complete; one that is\n" +
+  "there is written in place with --force, and keeps its snapshots. --target-snapshot NAME makes the next one. With\n" +
+  "--bitmap the image itself is what the backup builds on. A SOURCE that others may write is read as @SNAP only.";
+
 export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
     summary: "point-in-time copy of an image, or of a disk that a guest is using",
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
     notes:
-      "SOURCE and TARGET are paths or NBD URIs; TARGET may be null:, which throws the data away, or -, standard output,\n" +
+      "SOURCE and TARGET are paths, NBD URIs or RBD images; TARGET may be null:, which throws the data away, or -, standard output,\n" +
       "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
       "redirected from a file. Files of this name are ./-. Without --control no one else may write SOURCE. With it, the server that has the disk open makes the backup while the guest runs.\n" +
       "The server writes TARGET and the spill file then, with its own user's rights. With several disks each has its own\n" +
@@ -29,7 +35,9 @@ export function addBackup(program: Command, run: RunCommand): void {
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
-      NBD_NOTES,
+      NBD_NOTES +
+      "\n" +
+      RBD_NOTES,
     examples: [
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
       "cowcatcher backup --control /run/vm1.ctl /backup/vm1.qcow2",

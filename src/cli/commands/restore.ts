@@ -17,8 +17,11 @@ export function addRestore(program: Command, run: RunCommand): void {
       "cowcatcher restore /backup/vm1.qcow2 - | ssh host 'dd of=/dev/vg/vm1 bs=1M'",
     ],
   })
-    .argument("<BACKUP>", "path of the backup, or an NBD URI")
-    .argument("<TARGET>", "path of the image or device to write, or an NBD URI (see backup --help)");
+    .argument("<BACKUP>", "path of the backup, an NBD URI or an RBD image")
+    .argument(
+      "<TARGET>",
+      "path of the image or device to write, an NBD URI or an RBD image (see backup --help)",
+    );
   addCommonOptions(addRestoreOptions(command)).action(
     (backup: string, target: string, flags: CopyFlags & CommonFlags) =>
       run("restore", flags, async (context) => {

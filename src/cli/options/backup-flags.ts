@@ -13,6 +13,7 @@ export interface CopyFlags {
   onSourceError?: OnIoError;
   onTargetError?: OnIoError;
   targetRetries?: number;
+  targetSnapshot?: string;
   direct?: boolean;
   verify?: boolean;
   force?: boolean;

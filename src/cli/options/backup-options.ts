@@ -16,6 +16,7 @@ import {
   countOption,
   durationOption,
   formatOption,
+  isRbdAddress,
   listWords,
   bufferSizeOption,
   parseImage,
@@ -184,6 +185,9 @@ function addCopyOptions(command: Command): Command {
         RETRY_BOUNDS,
       ),
     )
+    .addOption(
+      textOption("--target-snapshot <NAME>", "of an rbd: TARGET, made when all is written and flushed"),
+    )
     .option("--direct", "O_DIRECT on source and target")
     .option("--verify", "read the target back and compare it with what was read")
     .option("--force", "replace an existing TARGET");
@@ -347,9 +351,10 @@ function localPath(target: string): string {
 }
 
 function jobSettings(target: string, flags: BackupFlags): JobSettings {
-  // What is dirty alone can only be told apart in a format that has backing files.
-  const byBitmap = flags.bitmap === undefined ? undefined : "qcow2";
+  // What is dirty alone can only be told apart in a format that has backing files, or written in place.
+  const byBitmap = flags.bitmap === undefined || isRbdAddress(target) ? undefined : "qcow2";
   const targetFormat = targetFormatOf(target, flags.targetFormat ?? byBitmap);
+  checkTargetSnapshot(target, flags.targetSnapshot);
   checkTargetFlags(targetFormat, flags);
   checkBufferFlags(flags);
   if (flags.verify === true && (target === NULL_TARGET || target === STDIO)) {
@@ -375,12 +380,22 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     onTargetError: flags.onTargetError ?? JOB_DEFAULTS.onTargetError,
     // Who has ended does not read on.
     targetRetries: target === STDIO ? 0 : (flags.targetRetries ?? JOB_DEFAULTS.targetRetries),
+    targetSnapshot: flags.targetSnapshot,
     direct: flags.direct ?? JOB_DEFAULTS.direct,
     verify: flags.verify ?? JOB_DEFAULTS.verify,
     bitmap: flags.bitmap,
     sync: flags.sync === "incremental" ? "full" : (flags.sync ?? JOB_DEFAULTS.sync),
     snapshotExport: JOB_DEFAULTS.snapshotExport,
   };
+}
+
+/** Names that Ceph takes, and that can be named again behind '@'. */
+function checkTargetSnapshot(target: string, snapshot: string | undefined): void {
+  if (snapshot === undefined) return;
+  if (!isRbdAddress(target)) {
+    throw usageError("--target-snapshot", "needs an rbd: TARGET", "leave it out, or write to an RBD image");
+  }
+  if (/[/@]/.test(snapshot)) throw usageError("--target-snapshot", `'${snapshot}' has a '/' or '@' in it`);
 }
 
 function checkTargetFlags(targetFormat: ImageFormat | undefined, flags: BackupFlags): void {

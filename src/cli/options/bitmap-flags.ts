@@ -1,9 +1,9 @@
 // What goes with `backup --bitmap`, an incremental copy of an image or an NBD export, and what does not.
 import type { BackupFlags } from "./backup-flags.js";
-import { isNbdUri, unsupported, usageError } from "./options.js";
+import { isNbdUri, isRbdAddress, unsupported, usageError } from "./options.js";
 
 /** A bitmap is never changed here; and without what it builds on the copy of what is dirty is worth nothing. */
-export function checkBitmapFlags([source]: readonly string[], flags: BackupFlags): void {
+export function checkBitmapFlags([source, target]: readonly string[], flags: BackupFlags): void {
   const { bitmap, bitmapMode, sync, backingFile, verify, snapshot } = flags;
   if (bitmap === undefined) {
     if (bitmapMode !== undefined) throw usageError("--bitmap-mode", "needs --bitmap");
@@ -16,7 +16,16 @@ export function checkBitmapFlags([source]: readonly string[], flags: BackupFlags
   if (snapshot !== undefined) {
     throw usageError("--bitmap", "does not go with --snapshot", "a bitmap tells of the disk as it is");
   }
-  if (backingFile === undefined) {
+  // The image itself is what the backup builds on; its snapshots keep what was before.
+  const isInPlace = target !== undefined && isRbdAddress(target);
+  if (isInPlace && flags.force !== true) {
+    throw usageError(
+      "--bitmap",
+      "needs --force with an rbd: TARGET",
+      "the image holds the backup before this one",
+    );
+  }
+  if (backingFile === undefined && !isInPlace) {
     throw usageError("--bitmap", "needs --backing-file", "name the backup that this one builds on");
   }
   if (verify === true) {

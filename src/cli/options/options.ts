@@ -7,6 +7,7 @@ import { CowcatcherError } from "../../errors.js";
 import { absoluteName } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
 import { formatNbdUri, isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
+import { absoluteRbdAddress, isRbdAddress, parseRbdAddress } from "../../rbd/address.js";
 import { GiB, parseDurationMs, parseSize } from "../../units.js";
 
 export function usageError(object: string, problem: string, hint?: string): CowcatcherError {
@@ -111,7 +112,7 @@ export function forceShareOption(): Option {
   return new Option("-U, --force-share", "open the image although another program may write it");
 }
 
-export { isNbdUri };
+export { isNbdUri, isRbdAddress };
 
 /** "null:" throws data away, as in nbdcopy. */
 export const NULL_TARGET = "null:";
@@ -128,12 +129,13 @@ export function refuseStdio(
 }
 
 /**
- * A path or an NBD URI.
- * @throws CowcatcherError USAGE for an empty text, "-" or a wrong URI, UNSUPPORTED for vsock.
+ * A path, an NBD URI or the address of an RBD image.
+ * @throws CowcatcherError USAGE for an empty text, "-" or a wrong address, UNSUPPORTED for vsock.
  */
 export function parseImage(text: string, argument = "IMAGE"): string {
   refuseStdio(text);
   if (isNbdUri(text)) parseNbdUri(text);
+  if (isRbdAddress(text)) parseRbdAddress(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
   refuseForeignAddress(text);
   return text;
@@ -147,7 +149,14 @@ const FOREIGN_ADDRESS =
   /^(?:json:|null:|nbd:|file:|fd:|https?:|ftps?:|ssh:|sftp:|s3:|rbd:|iscsi:|nfs:|gluster[a-z+]*:|nvme:|host_device:)/i;
 
 function refuseForeignAddress(text: string): void {
-  if (isNbdUri(text) || text === NULL_TARGET || !FOREIGN_ADDRESS.test(text) || existsSync(text)) return;
+  if (
+    isNbdUri(text) ||
+    isRbdAddress(text) ||
+    text === NULL_TARGET ||
+    !FOREIGN_ADDRESS.test(text) ||
+    existsSync(text)
+  )
+    return;
   throw usageError(
     text,
     "is an address of a kind that is not known here",
@@ -165,10 +174,13 @@ export function parseLocalImage(text: string): string {
 export function refuseExport(text: string): void {
   if (isNbdUri(text))
     throw unsupported(text, "an NBD export is not possible here", "give the path of an image");
+  if (isRbdAddress(text))
+    throw unsupported(text, "an RBD image is not possible here", "give the path of an image");
 }
 
 /** For another process with another working folder: paths are made absolute, also those within a URI. */
 export function absoluteImage(text: string): string {
+  if (isRbdAddress(text)) return absoluteRbdAddress(text);
   if (!isNbdUri(text)) return absoluteName(text);
   const address = parseNbdUri(text);
   const { tls } = address;

@@ -12,10 +12,12 @@ import {
   countOption,
   formatOption,
   isNbdUri,
+  isRbdAddress,
   parseImage,
   parseText,
   pathOption,
   textOption,
+  unsupported,
   usageError,
 } from "./options.js";
 import { groupIdOf } from "./groups.js";
@@ -202,6 +204,14 @@ function parseMode(text: string, option: string): number {
 
 function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[] {
   if (texts.length === 0) throw usageError("IMAGE", "is missing");
+  const rbd = texts.find(isRbdAddress);
+  if (rbd !== undefined) {
+    throw unsupported(
+      rbd,
+      "an RBD image is not served to a guest",
+      "give the guest QEMU's own rbd driver, or map the image with `rbd map` and serve /dev/rbdN",
+    );
+  }
   const split = texts.map(splitName);
   if (flags.name !== undefined && (split.length > 1 || split[0]?.name !== undefined)) {
     throw usageError("--name", "is for a single image", "give each image a name as IMAGE=NAME");

@@ -1,7 +1,7 @@
 // The format that a new image gets where nobody says it: by its extension, and by what stands there.
 import { statSync } from "node:fs";
 import type { ImageFormat } from "../../block/format.js";
-import { formatByExtension, isNbdUri, STDIO, usageError } from "./options.js";
+import { formatByExtension, isNbdUri, isRbdAddress, STDIO, usageError } from "./options.js";
 
 /** What these extensions mean is not written here: a file of another content under such a name would mislead. */
 const FOREIGN_EXTENSIONS = new Set([
@@ -23,7 +23,7 @@ export function targetFormatOf(
 ): ImageFormat | undefined {
   if (given !== undefined) return given;
   // What an export is called says nothing of it, and a machine boots from the disk, not from an image of it.
-  if (isNbdUri(target) || target === STDIO || isBlockDevice(target)) return "raw";
+  if (isNbdUri(target) || isRbdAddress(target) || target === STDIO || isBlockDevice(target)) return "raw";
   const extension = /\.([^./]+)$/.exec(target)?.[1]?.toLowerCase();
   if (extension !== undefined && FOREIGN_EXTENSIONS.has(extension)) {
     throw usageError(

@@ -23,7 +23,8 @@ import type {
 import { MAX_RANGE_BYTES, type NbdClient } from "./client.js";
 import { readRange, trimRange, writeRange, type ZeroPolicy, zeroRange } from "./io.js";
 import { NbdSession } from "./session.js";
-import { dirtyBitmapContext, type ExtentMap, gatherDirty, gatherZeroes } from "./extent-map.js";
+import type { ExtentMap } from "../../block/extent-map.js";
+import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "./extent-map.js";
 import { NBD_META_BASE_ALLOCATION, NBD_STATE_HOLE, NBD_STATE_ZERO } from "../wire/protocol.js";
 import { digestOfAll, UnflushedWrites } from "./unflushed.js";
 import { WriteGate } from "./write-gate.js";

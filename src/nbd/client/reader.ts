@@ -13,7 +13,7 @@ import type { Completion, NbdSourceDescription, SourceReader } from "../../block
 import { BlockingReader } from "./blocking-reader.js";
 import { readRange } from "./io.js";
 import { NbdSession } from "./session.js";
-import { ExtentReader } from "./extent-map.js";
+import { ExtentReader } from "../../block/extent-map.js";
 import { parseNbdUri } from "../wire/uri.js";
 
 /**

@@ -9,7 +9,8 @@ import {
   REGION_HOLE,
 } from "../../../../src/cow/shared.js";
 import type { NbdClient } from "../../../../src/nbd/client/client.js";
-import { type ExtentMap, ExtentReader, gatherZeroes } from "../../../../src/nbd/client/extent-map.js";
+import { type ExtentMap, ExtentReader } from "../../../../src/block/extent-map.js";
+import { gatherZeroes } from "../../../../src/nbd/client/extent-map.js";
 import { WriteGate } from "../../../../src/nbd/client/write-gate.js";
 
 const KiB = 1024;

@@ -1,0 +1,77 @@
+// A Ceph of its own for a benchmark or the tests: scripts/ceph-cluster.sh, which ends with the process that started it.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { readFileSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { createInterface } from "node:readline";
+import { formatRbdAddress } from "../../src/rbd/address.js";
+import { runProgram } from "./children.js";
+import type { RbdPlace } from "./contestant.js";
+
+const SCRIPT = resolve("scripts/ceph-cluster.sh");
+
+export interface CephCluster {
+  /** Its folder, which must not be there before. */
+  readonly folder: string;
+  readonly conf: string;
+  /** Ends the daemons and removes the folder. */
+  stop(): Promise<void>;
+}
+
+/** Takes some seconds. @param storeBytes of the OSD: a sparse file */
+export async function startCeph(folder: string, storeBytes?: number): Promise<CephCluster> {
+  const child = spawn("bash", [SCRIPT, "run", folder], {
+    stdio: ["pipe", "pipe", "pipe"],
+    env: { ...process.env, ...(storeBytes !== undefined && { COWCATCHER_CEPH_BYTES: String(storeBytes) }) },
+  });
+  let stderr = "";
+  child.stderr.setEncoding("utf8").on("data", (text: string) => (stderr += text));
+  const ended = once(child, "close");
+  const ready = new Promise<boolean>((settle) => {
+    createInterface({ input: child.stdout }).on("line", () => settle(true));
+    void ended.then(() => settle(false));
+  });
+  if (!(await ready)) throw new Error(`no Ceph could be started: ${stderr}`);
+  return {
+    folder,
+    conf: join(folder, "ceph.conf"),
+    async stop() {
+      child.stdin.end();
+      await ended;
+    },
+  };
+}
+
+/** The daemon's process, for signals. */
+export function cephDaemon(folder: string, daemon: "mon" | "osd"): number {
+  return Number(readFileSync(join(folder, `${daemon}.pid`), "utf8"));
+}
+
+/** Starts the OSD again after it was killed. */
+export function restartOsd(folder: string): void {
+  spawn("bash", [SCRIPT, "osd", folder], { stdio: "ignore", detached: true }).unref();
+}
+
+export function rbdAddress({ conf, pool, image }: RbdPlace): string {
+  return formatRbdAddress({
+    pool,
+    namespace: "",
+    image,
+    snapshot: undefined,
+    user: undefined,
+    conf,
+    settings: [],
+  });
+}
+
+export async function createRbdImage({ conf, pool, image }: RbdPlace, sizeBytes: number): Promise<void> {
+  await runProgram("rbd", ["-c", conf, "create", "--size", `${sizeBytes}B`, `${pool}/${image}`]);
+}
+
+/** With its data; one that is not there is no error. */
+export async function removeRbdImage({ conf, pool, image }: RbdPlace): Promise<void> {
+  const { stdout } = await runProgram("rbd", ["-c", conf, "ls", pool]);
+  if (!stdout.split("\n").includes(image)) return;
+  await runProgram("rbd", ["-c", conf, "rm", "--no-progress", `${pool}/${image}`]);
+}
