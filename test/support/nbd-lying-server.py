@@ -1,6 +1,6 @@
 # An NBD server in a process of its own, for a client that blocks its thread. It answers each batch of reads in the
 # way that its first argument names, on the Unix socket that its second argument names. The disk: byte i is i * 7 % 251.
-import os, socket, struct, sys
+import os, select, socket, struct, sys
 
 MODE, PATH = sys.argv[1:3]
 SIZE = 4 << 20
@@ -95,6 +95,20 @@ print("ready", flush=True)
 peer, _ = listener.accept()
 
 
+def late_error(peer, requests):
+    """Fails one request, answers the others later, and says whether the client had waited for them."""
+    first, *others = [r for r in requests if r[2] == 0]
+    message = b"no"
+    payload = struct.pack(">IH", 5, len(message)) + message
+    peer.sendall(chunk(first[3], 0x8001, True, payload))
+    is_early = bool(select.select([peer], [], [], 0.2)[0])
+    for _, _, _, cookie, offset, length in others:
+        peer.sendall(answer(cookie, offset, length))
+    goodbye = receive(peer, 28)
+    print("early" if is_early else "late", struct.unpack(">IHHQQI", goodbye)[2], flush=True)
+    sys.exit(0)
+
+
 def serve(peer):
     handshake(peer)
     while True:
@@ -106,6 +120,8 @@ def serve(peer):
         except BlockingIOError:
             pass
         peer.setblocking(True)
+        if MODE == "late-error":
+            late_error(peer, [struct.unpack(">IHHQQI", r) for r in requests])
         if MODE == "silent":
             receive(peer, 1 << 30)
         # The last one is answered first.

@@ -4,7 +4,9 @@
 // It knows the conversation in which nothing goes wrong: reads, whose data and holes come in ascending order within
 // each request, the requests in any order. Whatever else happens (an error, a lost or silent server, a reply that
 // should not be) ends this connection, and `read` says so: the caller asks again on the ordinary client
-// (client/session.ts), which has the words, the retries and the errors. Reading twice does no harm.
+// (client/session.ts), which has the words, the retries and the errors. Reading twice does no harm. After an error the
+// other replies are still taken, and only then is goodbye said: a server may not expect it while it answers. To a
+// server whose replies cannot be followed nothing is said.
 //
 // A read's pieces are in flight together. One that waits blocks its thread, in slices of TIMEOUT_MS, so that
 // cancelling is noticed: this is for Unix sockets, where the way there and back is no time, and for a thread that waits for
@@ -39,6 +41,9 @@ const PIECES_IN_FLIGHT = 16;
 const TIMEOUT_MS = 100;
 /** Of a server that sends nothing at all, as NbdClient's. */
 const SILENCE_LIMIT_MS = 120_000;
+const NBD_REPLY_TYPE_ERROR_BIT = 0x8000;
+/** Of an error chunk: a message of 64 KiB at most, and what stands before and behind it. */
+const MAX_ERROR_BYTES = 65_536 + 16;
 const OFFSET_BYTES = 8;
 const HOLE_BYTES = 12;
 /** The header of a piece of data: what is read of a reply before it is known what it is. */
@@ -79,6 +84,8 @@ export class BlockingReader {
   #round = 0;
   /** The chunk in hand is its request's last. */
   #isDone = false;
+  /** The server could not carry out one of the requests in flight. */
+  #hasError = false;
 
   private constructor(
     native: Libc,
@@ -137,13 +144,19 @@ export class BlockingReader {
         this.#putRequest(count++, at, next - at);
         at = next;
       }
-      if (!this.#send(count) || !this.#receiveAll(count, buffer, bufferOffset + start - offsetBytes)) break;
+      this.#hasError = false;
+      if (!this.#send(count) || !this.#receiveAll(count, buffer, bufferOffset + start - offsetBytes)) {
+        this.#socket.destroy();
+        return false;
+      }
+      if (this.#hasError) break;
       if (at === end) return true;
     }
     this.close();
     return false;
   }
 
+  /** Says goodbye. Nothing may be in flight. */
   close(): void {
     if (this.#socket.destroyed) return;
     const goodbye = new DataView(new ArrayBuffer(REQUEST_HEADER_BYTES));
@@ -199,9 +212,12 @@ export class BlockingReader {
     const position = this.#positions[index] ?? 0;
     let coveredBytes = length;
     if (!this.#structured) {
-      if (view.getUint32(0) !== NBD_SIMPLE_REPLY_MAGIC || view.getUint32(4) !== 0) return -1;
+      if (view.getUint32(0) !== NBD_SIMPLE_REPLY_MAGIC) return -1;
+      const isError = view.getUint32(4) !== 0;
       this.#unstage(headerBytes);
-      if (!this.#receive(buffer, base + start - firstOffset, length)) return -1;
+      // An error comes without data, and answers the request.
+      if (isError) this.#hasError = true;
+      else if (!this.#receive(buffer, base + start - firstOffset, length)) return -1;
     } else {
       if (view.getUint32(0) !== NBD_STRUCTURED_REPLY_MAGIC) return -1;
       const type = view.getUint16(6);
@@ -220,7 +236,7 @@ export class BlockingReader {
     }
     this.#positions[index] = coveredBytes;
     const isDone = !this.#structured || this.#isDone;
-    if (isDone && coveredBytes !== length) return -1;
+    if (isDone && coveredBytes !== length && !this.#hasError) return -1;
     if (isDone) this.#lengths[index] = 0;
     return index;
   }
@@ -247,6 +263,11 @@ export class BlockingReader {
       if (readUint64(view, header) !== expectedOffset) return -1;
       this.#unstage(header + OFFSET_BYTES);
       return this.#receive(buffer, at, dataBytes) ? dataBytes : -1;
+    }
+    if ((type & NBD_REPLY_TYPE_ERROR_BIT) !== 0) {
+      this.#hasError = true;
+      this.#unstage(header);
+      return this.#skip(payloadBytes) ? 0 : -1;
     }
     if (type !== NBD_REPLY_TYPE_OFFSET_HOLE || payloadBytes !== HOLE_BYTES) return -1;
     if (!this.#stage(header + HOLE_BYTES) || readUint64(view, header) !== expectedOffset) return -1;
@@ -288,6 +309,14 @@ export class BlockingReader {
       }
     }
     return true;
+  }
+
+  /** Of an error's explanation, which the ordinary client asks for again. */
+  #skip(lengthBytes: number): boolean {
+    if (lengthBytes > MAX_ERROR_BYTES) return false;
+    const fromStaging = Math.min(lengthBytes, this.#staged);
+    this.#unstage(fromStaging);
+    return this.#receive(new ArrayBuffer(lengthBytes), 0, lengthBytes - fromStaging);
   }
 
   #mayWait(result: number, startMs: number): boolean {

@@ -1,7 +1,12 @@
-// The client's negotiation: fixed newstyle. Specification: doc/proto.md, "Handshake phase".
+// The client's negotiation. Specification: doc/proto.md, "Handshake phase".
 //
-//   greeting ─► [STARTTLS ─► TLS] ─► STRUCTURED_REPLY ─► SET_META_CONTEXT ─► GO ─► transmission
+//   fixed newstyle   greeting ─► [STARTTLS ─► TLS] ─► STRUCTURED_REPLY ─► SET_META_CONTEXT ─► GO ─► transmission
+//                                                                              unknown there └─► EXPORT_NAME ─► …
+//   newstyle         greeting ─► EXPORT_NAME ─► transmission
+//   oldstyle         greeting, which has size and flags ─► transmission
 //
+// The last two are spoken where the server has no better and nothing that was asked for needs it: they have no TLS,
+// and oldstyle has no names. EXPORT_NAME knows no error: a server that has no such export hangs up.
 // TLS is asked for when the URI says so, and then nothing goes on without it. Structured replies and metadata contexts
 // are asked for and done without where the server has none. Whatever arrives behind the last option reply belongs to
 // the transmission and is handed on as it is.
@@ -15,14 +20,17 @@ import {
   MAX_PAYLOAD_BYTES,
   NBD_FLAG_C_FIXED_NEWSTYLE,
   NBD_FLAG_C_NO_ZEROES,
+  EXPORT_NAME_PADDING_BYTES,
   NBD_FLAG_FIXED_NEWSTYLE,
   NBD_FLAG_HAS_FLAGS,
   NBD_FLAG_NO_ZEROES,
   NBD_INFO_BLOCK_SIZE,
   NBD_INFO_EXPORT,
   NBD_INIT_MAGIC,
+  NBD_OLDSTYLE_MAGIC,
   NBD_OPTION_MAGIC,
   NBD_OPTION_REPLY_MAGIC,
+  NBD_OPT_EXPORT_NAME,
   NBD_OPT_GO,
   NBD_OPT_SET_META_CONTEXT,
   NBD_OPT_STARTTLS,
@@ -40,10 +48,15 @@ import {
   OPTION_REPLY_HEADER_BYTES,
 } from "../wire/protocol.js";
 import { withExportNames } from "./export-list.js";
+import { SocketReader } from "./socket-reader.js";
 import { secure } from "./tls.js";
 import type { NbdAddress } from "../wire/uri.js";
 
-const GREETING_BYTES = 18;
+/** Two magic numbers, which say how it goes on. */
+const GREETING_BYTES = 16;
+const HANDSHAKE_FLAGS_BYTES = 2;
+/** Of the export: its size and its transmission flags. */
+const EXPORT_BYTES = 10;
 /** A server sends an INFO for each thing that it wants to say of an export; the protocol has a handful. */
 const MAX_OPTION_REPLIES = 64;
 const FIRST_ERROR_REPLY = 0x80000000;
@@ -81,8 +94,8 @@ export interface Negotiated {
 /**
  * Negotiates on a socket that is connected and has no reader yet. On return the socket is paused, and what came
  * behind the negotiation is back in its queue.
- * @throws CowcatcherError PROTOCOL, UNSUPPORTED (no fixed newstyle, no GO, TLS required or refused), NOT_FOUND (no
- *   such export), IO (the connection ended, the server refused), and as `secure`.
+ * @throws CowcatcherError PROTOCOL, UNSUPPORTED (TLS required, or refused; a name that the server cannot be told),
+ *   NOT_FOUND (no such export), IO (the connection ended, the server refused), and as `secure`.
  */
 export async function negotiate(
   socket: Socket,
@@ -92,8 +105,17 @@ export async function negotiate(
 ): Promise<Negotiated> {
   let talk = new Negotiation(socket, object);
   try {
-    const flags = clientFlags(await talk.reader.read(GREETING_BYTES), object);
+    const style = await readGreeting(talk);
+    if (style === "oldstyle") return await enterOldstyle(talk, address);
+    const { isFixed, hasNoZeroes } = style;
+    const flags = Buffer.alloc(4);
+    flags.writeUInt32BE((isFixed ? NBD_FLAG_C_FIXED_NEWSTYLE : 0) | (hasNoZeroes ? NBD_FLAG_C_NO_ZEROES : 0));
     socket.write(flags);
+    if (!isFixed) {
+      if (address.tls !== undefined) throw noTls(object, "newstyle negotiation without options");
+      const info = await enterByName(talk, address.exportName, hasNoZeroes);
+      return { socket, info, structured: false, contexts: new Map() };
+    }
     if (address.tls !== undefined) {
       await startTls(talk);
       talk.reader.detach();
@@ -104,7 +126,9 @@ export async function negotiate(
     const known =
       isStructured && contexts.length > 0 ? await setContexts(talk, address.exportName, contexts) : new Map();
     talk.send(NBD_OPT_GO, goData(address.exportName));
-    const info = await readGoReplies(talk, address.exportName);
+    const info =
+      (await readGoReplies(talk, address.exportName)) ??
+      (await enterByName(talk, address.exportName, hasNoZeroes));
     return { socket: talk.socket, info, structured: isStructured, contexts: known };
   } catch (error) {
     talk.socket.destroy();
@@ -206,19 +230,68 @@ function text(value: string): Buffer {
   return Buffer.concat([uint32(bytes.length), bytes]);
 }
 
-function clientFlags(greeting: Buffer, object: string): Buffer {
+/** @throws CowcatcherError PROTOCOL */
+async function readGreeting({
+  reader,
+  object,
+}: Negotiation): Promise<"oldstyle" | { isFixed: boolean; hasNoZeroes: boolean }> {
+  const greeting = await reader.read(GREETING_BYTES);
   if (greeting.readBigUInt64BE(0) !== NBD_INIT_MAGIC) {
     throw protocolError(object, "the server does not speak NBD");
   }
-  const handshakeFlags = greeting.readUInt16BE(16);
-  const isNewstyle = greeting.readBigUInt64BE(8) === NBD_OPTION_MAGIC;
-  if (!isNewstyle || (handshakeFlags & NBD_FLAG_FIXED_NEWSTYLE) === 0) {
-    throw unsupported(object, "the server has no fixed newstyle negotiation");
+  const style = greeting.readBigUInt64BE(8);
+  if (style === NBD_OLDSTYLE_MAGIC) return "oldstyle";
+  if (style !== NBD_OPTION_MAGIC)
+    throw protocolError(object, "the server's negotiation is of no known style");
+  const flags = (await reader.read(HANDSHAKE_FLAGS_BYTES)).readUInt16BE(0);
+  return {
+    isFixed: (flags & NBD_FLAG_FIXED_NEWSTYLE) !== 0,
+    hasNoZeroes: (flags & NBD_FLAG_NO_ZEROES) !== 0,
+  };
+}
+
+/** An oldstyle server has one export, and says in its greeting all that it has to say. */
+async function enterOldstyle(
+  { socket, reader, object }: Negotiation,
+  address: NbdAddress,
+): Promise<Negotiated> {
+  if (address.tls !== undefined) throw noTls(object, "oldstyle negotiation");
+  if (address.exportName !== "") {
+    throw unsupported(
+      object,
+      `an oldstyle server cannot be asked for export '${address.exportName}'`,
+      "leave the name out: it has one export",
+    );
   }
-  const flags = Buffer.alloc(4);
-  const noZeroes = (handshakeFlags & NBD_FLAG_NO_ZEROES) === 0 ? 0 : NBD_FLAG_C_NO_ZEROES;
-  flags.writeUInt32BE(NBD_FLAG_C_FIXED_NEWSTYLE | noZeroes);
-  return flags;
+  const sizeBytes = await reader.read(8);
+  // Flags of the handshake, of which oldstyle knows none, then those of the export.
+  const flags = (await reader.read(4)).subarray(2);
+  await reader.read(EXPORT_NAME_PADDING_BYTES);
+  const info = defaultInfo();
+  takeExport(info, Buffer.concat([sizeBytes, flags]), object);
+  return { socket, info, structured: false, contexts: new Map() };
+}
+
+/** By EXPORT_NAME, after which there is no way back. */
+async function enterByName(talk: Negotiation, exportName: string, hasNoZeroes: boolean): Promise<ExportInfo> {
+  const { reader, object } = talk;
+  talk.send(NBD_OPT_EXPORT_NAME, Buffer.from(exportName));
+  const info = defaultInfo();
+  takeExport(info, await reader.read(EXPORT_BYTES, noSuchExport(object, exportName)), object);
+  if (!hasNoZeroes) await reader.read(EXPORT_NAME_PADDING_BYTES);
+  return info;
+}
+
+function noSuchExport(object: string, exportName: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "NOT_FOUND",
+    object,
+    problem: `the server hung up when it was asked for export '${exportName}', as one does that has no such export`,
+  });
+}
+
+function noTls(object: string, style: string): CowcatcherError {
+  return unsupported(object, `the server has no TLS: it speaks ${style}`);
 }
 
 function goData(exportName: string): Buffer {
@@ -228,22 +301,31 @@ function goData(exportName: string): Buffer {
   return Buffer.concat([text(exportName), requests]);
 }
 
-async function readGoReplies(talk: Negotiation, exportName: string): Promise<ExportInfo> {
-  const { object } = talk;
-  const info: ExportInfo = {
+/** What the specification has a client assume of a server that does not say more. */
+function defaultInfo(): ExportInfo {
+  return {
     sizeBytes: -1,
     transmissionFlags: 0,
     minimumBlockBytes: 1,
     preferredBlockBytes: 4096,
     maximumPayloadBytes: MAX_PAYLOAD_BYTES,
   };
+}
+
+/** @returns undefined where the server does not know GO */
+async function readGoReplies(talk: Negotiation, exportName: string): Promise<ExportInfo | undefined> {
+  const { object } = talk;
+  const info = defaultInfo();
   for (let replyCount = 0; replyCount < MAX_OPTION_REPLIES; replyCount++) {
     const { type, data } = await talk.reply(NBD_OPT_GO);
     if (type === NBD_REP_INFO) {
       takeInfo(info, data, object);
     } else if (type === NBD_REP_ACK) {
       if (info.sizeBytes < 0) throw protocolError(object, "the server did not say the export's size");
+      checkBlocksFit(info, object);
       return info;
+    } else if (type === NBD_REP_ERR_UNSUP) {
+      return undefined;
     } else {
       const refused = refusal(type, data, object, exportName);
       throw type === NBD_REP_ERR_UNKNOWN ? await withExportNames(talk, refused) : refused;
@@ -256,15 +338,20 @@ function takeInfo(info: ExportInfo, data: Buffer, object: string): void {
   const type = data.length < 2 ? -1 : data.readUInt16BE(0);
   if (type === NBD_INFO_EXPORT) {
     if (data.length !== 12) throw protocolError(object, `export information of ${data.length} bytes`);
-    info.sizeBytes = Number(data.readBigUInt64BE(2));
-    info.transmissionFlags = data.readUInt16BE(10);
-    if (!Number.isSafeInteger(info.sizeBytes)) {
-      throw new CowcatcherError({ code: "LIMIT", object, problem: "the export is larger than 2^53 bytes" });
-    }
-    if ((info.transmissionFlags & NBD_FLAG_HAS_FLAGS) === 0) info.transmissionFlags = 0;
+    takeExport(info, data.subarray(2), object);
   } else if (type === NBD_INFO_BLOCK_SIZE) {
     takeBlockSizes(info, data, object);
   }
+}
+
+/** @param data size, and transmission flags */
+function takeExport(info: ExportInfo, data: Buffer, object: string): void {
+  info.sizeBytes = Number(data.readBigUInt64BE(0));
+  info.transmissionFlags = data.readUInt16BE(8);
+  if (!Number.isSafeInteger(info.sizeBytes)) {
+    throw new CowcatcherError({ code: "LIMIT", object, problem: "the export is larger than 2^53 bytes" });
+  }
+  if ((info.transmissionFlags & NBD_FLAG_HAS_FLAGS) === 0) info.transmissionFlags = 0;
 }
 
 function takeBlockSizes(info: ExportInfo, data: Buffer, object: string): void {
@@ -279,6 +366,17 @@ function takeBlockSizes(info: ExportInfo, data: Buffer, object: string): void {
   info.maximumPayloadBytes = roundDown(Math.min(maximum, MAX_PAYLOAD_BYTES), minimum);
 }
 
+/** Specification: the size must be a multiple of the minimum block size. The last block could not be asked for. */
+function checkBlocksFit({ sizeBytes, minimumBlockBytes }: ExportInfo, object: string): void {
+  if (sizeBytes % minimumBlockBytes === 0) return;
+  throw new CowcatcherError({
+    code: "PROTOCOL",
+    object,
+    problem: `the export's ${sizeBytes} bytes are no multiple of the server's smallest block, ${minimumBlockBytes} bytes`,
+    hint: "let the server round the size (nbdkit --filter=truncate round-up), or serve smaller blocks",
+  });
+}
+
 function refusal(type: number, data: Buffer, object: string, exportName: string): CowcatcherError {
   const why = because(data);
   switch (type) {
@@ -290,8 +388,6 @@ function refusal(type: number, data: Buffer, object: string, exportName: string)
       });
     case NBD_REP_ERR_TLS_REQD:
       return unsupported(object, `the server wants TLS${why}`, "write nbds: instead of nbd:");
-    case NBD_REP_ERR_UNSUP:
-      return unsupported(object, `the server does not know the GO option${why}`);
     case NBD_REP_ERR_BLOCK_SIZE_REQD:
       return unsupported(object, `the server does not accept this client's block sizes${why}`);
     case NBD_REP_ERR_POLICY:
@@ -329,60 +425,6 @@ function because(data: Buffer): string {
 export function printable(data: Buffer): string {
   const text = data.subarray(0, 4 * MAX_SHOWN_CHARACTERS).toString("utf8");
   return text.replace(/\p{C}+/gu, " ").slice(0, MAX_SHOWN_CHARACTERS);
-}
-
-/** Reads exact counts of bytes from a socket in paused mode, one read at a time. */
-class SocketReader {
-  #wake: (() => void) | undefined;
-  #failure: unknown;
-  #isEnded = false;
-  readonly #onReadable = (): void => this.#wake?.();
-  readonly #onEnd = (): void => {
-    this.#isEnded = true;
-    this.#wake?.();
-  };
-  readonly #onError = (error: Error): void => {
-    this.#failure = error;
-    this.#onEnd();
-  };
-
-  constructor(
-    private readonly socket: Socket,
-    private readonly object: string,
-  ) {
-    socket.on("readable", this.#onReadable);
-    socket.on("end", this.#onEnd);
-    socket.on("error", this.#onError);
-    socket.on("close", this.#onEnd);
-  }
-
-  async read(lengthBytes: number): Promise<Buffer> {
-    if (lengthBytes === 0) return Buffer.alloc(0);
-    for (;;) {
-      const bytes = this.socket.read(lengthBytes) as Buffer | null;
-      if (bytes !== null && bytes.length === lengthBytes) return bytes;
-      // A stream that ended gives the rest, however short.
-      if (bytes !== null || this.#isEnded || this.socket.destroyed) {
-        throw new CowcatcherError({
-          code: "IO",
-          object: this.object,
-          problem: "the connection ended during the negotiation",
-          errno: "ECONNRESET",
-          cause: this.#failure,
-        });
-      }
-      await new Promise<void>((resolve) => {
-        this.#wake = resolve;
-      });
-    }
-  }
-
-  detach(): void {
-    this.socket.removeListener("readable", this.#onReadable);
-    this.socket.removeListener("end", this.#onEnd);
-    this.socket.removeListener("error", this.#onError);
-    this.socket.removeListener("close", this.#onEnd);
-  }
 }
 
 export function protocolError(object: string, problem: string): CowcatcherError {

@@ -7,6 +7,8 @@ import { KiB, MiB } from "../../units.js";
 export const NBD_INIT_MAGIC = 0x4e42444d41474943n;
 /** "IHAVEOPT", before the handshake flags and before each option. */
 export const NBD_OPTION_MAGIC = 0x49484156454f5054n;
+/** In its place with an oldstyle server, which negotiates nothing. */
+export const NBD_OLDSTYLE_MAGIC = 0x00420281861253n;
 export const NBD_OPTION_REPLY_MAGIC = 0x0003e889045565a9n;
 export const NBD_REQUEST_MAGIC = 0x25609513;
 export const NBD_SIMPLE_REPLY_MAGIC = 0x67446698;

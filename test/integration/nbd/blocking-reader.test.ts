@@ -93,6 +93,17 @@ describe.skipIf(libc === null)("BlockingReader", () => {
     expect(reader?.read(buffer, 1, 512, 0)).toBe(false);
   });
 
+  it("takes the other replies after an error, and says goodbye only then", async () => {
+    const reader = await connect("late-error");
+    const lines: string[] = [];
+    const ended = new Promise((resolve) => server?.once("close", resolve));
+    server?.stdout?.on("data", (text: Buffer) => lines.push(text.toString()));
+    expect(reader?.read(new Uint8Array(3 * PIECE_BYTES), 0, 3 * PIECE_BYTES, 0)).toBe(false);
+    await ended;
+    // 2: NBD_CMD_DISC.
+    expect(lines.join("").trim()).toBe("late 2");
+  });
+
   it("notices an answer that comes twice", async () => {
     const reader = await connect("twice");
     const buffer = new Uint8Array(2 * PIECE_BYTES);
