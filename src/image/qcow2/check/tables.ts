@@ -8,16 +8,12 @@
 // One thing is repaired on the way, as it changes what is referred to: an L2 entry that reads as zeroes but keeps a
 // cluster at no cluster boundary lets go of it.
 
-import { CowcatcherError } from "../../../errors.js";
-import { type BitmapRecord, RecordReader } from "./records.js";
+import { walkBitmaps } from "./bitmaps.js";
 import { type CheckState, entryHex, hex, offsetOf } from "./state.js";
 import {
   EXTENSION_ENCRYPTION,
   INCOMPATIBLE_EXTERNAL_DATA,
-  MAX_BITMAPS,
-  MAX_BITMAP_DIRECTORY_BYTES,
   MAX_L1_BYTES,
-  formatError,
   isExtendedL2,
   readNumber,
 } from "../format/header.js";
@@ -31,9 +27,6 @@ const L1_RESERVED_HIGH = 0x7f000000;
 const L1_RESERVED_LOW = 0x000001ff;
 const L2_RESERVED_HIGH = 0x3f000000;
 const L2_RESERVED_LOW = 0x000001fe;
-/** Bits of a bitmap table entry that must be zero, but for bit 0 (all ones) of one without a place. */
-const BITMAP_RESERVED_HIGH = 0xff000000;
-const BITMAP_RESERVED_LOW = 0x000001fe;
 const SECTOR_BYTES = 512;
 /** What damaged sizes of a few L1 tables may add up to beyond the file; all are walked then, as QEMU does. */
 const SPARE_L1_BYTES = 4 * MAX_L1_BYTES;
@@ -269,56 +262,4 @@ function referEncryptionHeader(state: CheckState): void {
     readNumber(view, 0, "encryption header offset", state.name),
     readNumber(view, 8, "encryption header length", state.name),
   );
-}
-
-async function walkBitmaps(state: CheckState): Promise<void> {
-  const { bitmaps, autoclearFeatures } = state.header;
-  // Without the autoclear bit another program has written without care for the bitmaps, and QEMU ignores them.
-  if (bitmaps === null || (autoclearFeatures & 1n) === 0n) return;
-  const { bitmapCount, directoryBytes, directoryOffset } = bitmaps;
-  if (bitmapCount > MAX_BITMAPS || directoryBytes > MAX_BITMAP_DIRECTORY_BYTES) {
-    throw formatError(state.name, "the bitmap directory is larger than its limit", directoryOffset);
-  }
-  state.refer(directoryOffset, directoryBytes);
-  const reader = new RecordReader(state, directoryOffset);
-  let tableBytes = 0;
-  for (let index = 0; index < bitmapCount; index++) {
-    const record = await reader.nextBitmap();
-    if (reader.position > directoryOffset + directoryBytes) {
-      throw formatError(state.name, `bitmap ${index} leaves the bitmap directory`, directoryOffset);
-    }
-    tableBytes += record.tableSize * 8;
-    if (tableBytes > state.fileBytes) {
-      throw formatError(state.name, "the bitmaps' tables are larger than the file", directoryOffset);
-    }
-    await walkBitmap(state, record);
-  }
-}
-
-async function walkBitmap(state: CheckState, { tableOffset, tableSize }: BitmapRecord): Promise<void> {
-  state.refer(tableOffset, tableSize * 8);
-  if (tableOffset + tableSize * 8 > state.fileBytes) return;
-  const table = await state.read(tableOffset, tableSize * 8);
-  for (let at = 0; at < table.byteLength; at += 8) {
-    const high = table.getUint32(at);
-    const low = table.getUint32(at + 4);
-    const offset = offsetOf(high, low);
-    const isBroken = (high & BITMAP_RESERVED_HIGH) !== 0 || (low & BITMAP_RESERVED_LOW) !== 0;
-    if (isBroken || (offset !== 0 && ((low & 1) !== 0 || state.isMisaligned(offset)))) {
-      throw invalidBitmap(state.name, at / 8, tableOffset + at);
-    } else if (offset !== 0) {
-      state.refer(offset, state.clusterSizeBytes);
-    }
-  }
-}
-
-/** Nothing can be said of the clusters that it refers to; so nothing may be freed either. */
-function invalidBitmap(name: string, entry: number, offsetBytes: number): CowcatcherError {
-  return new CowcatcherError({
-    code: "FORMAT",
-    object: name,
-    problem: `entry ${entry} of a persistent bitmap's table is invalid`,
-    hint: "remove the bitmap with qemu-img bitmap --remove, then check again",
-    offsetBytes,
-  });
 }

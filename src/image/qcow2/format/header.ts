@@ -28,6 +28,8 @@ export const MAX_SNAPSHOTS = 65536;
 export const MAX_SNAPSHOT_TABLE_BYTES = 64 * MiB;
 export const MAX_SNAPSHOT_EXTRA_BYTES = 1 * KiB;
 export const MAX_BACKING_NAME_BYTES = 1023;
+/** QEMU's limit of a format's name in the header: it keeps 16 bytes, the last of which is zero. */
+const MAX_FORMAT_NAME_BYTES = 15;
 export const MAX_BITMAPS = 65535;
 export const MAX_BITMAP_DIRECTORY_BYTES = 64 * MiB;
 /** Stated limit of a virtual disk: 4 PiB (all byte offsets within stay exact as JS numbers). */
@@ -250,13 +252,15 @@ function parseExtensions(header: Qcow2Header, bytes: Uint8Array, backingOffset: 
   const view = viewOf(bytes);
   const end = backingOffset !== 0 && backingOffset < bytes.length ? backingOffset : bytes.length;
   let offset = header.headerLengthBytes;
-  while (offset + 8 <= end) {
+  while (offset < end) {
+    if (offset + 8 > bytes.length) throw formatError(name, "the header extensions are cut short", offset);
     const type = view.getUint32(offset);
-    if (type === EXTENSION_END) return;
     const lengthBytes = view.getUint32(offset + 4);
-    if (lengthBytes > end - offset - 8) {
+    // The end of the area may be inside an extension's own head, and even the end marker's is to fit.
+    if (offset + 8 + lengthBytes > end) {
       throw formatError(name, `header extension 0x${type.toString(16)} leaves the header's area`, offset);
     }
+    if (type === EXTENSION_END) return;
     const data = bytes.slice(offset + 8, offset + 8 + lengthBytes);
     applyExtension(header, type, data, name, offset);
     header.extensions.push({ type, data });
@@ -271,8 +275,12 @@ function applyExtension(
   name: string,
   offset: number,
 ): void {
-  if (type === EXTENSION_BACKING_FORMAT) header.backingFormat = textOf(data);
-  else if (type === EXTENSION_EXTERNAL_DATA) header.externalDataFile = textOf(data);
+  if (type === EXTENSION_BACKING_FORMAT) {
+    if (data.length > MAX_FORMAT_NAME_BYTES) {
+      throw formatError(name, `the backing format's name has ${data.length} bytes`, offset);
+    }
+    header.backingFormat = textOf(data);
+  } else if (type === EXTENSION_EXTERNAL_DATA) header.externalDataFile = textOf(data);
   else if (type === EXTENSION_BITMAPS) {
     if (data.length !== 24) throw formatError(name, "the bitmaps extension is not 24 bytes long", offset);
     const view = viewOf(data);
