@@ -96,6 +96,12 @@ export interface Image extends BlockDevice {
 export interface FrozenSource {
   readonly description: SourceDescription;
   release(): void;
+  /**
+   * Asked when everything has been read: whether the files, those of the backing chain too, are still as long as they
+   * were. Without it there is nothing that could become shorter unnoticed.
+   * @throws CowcatcherError IO for one that is shorter.
+   */
+  assertNotCut?(): void;
 }
 
 export interface RawSourceDescription {
@@ -115,6 +121,9 @@ export interface Qcow2SourceDescription {
   dataFd: number;
   /** What errors call that file. */
   dataName: string;
+  /** Where the two files end: what is missing before that is an error, what is wanted past it was never written. */
+  endOffset: number;
+  dataEndOffset: number;
   sizeBytes: number;
   direct: boolean;
   /** Version 2 knows no zero flag: an entry that has it is damaged. */

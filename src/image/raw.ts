@@ -7,7 +7,9 @@
 // the pool it would take a fifth longer). With O_DIRECT everything goes to the pool (direct.ts).
 // On tmpfs RWF_NOWAIT is unknown, but nothing there ever waits: reads are plain preads.
 //
-// The size is fixed at opening. A file that someone cuts short meanwhile reads as zeroes past its new end.
+// The size is fixed at opening. What someone cuts off a file meanwhile is an error where it is read, and so is the
+// shorter length itself at a flush, at T0 and when a copy is done (block/file/file-end.ts). While a copy goes on, each
+// write looks at the length first: past the new end it would let the file grow again, and zeroes stand in between.
 // A write into the first sector of a probed image passes the guard first (image/probe-guard.ts); from there to the system
 // call nothing else runs, unless the file is O_DIRECT, where the range is held instead.
 
@@ -26,6 +28,7 @@ import type {
 } from "../block/device.js";
 import { DirectFile } from "../block/file/direct.js";
 import { sizeOf } from "../block/file/device-size.js";
+import { assertNotCut, cutShortError } from "../block/file/file-end.js";
 import {
   closeFile,
   errnoError,
@@ -105,6 +108,8 @@ export class RawImage implements Image {
   private canZeroRange = false;
   private flushError: CowcatcherError | null = null;
   private readonly extents: FileExtents;
+  /** Copies that read the file as it was at their T0. */
+  private freezeCount = 0;
   /** In this turn of the event loop a large read was made at once. */
   private hasReadLarge = false;
 
@@ -174,7 +179,7 @@ export class RawImage implements Image {
   ): Completion {
     try {
       const count = readFullySync(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-      if (count < lengthBytes) buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
+      if (count < lengthBytes) throw cutShortError(this.name, offsetBytes + count, this.sizeBytes);
       return undefined;
     } catch (error) {
       return rejected(error);
@@ -188,7 +193,7 @@ export class RawImage implements Image {
     offsetBytes: number,
   ): Promise<void> {
     const count = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-    if (count < lengthBytes) buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
+    if (count < lengthBytes) throw cutShortError(this.name, offsetBytes + count, this.sizeBytes);
   }
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
@@ -198,6 +203,7 @@ export class RawImage implements Image {
     }
     const now = Math.min(lengthBytes, SYNC_LIMIT_BYTES);
     try {
+      if (this.freezeCount > 0) this.assertNotCut();
       this.guard?.admit(buffer, bufferOffset, lengthBytes, offsetBytes);
       writeFullySync(this.name, this.fd, buffer, bufferOffset, now, offsetBytes);
     } catch (error) {
@@ -217,6 +223,7 @@ export class RawImage implements Image {
   ): Promise<void> {
     return file.exclusively(offsetBytes, lengthBytes, async () => {
       try {
+        if (this.freezeCount > 0) this.assertNotCut();
         this.guard?.admit(buffer, bufferOffset, lengthBytes, offsetBytes);
         await file.writeHeld(buffer, bufferOffset, lengthBytes, offsetBytes);
       } catch (error) {
@@ -355,10 +362,23 @@ export class RawImage implements Image {
       this.flushError = ioError("flush", this.name, error);
       throw this.flushError;
     }
+    this.assertNotCut();
   }
 
-  blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus {
+  private assertNotCut(): void {
+    assertNotCut(this.name, this.fd, this.sizeBytes);
+  }
+
+  blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
     const { lengthBytes: runBytes, zero } = this.extents.extentAt(offsetBytes, lengthBytes);
+    // What lies past a file's end counts as a hole.
+    if (zero) {
+      try {
+        this.assertNotCut();
+      } catch (error) {
+        return Promise.reject(toCowcatcherError(error));
+      }
+    }
     return {
       lengthBytes: runBytes,
       zero,
@@ -372,8 +392,15 @@ export class RawImage implements Image {
 
   freeze(): FrozenSource {
     const { name, fd, sizeBytes } = this;
+    this.assertNotCut();
     const description = { format: "raw", name, fd, sizeBytes, direct: this.directFile !== null } as const;
-    return { description, release: () => undefined };
+    this.freezeCount++;
+    let isReleased = false;
+    const release = (): void => {
+      if (!isReleased) this.freezeCount--;
+      isReleased = true;
+    };
+    return { description, release, assertNotCut: () => this.assertNotCut() };
   }
 
   async close(): Promise<void> {

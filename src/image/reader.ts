@@ -4,20 +4,22 @@
 // promise. Each reader belongs to one thread; descriptors are the main thread's, shared and never closed here.
 
 import type { RawSourceDescription, SourceDescription, SourceReader, Completion } from "../block/device.js";
-import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import { KiB, roundDown, roundUp } from "../units.js";
+import { toCowcatcherError } from "../errors.js";
+import { KiB, roundDown } from "../units.js";
+import { readDirectSync } from "../block/file/direct.js";
+import { assertNotCut, cutShortError } from "../block/file/file-end.js";
 import {
   DIRECT_ALIGNMENT_BYTES,
   type Extent,
   fileHole,
   pageAlignedMemory,
   readFullySync,
-  readOnceSync,
 } from "../block/file/fileio.js";
 import { NbdSourceReader } from "../nbd/client/reader.js";
 import { RbdSourceReader } from "../rbd/reader.js";
 import { Qcow2SourceReader } from "./qcow2/reader.js";
 
+/** Whole blocks; what is read through it is the exception. */
 const BOUNCE_BYTES = 64 * KiB;
 
 /**
@@ -78,24 +80,29 @@ class RawSourceReader implements SourceReader {
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
-    const { name, fd } = this.description;
+    const { name, fd, sizeBytes } = this.description;
     try {
       const count = readFullySync(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-      if (count < lengthBytes) buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
+      if (count < lengthBytes) throw cutShortError(name, offsetBytes + count, sizeBytes);
       return undefined;
     } catch (error) {
-      return Promise.reject(toCowcatcherError(error, this.description.name));
+      return Promise.reject(toCowcatcherError(error, name));
     }
   }
 
   /**
    * A stretch that begins with data counts as data up to its end: where the data ends only SEEK_HOLE could say, at the
    * guest's expense (fileHole). Holes inside are read, from no disk, and found to be zero.
+   * @throws CowcatcherError IO where the hole is what has been cut off the file.
    */
   extent(offsetBytes: number, lengthBytes: number): Extent {
+    const { name, fd, sizeBytes } = this.description;
     if (offsetBytes < this.knownHoleStart || offsetBytes >= this.knownHoleEnd) {
+      const holeBytes = fileHole(fd, offsetBytes);
+      // No data follows: either this is the file's last hole, or the file has no end there any more.
+      if (holeBytes === Infinity) assertNotCut(name, fd, sizeBytes, offsetBytes);
       this.knownHoleStart = offsetBytes;
-      this.knownHoleEnd = offsetBytes + fileHole(this.description.fd, offsetBytes);
+      this.knownHoleEnd = offsetBytes + holeBytes;
     }
     const holeBytes = this.knownHoleEnd - offsetBytes;
     if (holeBytes <= 0) return { lengthBytes, zero: false };
@@ -107,7 +114,7 @@ class RawSourceReader implements SourceReader {
   }
 }
 
-/** O_DIRECT: whole blocks into aligned memory go straight, all else block by block through a bounce buffer. */
+/** O_DIRECT: whole blocks into aligned memory go straight, all else through a bounce buffer. */
 class DirectRawSourceReader extends RawSourceReader {
   private bounce: Uint8Array | null = null;
 
@@ -117,65 +124,22 @@ class DirectRawSourceReader extends RawSourceReader {
     lengthBytes: number,
     offsetBytes: number,
   ): Completion {
+    const { name, fd, sizeBytes } = this.description;
+    this.bounce ??= pageAlignedMemory(BOUNCE_BYTES);
     try {
-      const wholeBytes = roundDown(lengthBytes, DIRECT_ALIGNMENT_BYTES);
-      const canGoStraight =
-        offsetBytes % DIRECT_ALIGNMENT_BYTES === 0 && offsetBytes + wholeBytes <= this.sizeBytes;
-      const done =
-        canGoStraight && this.readStraight(buffer, bufferOffset, wholeBytes, offsetBytes) ? wholeBytes : 0;
-      this.readBounced(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
+      // The last block may be cut short by the file's end; all before it goes straight.
+      const isToEnd = offsetBytes + lengthBytes === sizeBytes;
+      const body = isToEnd ? roundDown(sizeBytes, DIRECT_ALIGNMENT_BYTES) - offsetBytes : lengthBytes;
+      const first = body > 0 ? body : lengthBytes;
+      readDirectSync(name, fd, sizeBytes, this.bounce, buffer, bufferOffset, first, offsetBytes);
+      const rest = lengthBytes - first;
+      if (rest > 0) {
+        const at = bufferOffset + first;
+        readDirectSync(name, fd, sizeBytes, this.bounce, buffer, at, rest, offsetBytes + first);
+      }
       return undefined;
     } catch (error) {
-      return Promise.reject(toCowcatcherError(error, this.description.name));
+      return Promise.reject(toCowcatcherError(error, name));
     }
-  }
-
-  /** @returns false where the kernel refuses the memory's alignment. */
-  private readStraight(
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-    offsetBytes: number,
-  ): boolean {
-    const { name, fd } = this.description;
-    try {
-      const count = readFullySync(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-      if (count < lengthBytes) buffer.fill(0, bufferOffset + count, bufferOffset + lengthBytes);
-      return true;
-    } catch (error) {
-      if (error instanceof CowcatcherError && error.errno === "EINVAL") return false;
-      throw error;
-    }
-  }
-
-  private readBounced(
-    buffer: Uint8Array,
-    bufferOffset: number,
-    lengthBytes: number,
-    offsetBytes: number,
-  ): void {
-    const end = offsetBytes + lengthBytes;
-    let at = offsetBytes;
-    while (at < end) {
-      this.bounce ??= pageAlignedMemory(BOUNCE_BYTES);
-      const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
-      const until = Math.min(from + BOUNCE_BYTES, roundUp(end, DIRECT_ALIGNMENT_BYTES));
-      this.fillBounce(this.bounce, from, until - from);
-      const count = Math.min(until, end) - at;
-      buffer.set(this.bounce.subarray(at - from, at - from + count), bufferOffset + (at - offsetBytes));
-      at += count;
-    }
-  }
-
-  private fillBounce(bounce: Uint8Array, offsetBytes: number, lengthBytes: number): void {
-    const { name, fd, sizeBytes } = this.description;
-    const wholeEnd = roundDown(sizeBytes, DIRECT_ALIGNMENT_BYTES);
-    const wholeBytes = Math.max(0, Math.min(lengthBytes, wholeEnd - offsetBytes));
-    let done = readFullySync(name, fd, bounce, 0, wholeBytes, offsetBytes);
-    if (done === wholeBytes && wholeBytes < lengthBytes) {
-      // The block that the file's end cuts short, in one call: going on from its odd end would be refused.
-      done += readOnceSync(name, fd, bounce, wholeBytes, DIRECT_ALIGNMENT_BYTES, wholeEnd);
-    }
-    bounce.fill(0, done, lengthBytes);
   }
 }

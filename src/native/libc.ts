@@ -14,6 +14,7 @@ import { loadKoffi } from "./koffi.js";
 import { optionalLibrary } from "./optional-library.js";
 
 /** Linux values on x86-64 and arm64 alike. */
+const SEEK_END = 2;
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
 const RWF_NOWAIT = 0x8;
@@ -52,6 +53,8 @@ export const ENOSYS = constants.errno.ENOSYS;
 export interface Libc {
   /** First offset >= offsetBytes that holds data, or -ENXIO when there is none up to the end of the file. */
   seekData(fd: number, offsetBytes: number): number;
+  /** Length of the file or block device in bytes. Moves the descriptor's position, which nothing here uses. */
+  seekEnd(fd: number): number;
   /** First offset >= offsetBytes in a hole (the end of the file counts as one), or -ENXIO past the end. */
   seekHole(fd: number, offsetBytes: number): number;
   /**
@@ -167,6 +170,7 @@ function bind(): Libc {
   };
 
   return {
+    seekEnd: (fd) => orErrno(lseek(fd, 0, SEEK_END)),
     seekData: (fd, offsetBytes) => orErrno(lseek(fd, offsetBytes, SEEK_DATA)),
     seekHole: (fd, offsetBytes) => orErrno(lseek(fd, offsetBytes, SEEK_HOLE)),
     readNowait(fd, buffer, bufferOffset, lengthBytes, offsetBytes) {

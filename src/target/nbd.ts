@@ -56,6 +56,7 @@ export async function createNbdTarget(options: TargetOptions): Promise<Target> {
       hint: "give -O raw, or write a qcow2 file",
     });
   }
+  let kept: NbdClient | null = null;
   const client = await NbdClient.connect(uri, {
     contexts: [NBD_META_BASE_ALLOCATION],
     ...(options.isCancelled !== undefined && { isCancelled: options.isCancelled }),
@@ -72,9 +73,11 @@ export async function createNbdTarget(options: TargetOptions): Promise<Target> {
       zeroes: await gatherZeroes(client),
       direct: false,
     };
-    return new NbdTarget(description, client.info.minimumBlockBytes, client.canMultiConn ? undefined : 1);
+    // A server may end with its last client (nbdkit's exitlast filter); another takes one at a time.
+    if (client.canMultiConn) kept = client;
+    return new NbdTarget(description, client.info.minimumBlockBytes, kept);
   } finally {
-    await client.disconnect();
+    if (kept === null) await client.disconnect();
   }
 }
 
@@ -96,18 +99,27 @@ function checkExport(client: NbdClient, sizeBytes: number): void {
 class NbdTarget implements Target {
   readonly name: string;
   readonly unfinishedPath: string;
+  readonly workerLimit: number | undefined;
 
   constructor(
     readonly description: NbdTargetDescription,
     readonly granularityBytes: number,
-    readonly workerLimit: number | undefined,
+    /** The first connection, until a worker has its own. */
+    private kept: NbdClient | null,
   ) {
     this.name = this.unfinishedPath = description.uri;
+    this.workerLimit = kept === null ? 1 : undefined;
+  }
+
+  async workersAreIn(): Promise<void> {
+    const { kept } = this;
+    this.kept = null;
+    await kept?.disconnect();
   }
 
   /** Each worker has flushed what it wrote; nothing else was written. */
   complete(): Promise<void> {
-    return Promise.resolve();
+    return this.workersAreIn();
   }
 
   commit(): Promise<void> {
@@ -119,7 +131,7 @@ class NbdTarget implements Target {
   }
 
   abort(): Promise<void> {
-    return Promise.resolve();
+    return this.workersAreIn();
   }
 
   abortSync(): void {

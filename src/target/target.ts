@@ -41,6 +41,8 @@ export interface Target {
   readonly commitMayHang?: boolean | undefined;
   /** Most workers that may write at a time; undefined: any number. */
   readonly workerLimit?: number | undefined;
+  /** A worker has written: what was kept open until then may go. Never rejects; may be called again. */
+  workersAreIn?(): Promise<void>;
   /** Where a complete target can be read before it has its final name; null for `null:`. */
   readonly unfinishedPath: string | null;
   /** How a complete target is read before it has its final name, where that is not by the path. */

@@ -129,8 +129,11 @@ async function episode(shape: (typeof SHAPES)[number], seed: number): Promise<vo
   const latency = (): number => (random(2) === 0 ? 0 : random(6));
   const template = templates.get(shape.name) ?? Buffer.alloc(0);
   const file = new MemoryFile(template, "memory.qcow2", latency);
-  // Empty: every shape with a data file begins so.
-  const dataFile = hasDataFile(shape) ? new MemoryFile(Buffer.alloc(0), DATA_NAME, latency) : undefined;
+  // As qemu-img makes it: of the disk's length if it is raw, as all of it is mapped then; else empty.
+  const dataBytes = shape.name === "raw data file" ? SIZE : 0;
+  const dataFile = hasDataFile(shape)
+    ? new MemoryFile(Buffer.alloc(dataBytes), DATA_NAME, latency)
+    : undefined;
   const backing = shape.source === "backing" ? new MemoryImage(initialContent(), latency) : null;
   const options = { path: "", name: "memory", fd: -1, readOnly: false, direct: false, probed: false };
   const image = await openQcow2({ ...options, backing, file, dataFile });

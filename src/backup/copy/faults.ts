@@ -14,6 +14,8 @@
 //             hang=1m        the same, but nothing ends the wait: a server that does not answer
 //             corrupt        one bit of what is written is flipped, at `from` or at the write's first byte
 //                            (only with target-write; zeroes pass unharmed)
+//             cut=1M         the source's file, or the one that `file` names, is cut to this size first (only with
+//                            source-read): as when another program truncates an image in use
 //             exit           the thread ends
 //             throw          a plain TypeError, as a bug would throw it
 //   options   from=1M        only operations that touch [from, to) of the disk
@@ -21,9 +23,11 @@
 //             after=3        lets the first three that match pass
 //             count=2        then strikes twice (without it: every time)
 //             worker=0       only in this worker; each worker counts for itself
+//             file=PATH      what is cut, such as a backing file; neither commas nor semicolons in it
 //
 //   COWCATCHER_FAULTS='target-write:error=EIO,from=1M,count=2;target-write:delay=20ms;worker:exit,after=3'
 
+import { truncateSync } from "node:fs";
 import { CTL_RUN, RUN_ABORTING } from "../../cow/shared.js";
 import { isErrnoName } from "../../errno.js";
 import { CowcatcherError, ioError } from "../../errors.js";
@@ -36,7 +40,7 @@ export const FAULTS_VARIABLE = "COWCATCHER_FAULTS";
 const STAGES = ["target-write", "target-read", "source-read", "worker"] as const;
 export type FaultStage = (typeof STAGES)[number];
 
-const ACTIONS = ["error", "delay", "hang", "corrupt", "exit", "throw"] as const;
+const ACTIONS = ["error", "delay", "hang", "corrupt", "cut", "exit", "throw"] as const;
 /** No byte of the operation is to be corrupted. */
 const INTACT = -1;
 
@@ -47,6 +51,10 @@ export interface Fault {
   errno: string;
   /** Of `delay` and `hang`. */
   delayMs: number;
+  /** Of `cut`. */
+  cutBytes: number;
+  /** Undefined: the source. */
+  cutFile: string | undefined;
   fromBytes: number;
   /** Exclusive. */
   toBytes: number;
@@ -75,6 +83,8 @@ function parseFault(text: string): Fault {
     action: oneOf(action, ACTIONS, "is no action"),
     errno: "EIO",
     delayMs: 0,
+    cutBytes: 0,
+    cutFile: undefined,
     fromBytes: 0,
     toBytes: Infinity,
     after: 0,
@@ -104,6 +114,12 @@ function readActionValue(fault: Fault, value: string | undefined): void {
       }
       if (value !== undefined) throw bad(`corrupt=${value}`, "takes no value");
       return;
+    case "cut":
+      if (fault.stage !== "source-read")
+        throw bad(`${fault.stage}:cut`, "makes no sense", "give source-read:cut");
+      if (value === undefined) throw bad("cut", "needs a size", "give cut=1M");
+      fault.cutBytes = parseSize(value, FAULTS_VARIABLE);
+      return;
     case "exit":
     case "throw":
       if (value !== undefined) throw bad(`${fault.action}=${value}`, "takes no value");
@@ -128,8 +144,11 @@ function readOption(fault: Fault, option: string): void {
     case "worker":
       fault.workerIndex = parseNumber(option, value);
       return;
+    case "file":
+      fault.cutFile = value;
+      return;
     default:
-      throw bad(option, "is no option", "give from, to, after, count or worker");
+      throw bad(option, "is no option", "give from, to, after, count, worker or file");
   }
 }
 
@@ -205,6 +224,9 @@ class Strikes {
         return;
       case "corrupt":
         // The writer's business: it has the data.
+        return;
+      case "cut":
+        truncateSync(fault.cutFile ?? object, fault.cutBytes);
         return;
       case "exit":
         // In a worker thread this ends the thread, not the process.

@@ -27,7 +27,7 @@ import {
 } from "../../cow/shared.js";
 import { changeLimit } from "../../cow/throttle.js";
 import { CowcatcherError, messageOf } from "../../errors.js";
-import type { SourceDescription } from "../../block/device.js";
+import type { FrozenSource, SourceDescription } from "../../block/device.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer, type PreparedMemory } from "./page-preparer.js";
@@ -63,6 +63,8 @@ export interface CopyRunOptions {
   onLeftBehind?: (() => void) | undefined;
   /** Most workers that the source is fit for; undefined: any number. */
   workerLimit?: number | undefined;
+  /** A worker has read and written for the first time; or the run has ended without that. */
+  onWorkersIn?: (() => void) | undefined;
   /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
   dirty?: DirtyRuns | undefined;
   /** A worker has paused the job for an error under the policy `stop`. */
@@ -70,6 +72,9 @@ export interface CopyRunOptions {
   /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
   onFailed?: ((error: CowcatcherError) => void) | undefined;
 }
+
+/** A server that takes only so many clients has the last worker wait as long. */
+const FIRST_WRITE_POLL_MS = 50;
 
 export class CopyRun {
   /** Fulfilled when everything is in the target; rejects with the first cause. */
@@ -292,6 +297,20 @@ export class CopyRun {
     // An abort may have come since the workers were ready.
     Atomics.compareExchange(this.shared.control, CTL_RUN, RUN_PREPARING, RUN_RUNNING);
     this.#command({ kind: "begin", source });
+    this.#watchForFirstWrite();
+  }
+
+  /** Whoever has written has its connections, to source and target. */
+  #watchForFirstWrite(): void {
+    const { target, onWorkersIn } = this.#options;
+    if (target.workersAreIn === undefined && onWorkersIn === undefined) return;
+    const timer = setInterval(() => {
+      const hasWritten = Atomics.load(this.shared.counters, CNT_WRITTEN_BYTES) > 0n;
+      if (!hasWritten && this.#endMs === undefined) return;
+      clearInterval(timer);
+      void target.workersAreIn?.();
+      onWorkersIn?.();
+    }, FIRST_WRITE_POLL_MS).unref();
   }
 
   #command(command: WorkerCommand): void {
@@ -306,6 +325,20 @@ export class CopyRun {
     if (this.#begun) this.#options.onFailed?.(error);
     else this.#command({ kind: "leave" });
     setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
+  }
+
+  /**
+   * After `ended`: the source's files are as long as they were at T0. Who has cut one may have done so where a worker
+   * had been, or was to find a hole.
+   * @throws CowcatcherError IO, unless source errors are to be passed over: it is counted with them then.
+   */
+  checkSource(source: FrozenSource): void {
+    try {
+      source.assertNotCut?.();
+    } catch (error) {
+      if (this.#options.job.onSourceError !== "ignore") throw error;
+      Atomics.add(this.shared.control, CTL_IGNORED_ERRORS, 1);
+    }
   }
 
   /** What the run has failed with, from the moment on at which it is known. */

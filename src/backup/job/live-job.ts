@@ -176,6 +176,7 @@ export class LiveJob extends JobState implements HostedJob {
   async #watch(): Promise<void> {
     try {
       await this.#run.ended;
+      if (this.#frozen !== null) this.#run.checkSource(this.#frozen);
       // Cancelled when the last chunk was written and the threads were on their way out.
       if (this.status === "aborting") throw this.error ?? this.#cancelled();
       this.#detach();

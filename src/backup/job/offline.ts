@@ -95,6 +95,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
         dirty,
+        onWorkersIn: remote === null ? undefined : () => void remote.letGo(),
         onStopped,
       });
       const frozen = image.freeze();
@@ -104,6 +105,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
       const finish = async (): Promise<void> => {
         try {
           await run.ended;
+          run.checkSource(frozen);
           await finishing.run();
         } finally {
           await target.abort();

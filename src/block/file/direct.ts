@@ -17,6 +17,7 @@ import { constants } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
 import { beginsPage } from "../../native/pages.js";
 import { KiB, roundDown, roundUp } from "../../units.js";
+import { cutShortError } from "./file-end.js";
 import {
   DIRECT_ALIGNMENT_BYTES,
   closeFile,
@@ -41,26 +42,30 @@ export class DirectFile {
   /** Start of the last, incomplete block; sizeBytes where there is none. */
   private readonly tailStart: number;
 
-  /** @param sizeBytes Infinity for a file that grows */
+  /**
+   * @param sizeBytes Infinity for a file that grows
+   * @param endOffset up to where the file has bytes: one that ends sooner has been cut short
+   */
   private constructor(
     private readonly name: string,
     private readonly fd: number,
     sizeBytes: number,
     private readonly tailFd: number | null,
+    private readonly endOffset: () => number,
   ) {
     this.tailStart = roundDown(sizeBytes, DIRECT_ALIGNMENT_BYTES);
   }
 
-  /** @param fd open with O_DIRECT; stays the caller's */
-  static growing(name: string, fd: number): DirectFile {
-    return new DirectFile(name, fd, Infinity, null);
+  /** @param fd open with O_DIRECT; stays the caller's. @param endOffset asked at each read */
+  static growing(name: string, fd: number, endOffset: () => number): DirectFile {
+    return new DirectFile(name, fd, Infinity, null, endOffset);
   }
 
   /** @param fd open with O_DIRECT; stays the caller's. @throws CowcatcherError IO */
   static async open(name: string, fd: number, sizeBytes: number, readOnly: boolean): Promise<DirectFile> {
     const needsTail = !readOnly && sizeBytes % DIRECT_ALIGNMENT_BYTES !== 0;
     const tailFd = needsTail ? await openFile(`/proc/self/fd/${fd}`, constants.O_RDWR) : null;
-    return new DirectFile(name, fd, sizeBytes, tailFd);
+    return new DirectFile(name, fd, sizeBytes, tailFd, () => sizeBytes);
   }
 
   async close(): Promise<void> {
@@ -169,7 +174,7 @@ export class DirectFile {
   }
 
   /**
-   * Whole blocks; what lies past the end of the file reads as zeroes. A read that ends within a block has met that end:
+   * Whole blocks; what lies past the end of the file reads as zeroes, and an end that comes too soon is an error. A read that ends within a block has met that end:
    * going on from there would be refused.
    */
   private async readBlocks(
@@ -185,7 +190,7 @@ export class DirectFile {
       done += count;
       if (count === 0 || !isAligned(count)) break;
     }
-    place.fill(0, placeOffset + done, placeOffset + lengthBytes);
+    clearPastEnd(this.name, place, placeOffset, lengthBytes, offsetBytes, done, this.endOffset());
   }
 
   /** @returns false where the device wants more alignment of the memory than this one has. */
@@ -222,11 +227,14 @@ export class DirectFile {
 
 /**
  * As DirectFile's read of a file that grows, blocking the thread. Any thread.
+ * @param endOffset up to where the file has bytes
  * @param bounce page-aligned memory of whole blocks, at least one
+ * @throws CowcatcherError IO, also where the file ends before `endOffset`
  */
 export function readDirectSync(
   name: string,
   fd: number,
+  endOffset: number,
   bounce: Uint8Array,
   buffer: Uint8Array,
   bufferOffset: number,
@@ -236,7 +244,7 @@ export function readDirectSync(
   const end = offsetBytes + lengthBytes;
   if (isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset)) {
     try {
-      readBlocksSync(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      readBlocksSync(name, fd, endOffset, buffer, bufferOffset, lengthBytes, offsetBytes);
       return;
     } catch (error) {
       if (!isRefusedAlignment(error)) throw error;
@@ -245,7 +253,7 @@ export function readDirectSync(
   for (let at = offsetBytes; at < end;) {
     const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
     const until = Math.min(from + bounce.length, roundUp(end, DIRECT_ALIGNMENT_BYTES));
-    readBlocksSync(name, fd, bounce, 0, until - from, from);
+    readBlocksSync(name, fd, endOffset, bounce, 0, until - from, from);
     const count = Math.min(until, end) - at;
     buffer.set(bounce.subarray(at - from, at - from + count), bufferOffset + (at - offsetBytes));
     at += count;
@@ -256,6 +264,7 @@ export function readDirectSync(
 function readBlocksSync(
   name: string,
   fd: number,
+  endOffset: number,
   place: Uint8Array,
   placeOffset: number,
   lengthBytes: number,
@@ -266,6 +275,22 @@ function readBlocksSync(
     const count = readOnceSync(name, fd, place, placeOffset + done, lengthBytes - done, offsetBytes + done);
     done += count;
     if (count === 0 || !isAligned(count)) break;
+  }
+  clearPastEnd(name, place, placeOffset, lengthBytes, offsetBytes, done, endOffset);
+}
+
+/** Of a read that got `done` bytes: the rest is zeroes if it lies past the end. @throws CowcatcherError IO if not */
+function clearPastEnd(
+  name: string,
+  place: Uint8Array,
+  placeOffset: number,
+  lengthBytes: number,
+  offsetBytes: number,
+  done: number,
+  endOffset: number,
+): void {
+  if (offsetBytes + done < Math.min(offsetBytes + lengthBytes, endOffset)) {
+    throw cutShortError(name, offsetBytes + done, endOffset);
   }
   place.fill(0, placeOffset + done, placeOffset + lengthBytes);
 }

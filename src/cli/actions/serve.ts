@@ -16,8 +16,8 @@ import { checkBufferMemory } from "./buffer-memory.js";
 import { type CommandContext, printJsonLine, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
-import { bitmapContexts } from "./serve-bitmaps.js";
 import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
+import { bitmapContexts, warnOfBitmaps } from "./serve-bitmaps.js";
 import { ServedExports } from "./served-exports.js";
 import type { ListenSettings, ServedImage, ServeSettings } from "../options/serve-options.js";
 import { onInterrupt } from "../signals.js";
@@ -42,6 +42,7 @@ export async function runServe(settings: ServeSettings, context: CommandContext)
       warnOfEmptySource(context.output, served.path, image.sizeBytes);
       if (!settings.readOnly) await warnOfMountedSource(context.output, image, MOUNTED_SERVED);
     }
+    for (const { image } of images) warnOfBitmaps(image, context.output);
     const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
     const opened = images.map(({ image }) => image);
     const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));

@@ -38,6 +38,7 @@ import { GuestReader } from "./guest/read.js";
 import { GuestWriter } from "./guest/write.js";
 import { GuestZeroer, ZeroMode } from "./guest/zero.js";
 import {
+  AUTOCLEAR_BITMAPS,
   AUTOCLEAR_RAW_EXTERNAL_DATA,
   FIELD_OFFSET,
   INCOMPATIBLE_CORRUPT,
@@ -48,9 +49,10 @@ import {
   readHeader,
   type Qcow2Header,
 } from "./format/header.js";
+import { assertStored } from "./format/stored.js";
 import { describeImage, type Qcow2ImageInfo } from "./info.js";
 import { Mapping, type FrozenTables } from "./guest/mapping.js";
-import { headerOfSnapshot, type ReadRange } from "./format/snapshots.js";
+import { headerOfSnapshot, readSnapshotTable, type ReadRange } from "./format/snapshots.js";
 
 export interface OpenQcow2Options {
   path: string;
@@ -88,14 +90,27 @@ export async function openQcow2(options: OpenQcow2Options): Promise<Qcow2Image> 
   }, name);
   assertSupported(header, name);
   const dataFile = hasExternalDataFile(header) ? openDataFile(options, isDataFileRaw(header)) : null;
-  if (!readOnly) {
-    assertWritable(header, name);
-    await clearAutoclear(header, file);
-  }
   const { snapshot } = options;
-  if (snapshot === undefined) return new Qcow2Image(options, header, file, dataFile);
-  const asOfThen = headerOfSnapshot(header, rangeReader(file), snapshot, name);
-  return new Qcow2Image(options, asOfThen, file, dataFile);
+  if (snapshot !== undefined) {
+    const asOfThen = headerOfSnapshot(header, rangeReader(file), snapshot, name);
+    return new Qcow2Image(options, asOfThen, file, dataFile, null);
+  }
+  if (readOnly) return new Qcow2Image(options, header, file, dataFile, null);
+  assertWritable(header, name);
+  const { bitmaps } = header;
+  const hadBitmaps = bitmaps !== null && (header.autoclearFeatures & AUTOCLEAR_BITMAPS) !== 0n;
+  const written = { staleBitmaps: hadBitmaps ? namesOfBitmaps(header, file) : [], hadBitmaps };
+  await clearAutoclear(header, file);
+  return new Qcow2Image(options, header, file, dataFile, written);
+}
+
+/** As far as the directory can be read: it is about to be of no use to anybody. */
+function namesOfBitmaps(header: Qcow2Header, file: QcowFile): string[] {
+  try {
+    return readBitmapDirectory(header, file).map(({ name }) => name);
+  } catch {
+    return [];
+  }
 }
 
 function fileOn(fd: number, name: string, direct: boolean): QcowFile {
@@ -117,6 +132,7 @@ function openDataFile(options: OpenQcow2Options, isRaw: boolean): DataFile {
 function rangeReader(file: QcowFile): ReadRange {
   return (offsetBytes, lengthBytes) => {
     const bytes = new Uint8Array(lengthBytes);
+    assertStored(file, "the snapshot table", offsetBytes, lengthBytes);
     file.readSync(bytes, 0, lengthBytes, offsetBytes);
     return new DataView(bytes.buffer);
   };
@@ -190,13 +206,18 @@ export class Qcow2Image implements Image {
   private readonly flusher: Flusher;
   private readonly status: BlockStatusQuery;
 
-  /** Use openQcow2. */
+  /** Bitmaps that were good until this image was opened for writing: who writes here does not keep them. */
+  readonly staleBitmaps: readonly string[];
+
+  /** Use openQcow2. @param written what was found before the image was made ready to be written; null if it is not */
   constructor(
     options: OpenQcow2Options,
     readonly header: Qcow2Header,
     private readonly file: QcowFile,
     private readonly externalData: DataFile | null,
+    written: { staleBitmaps: readonly string[]; hadBitmaps: boolean } | null,
   ) {
+    this.staleBitmaps = written?.staleBitmaps ?? [];
     this.path = options.path;
     this.name = options.name;
     this.readOnly = options.readOnly;
@@ -208,7 +229,10 @@ export class Qcow2Image implements Image {
     const { backing, name, sizeBytes } = this;
     const dataFile = externalData?.file ?? file;
     this.mapping = new Mapping(header, file, dataFile);
-    if (!this.readOnly) this.mapping.guardMetadata();
+    if (written !== null) {
+      const snapshots = readSnapshotTable(header, rangeReader(file), name);
+      this.mapping.guardMetadata(header, snapshots, written.hadBitmaps);
+    }
     this.status = new BlockStatusQuery(header, file, dataFile, this.mapping, backing);
     this.decompressor = new Decompressor(header.compressionType, name);
     this.reader = new GuestReader(this.mapping, file, dataFile, backing, this.decompressor);
@@ -292,6 +316,7 @@ export class Qcow2Image implements Image {
   }
 
   freeze(): FrozenSource {
+    this.assertNotCut();
     const backing = this.backing?.freeze() ?? null;
     const { mapping, clusterSizeBytes } = this;
     const l1Table = new SharedArrayBuffer(mapping.l1.lengthBytes);
@@ -308,12 +333,15 @@ export class Qcow2Image implements Image {
     };
     mapping.frozen.add(frozen);
     mapping.frees.freeze();
+    this.watchFiles(true);
     const description: Qcow2SourceDescription = {
       format: "qcow2",
       name: this.name,
       fd: this.file.fd,
       dataFd: this.externalData?.file.fd ?? this.file.fd,
       dataName: this.dataName,
+      endOffset: this.file.endOffset,
+      dataEndOffset: (this.externalData?.file ?? this.file).endOffset,
       sizeBytes: this.sizeBytes,
       direct: this.direct,
       version: this.header.version,
@@ -328,9 +356,24 @@ export class Qcow2Image implements Image {
     const release = (): void => {
       if (!mapping.frozen.delete(frozen)) return;
       mapping.frees.release();
+      this.watchFiles(mapping.frees.isFrozen);
       backing?.release();
     };
-    return { description, release };
+    const assertNotCut = (): void => {
+      this.assertNotCut();
+      backing?.assertNotCut?.();
+    };
+    return { description, release, assertNotCut };
+  }
+
+  private watchFiles(isWatched: boolean): void {
+    this.file.isWatched = isWatched;
+    if (this.externalData !== null) this.externalData.file.isWatched = isWatched;
+  }
+
+  private assertNotCut(): void {
+    this.file.assertNotCut?.();
+    this.externalData?.file.assertNotCut?.();
   }
 
   async close(): Promise<void> {
@@ -349,7 +392,11 @@ export class Qcow2Image implements Image {
 
   /** Until nothing is left to write: settled frees change refcounts after the flush that settled them. */
   private async flushAll(): Promise<void> {
-    while (this.flusher.isDirty || this.mapping.applyFrees()) await this.flusher.flush();
+    const { flusher, mapping } = this;
+    while (flusher.isDirty || mapping.applyFrees()) {
+      await flusher.flush();
+      await mapping.unmapper.idle();
+    }
   }
 
   private readOnlyError(): CowcatcherError {

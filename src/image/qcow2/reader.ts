@@ -18,6 +18,7 @@ import { decoderFor } from "./format/extended-entry.js";
 import { formatError } from "./format/header.js";
 import { DirectQcowFile } from "./format/direct-file.js";
 import { BufferedFile, type QcowFile } from "./format/file.js";
+import { assertClustersStored, assertStored, compressedBytesStored } from "./format/stored.js";
 
 const L2_CACHE_BYTES = 2 * MiB;
 const L2_CACHE_MIN_TABLES = 4;
@@ -43,7 +44,18 @@ export class Qcow2SourceReader implements SourceReader {
     private readonly description: Qcow2SourceDescription,
     private readonly backing: SourceReader | null,
   ) {
-    const { name, fd, dataFd, direct, version, clusterBits, isExtendedL2, sizeBytes } = description;
+    const {
+      name,
+      fd,
+      dataFd,
+      endOffset,
+      dataEndOffset,
+      direct,
+      version,
+      clusterBits,
+      isExtendedL2,
+      sizeBytes,
+    } = description;
     this.sizeBytes = sizeBytes;
     const isInDataFile = dataFd !== fd;
     this.decoder = decoderFor({ clusterBits, version, isExtendedL2, isInDataFile }, name);
@@ -51,8 +63,8 @@ export class Qcow2SourceReader implements SourceReader {
     const tables = Math.floor(L2_CACHE_BYTES / this.decoder.clusterSizeBytes);
     this.tables = new TableCache(Math.min(L2_CACHE_MAX_TABLES, Math.max(L2_CACHE_MIN_TABLES, tables)));
     description.dirtyL2Index.forEach((l1Index, position) => this.handedOver.set(l1Index, position));
-    this.file = openFile(fd, name, direct);
-    this.dataFile = isInDataFile ? openFile(dataFd, description.dataName, direct) : this.file;
+    this.file = openFile(fd, name, direct, endOffset);
+    this.dataFile = isInDataFile ? openFile(dataFd, description.dataName, direct, dataEndOffset) : this.file;
     this.decompressor = new Decompressor(description.compressionType, name);
   }
 
@@ -167,6 +179,7 @@ export class Qcow2SourceReader implements SourceReader {
     switch (run.kind) {
       case ClusterKind.Normal: {
         const hostOffset = run.hostOffset + (offsetBytes % unitSizeBytes);
+        assertClustersStored(this.dataFile, clusterSizeBytes, hostOffset, lengthBytes);
         this.dataFile.readSync(buffer, bufferOffset, lengthBytes, hostOffset);
         return undefined;
       }
@@ -200,8 +213,10 @@ export class Qcow2SourceReader implements SourceReader {
     this.input ??= new Uint8Array(2 * clusterSizeBytes + 512);
     if (this.decompressedFrom !== hostOffset) {
       this.decompressedFrom = -1;
-      this.file.readSync(this.input, 0, compressedBytes, hostOffset);
-      this.decompressor.run(this.input.subarray(0, compressedBytes), this.decompressed, hostOffset);
+      // What the file's end cuts off is not made up for: zeroes might be taken for data.
+      const storedBytes = compressedBytesStored(this.file, hostOffset, compressedBytes);
+      this.file.readSync(this.input, 0, storedBytes, hostOffset);
+      this.decompressor.run(this.input.subarray(0, storedBytes), this.decompressed, hostOffset);
       this.decompressedFrom = hostOffset;
     }
     buffer.set(this.decompressed.subarray(inCluster, inCluster + lengthBytes), bufferOffset);
@@ -226,6 +241,7 @@ export class Qcow2SourceReader implements SourceReader {
     const offset = this.l1.offsetAt(l1Index, L1_HIGH_MASK);
     if (offset === 0) return null;
     const bytes = new Uint8Array(clusterSizeBytes);
+    assertStored(this.file, "an L2 table", offset, clusterSizeBytes);
     this.file.readSync(bytes, 0, clusterSizeBytes, offset);
     return this.keep(new CachedTable(l1Index, offset, bytes));
   }
@@ -238,6 +254,6 @@ export class Qcow2SourceReader implements SourceReader {
   }
 }
 
-function openFile(fd: number, name: string, direct: boolean): QcowFile {
-  return direct ? new DirectQcowFile(fd, name) : new BufferedFile(fd, name);
+function openFile(fd: number, name: string, direct: boolean, endOffset: number): QcowFile {
+  return direct ? new DirectQcowFile(fd, name, endOffset) : new BufferedFile(fd, name, endOffset);
 }

@@ -8,7 +8,8 @@
 // any of it (unflushed.ts), so that the guest's file system learns of it; a lost network alone makes no flush fail.
 //
 // Workers have connections of their own. A server may take one client at a time (it then does not say CAN_MULTI_CONN),
-// so for a copy `handOver` gathers what is to be known and hangs up before the workers come. Where the export stays in
+// so for a copy `handOver` gathers what is to be known and hangs up before the workers come; one that takes several is
+// left when the first worker is in. Where the export stays in
 // use by a guest (a live backup) there are several connections at once, and the server must be fit for that.
 
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
@@ -206,14 +207,23 @@ export class NbdImage implements Image {
     });
   }
 
-  /** Gathers what workers need to know and hangs up: they have connections of their own. @throws CowcatcherError. */
+  /**
+   * Gathers what workers need to know, for the connections that they will make. A server that takes one client at a
+   * time is left now; another when `letGo` is called, as it may end with its last client (nbdkit's exitlast filter).
+   * @throws CowcatcherError
+   */
   async handOver(): Promise<void> {
     const bitmap = this.#bitmap;
     this.#handover = await this.#session.run(async (client) => ({
       zeroes: await gatherZeroes(client),
       dirty: bitmap === undefined ? null : await gatherDirty(client, bitmap),
     }));
-    await this.#session.rest();
+    if (!this.canMultiConn) await this.#session.rest();
+  }
+
+  /** After `handOver`, when a worker has its connection. The place may be wanted for another. Never rejects. */
+  async letGo(): Promise<void> {
+    if (this.#handover !== null) await this.#session.rest();
   }
 
   /** The dirty bitmap's map; null without one, or before `handOver`. */

@@ -18,6 +18,8 @@ describe("the syntax", () => {
         action: "error",
         errno: "ENOSPC",
         delayMs: 0,
+        cutBytes: 0,
+        cutFile: undefined,
         fromBytes: MiB,
         toBytes: 2 * MiB,
         after: 1,
@@ -27,6 +29,11 @@ describe("the syntax", () => {
       expect.objectContaining({ stage: "source-read", action: "delay", delayMs: 20, count: Infinity }),
       expect.objectContaining({ stage: "worker", action: "exit", workerIndex: 3 }),
     ]);
+    expect(parseFaults("source-read:cut=1M,file=/a/b.raw")[0]).toMatchObject({
+      action: "cut",
+      cutBytes: MiB,
+      cutFile: "/a/b.raw",
+    });
     expect(parseFaults("")).toEqual([]);
   });
 
@@ -41,14 +48,16 @@ describe("the syntax", () => {
     ],
     [
       "worker:explode",
-      "COWCATCHER_FAULTS: 'explode' is no action (give error, delay, hang, corrupt, exit, throw)",
+      "COWCATCHER_FAULTS: 'explode' is no action (give error, delay, hang, corrupt, cut, exit, throw)",
     ],
-    ["worker", "COWCATCHER_FAULTS: '' is no action (give error, delay, hang, corrupt, exit, throw)"],
+    ["worker", "COWCATCHER_FAULTS: '' is no action (give error, delay, hang, corrupt, cut, exit, throw)"],
     ["worker:error", "COWCATCHER_FAULTS: 'worker:error' makes no sense (give exit, throw or delay)"],
     [
       "source-read:corrupt",
       "COWCATCHER_FAULTS: 'source-read:corrupt' makes no sense (give target-write:corrupt)",
     ],
+    ["target-read:cut=1M", "COWCATCHER_FAULTS: 'target-read:cut' makes no sense (give source-read:cut)"],
+    ["source-read:cut", "COWCATCHER_FAULTS: 'cut' needs a size (give cut=1M)"],
     ["target-write:corrupt=1", "COWCATCHER_FAULTS: 'corrupt=1' takes no value"],
     ["target-write:error=EWHAT", "COWCATCHER_FAULTS: 'EWHAT' is no errno (give a name such as EIO)"],
     ["target-write:delay", "COWCATCHER_FAULTS: 'delay' needs a duration (give delay=20ms)"],
@@ -65,7 +74,7 @@ describe("the syntax", () => {
     ["worker:exit,count", "COWCATCHER_FAULTS: 'count' needs a number"],
     [
       "worker:exit,often=1",
-      "COWCATCHER_FAULTS: 'often=1' is no option (give from, to, after, count or worker)",
+      "COWCATCHER_FAULTS: 'often=1' is no option (give from, to, after, count, worker or file)",
     ],
   ])("refuses %s", (text, message) => {
     expect(() => parseFaults(text)).toThrow(expect.objectContaining({ code: "USAGE", message }) as Error);

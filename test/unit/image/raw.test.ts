@@ -88,12 +88,28 @@ describe.each(SCRATCH_ROOTS)("raw image in %s", (root) => {
     expect(Buffer.compare(onDisk(image).subarray(12345, 12345 + data.length), data)).toBe(0);
   });
 
-  it("reads zeroes past the end of a file that was cut short meanwhile", async () => {
+  it("fails to read, to flush and to be frozen when the file was cut short meanwhile", async () => {
     const image = await openWith({ root, content: pattern(8192) });
     fs.truncateSync(image.path, 4100);
-    const expected = new Uint8Array(8192);
-    expected.set(pattern(4100));
-    expect(await readAll(image)).toEqual(expected);
+    await expect(readAll(image)).rejects.toMatchObject({ code: "IO", errno: "EIO" });
+    const start = new Uint8Array(4100);
+    await image.read(start, 0, start.length, 0);
+    expect(Buffer.compare(start, pattern(4100))).toBe(0);
+    await expect(image.flush()).rejects.toThrow("shorter than the 8192 bytes");
+    await expect(async () => image.blockStatus(4100, 8192 - 4100)).rejects.toThrow("shorter than");
+    expect(() => image.freeze()).toThrow("shorter than the 8192 bytes");
+    fs.truncateSync(image.path, 8192);
+  });
+
+  it("lets no write make the file long again while a copy reads it", async () => {
+    const image = await openWith({ root, content: pattern(8192) });
+    const frozen = image.freeze();
+    fs.truncateSync(image.path, 4096);
+    await expect(image.write(new Uint8Array(512), 0, 512, 7680)).rejects.toThrow("shorter than");
+    expect(onDisk(image)).toHaveLength(4096);
+    expect(() => frozen.assertNotCut?.()).toThrow("shorter than");
+    frozen.release();
+    fs.truncateSync(image.path, 8192);
   });
 
   it.each([true, false])("writes zeroes of any alignment (mayUnmap %s)", async (mayUnmap) => {
@@ -132,28 +148,28 @@ describe.each(SCRATCH_ROOTS)("raw image in %s", (root) => {
     const image = await openWith({ root, content: Buffer.alloc(8 * MiB, 1) });
     await image.flush();
     /** Where zero and data take turns, from 0 on. */
-    const borders = () => {
+    const borders = async () => {
       const found: number[] = [];
       let wasZero = false;
       for (let at = 0; at < 8 * MiB;) {
-        const { lengthBytes, zero } = image.blockStatus(at, 8 * MiB - at);
+        const { lengthBytes, zero } = await image.blockStatus(at, 8 * MiB - at);
         if (zero !== wasZero) found.push(at / MiB);
         wasZero = zero;
         at += lengthBytes;
       }
       return found;
     };
-    expect(borders()).toEqual([]);
+    expect(await borders()).toEqual([]);
     await image.discard(4 * MiB, MiB);
-    expect(borders()).toEqual([4, 5]);
+    expect(await borders()).toEqual([4, 5]);
     await image.writeZeroes(MiB, MiB, { mayUnmap: true });
-    expect(borders()).toEqual([1, 2, 4, 5]);
+    expect(await borders()).toEqual([1, 2, 4, 5]);
     await image.write(Buffer.alloc(MiB, 2), 0, MiB, MiB);
     await image.flush();
-    expect(borders()).toEqual([4, 5]);
+    expect(await borders()).toEqual([4, 5]);
     await image.write(Buffer.alloc(MiB, 2), 0, MiB, 4 * MiB);
     await image.flush();
-    expect(borders()).toEqual([]);
+    expect(await borders()).toEqual([]);
   });
 
   it.runIf(libc !== null)("tells an empty 16 TiB range in one step", async () => {

@@ -59,17 +59,25 @@ describe.each([false, true])("a raw source (direct %s)", (direct) => {
     }
   });
 
-  it("reads zeroes where the file is shorter than the disk", () => {
+  it("fails where the file has become shorter than the disk, and reads what is left", async () => {
     const content = pattern(8192);
     const source = sourceOf(content, direct, 20_000);
     const memory = new Uint8Array(20_000).fill(0xee);
-    expect(source.read(memory, 0, 20_000, 0)).toBeUndefined();
+    await expect(source.read(memory, 0, 20_000, 0)).rejects.toMatchObject({ code: "IO", offsetBytes: 8192 });
+    expect(source.read(memory, 0, 8192, 0)).toBeUndefined();
     expect(Buffer.compare(memory.subarray(0, 8192), content)).toBe(0);
-    expect(memory.subarray(8192).every((byte) => byte === 0)).toBe(true);
+  });
+
+  it.runIf(libc !== null)("takes no hole for the file's end, nor the other way round", () => {
+    const source = sourceOf(Buffer.alloc(64 * KiB, 1), direct, 1 * MiB);
+    expect(() => source.extent(64 * KiB, 64 * KiB)).toThrow("shorter than the 1048576 bytes");
+    fs.truncateSync(path.join(folder, "disk.raw"), 1 * MiB);
+    expect(source.extent(64 * KiB, 64 * KiB)).toEqual({ lengthBytes: 64 * KiB, zero: true });
   });
 
   it.runIf(libc !== null)("tells holes from data, and a huge hole in one step", () => {
     const source = sourceOf(Buffer.alloc(64 * KiB, 1), direct, 2 ** 43);
+    fs.truncateSync(path.join(folder, "disk.raw"), 2 ** 43);
     expect(source.extent(4096, 4096)).toEqual({ lengthBytes: 4096, zero: false });
     expect(source.extent(64 * KiB, 2 ** 43 - 64 * KiB)).toEqual({
       lengthBytes: 2 ** 43 - 64 * KiB,
@@ -82,6 +90,7 @@ describe.each([false, true])("a raw source (direct %s)", (direct) => {
     () => {
       const seekHole = vi.spyOn(libc!, "seekHole");
       const source = sourceOf(Buffer.alloc(1 * MiB, 1), direct, 4 * MiB);
+      fs.truncateSync(path.join(folder, "disk.raw"), 4 * MiB);
       expect(source.extent(0, 4 * MiB)).toEqual({ lengthBytes: 4 * MiB, zero: false });
       expect(source.extent(1 * MiB - 4096, 1 * MiB)).toEqual({ lengthBytes: 1 * MiB, zero: false });
       expect(source.extent(1 * MiB, 1 * MiB)).toEqual({ lengthBytes: 1 * MiB, zero: true });

@@ -19,6 +19,7 @@ import {
   readNumber,
   type Qcow2Header,
 } from "./header.js";
+import { assertStored } from "./stored.js";
 
 /** QEMU's limit of one bitmap's data. */
 const MAX_BITMAP_BYTES = 512 * MiB;
@@ -55,7 +56,7 @@ export function readBitmapDirectory(header: Qcow2Header, file: QcowFile): Bitmap
   if (bitmapCount > MAX_BITMAPS || directoryBytes > MAX_BITMAP_DIRECTORY_BYTES) {
     throw formatError(file.name, "the bitmap directory is larger than its limit", directoryOffset);
   }
-  const view = readView(file, directoryOffset, directoryBytes);
+  const view = readView(file, "the bitmap directory", directoryOffset, directoryBytes);
   let offset = 0;
   for (let index = 0; index < bitmapCount; index++) {
     const isFixedInside = offset + ENTRY_FIXED_BYTES <= directoryBytes;
@@ -200,7 +201,7 @@ function readBits(
       tableOffset,
     );
   }
-  const table = readView(file, tableOffset, tableEntries * 8);
+  const table = readView(file, `the table of bitmap '${entry.name}'`, tableOffset, tableEntries * 8);
   const bits = new Uint8Array(Math.ceil(bitmapBytes / 4) * 4);
   for (let index = 0; index < tableEntries; index++) {
     const value = table.getBigUint64(index * 8);
@@ -215,6 +216,7 @@ function readBits(
     }
     const start = index * clusterSizeBytes;
     const count = Math.min(clusterSizeBytes, bitmapBytes - start);
+    if (hostOffset !== 0) assertStored(file, `a part of bitmap '${entry.name}'`, hostOffset, count);
     if (hostOffset !== 0) file.readSync(bits, start, count, hostOffset);
     else if (value === TABLE_ALL_ONES) bits.fill(0xff, start, start + count);
   }
@@ -222,7 +224,8 @@ function readBits(
   return new Uint32Array(bits.buffer);
 }
 
-function readView(file: QcowFile, offset: number, lengthBytes: number): DataView<ArrayBuffer> {
+function readView(file: QcowFile, what: string, offset: number, lengthBytes: number): DataView<ArrayBuffer> {
+  assertStored(file, what, offset, lengthBytes);
   const bytes = new Uint8Array(lengthBytes);
   file.readSync(bytes, 0, lengthBytes, offset);
   return new DataView(bytes.buffer);

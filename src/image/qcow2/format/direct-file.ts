@@ -9,7 +9,7 @@ import { QcowFileBase, type QcowFile } from "./file.js";
 const SYNC_BOUNCE_BYTES = 1 * MiB;
 
 export class DirectQcowFile extends QcowFileBase implements QcowFile {
-  private readonly direct = DirectFile.growing(this.name, this.fd);
+  private readonly direct = DirectFile.growing(this.name, this.fd, () => this.endOffset);
   private syncBounce: Uint8Array | undefined;
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Promise<void> {
@@ -19,13 +19,23 @@ export class DirectQcowFile extends QcowFileBase implements QcowFile {
   readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void {
     this.syncBounce ??= pageAlignedMemory(SYNC_BOUNCE_BYTES);
     const { name, fd, syncBounce } = this;
-    readDirectSync(name, fd, syncBounce, buffer, bufferOffset, lengthBytes, offsetBytes);
+    readDirectSync(name, fd, this.endOffset, syncBounce, buffer, bufferOffset, lengthBytes, offsetBytes);
   }
 
-  write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Promise<void> {
-    // Raised before the write: one that fails halfway may have left bytes there.
-    const end = roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES);
-    this.endOffset = Math.max(this.endOffset, end);
-    return this.direct.write(buffer, bufferOffset, lengthBytes, offsetBytes);
+  async write(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    if (this.isWatched) this.assertNotCut();
+    try {
+      await this.direct.write(buffer, bufferOffset, lengthBytes, offsetBytes);
+    } catch (error) {
+      this.growByFailedWrite();
+      throw error;
+    }
+    // Whole blocks were written; the file's own odd end may be in the last of them, and further out.
+    this.grewTo(roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES));
   }
 }

@@ -42,7 +42,9 @@ export class Flusher {
     private readonly onFreed: () => void,
     /** Holds the guest's clusters; the same file, or an external data file. */
     private readonly dataFile: QcowFile = file,
-  ) {}
+  ) {
+    mapping.whenFreed = onFreed;
+  }
 
   flush(): Completion {
     if (this.running === undefined) return this.isDirty ? this.start() : undefined;
@@ -168,7 +170,7 @@ export class Flusher {
     refcounts.blocks.takeBack(stock.blocks, true);
     l2.takeBack(stock.l2, true);
     frees.settle(stock.dropped);
-    for (const { offsetBytes, lengthBytes } of stock.outgrown) frees.settle([offsetBytes, lengthBytes]);
+    for (const { offsetBytes, lengthBytes } of stock.outgrown) frees.settle([offsetBytes, lengthBytes, 0]);
     if (this.mapping.applyFrees()) this.onFreed();
   }
 

@@ -7,8 +7,12 @@
 //      └──while a freeze lasts, for what workers may still read: pinned ──release──► dropped
 //
 // Only then do the refcounts in memory go down, and the allocator may hand the cluster out. A crash before that
-// leaks clusters (refcount too high), never the reverse. Regions are kept as pairs of numbers (offset, length);
+// leaks clusters (refcount too high), never the reverse. Regions are kept as three numbers each (offset, length, and
+// whether the guest has unmapped it, so that its storage goes back to the file system first: unmapper.ts);
 // each touched cluster loses one reference for each region. Main thread only.
+
+/** Numbers that a region is kept as. */
+export const REGION_NUMBERS = 3;
 
 interface Settled {
   regions: number[];
@@ -22,6 +26,7 @@ export class FreeQueue {
   private readonly settled: Settled[] = [];
   /** Where the last dropped region ends, if whole clusters can be joined to it; else -1. */
   private joinEnd = -1;
+  private joinsUnmapped = 0;
   private freezeCount = 0;
   private nextOperation = 1;
   private readonly operations = new Set<number>();
@@ -35,22 +40,25 @@ export class FreeQueue {
   }
 
   /** Whole clusters whose guest bytes were replaced as a whole. */
-  dropClusters(offsetBytes: number, lengthBytes: number): void {
-    if (offsetBytes === this.joinEnd) {
-      const lastLength = this.dropped.length - 1;
+  dropClusters(offsetBytes: number, lengthBytes: number, isUnmapped = false): void {
+    const flag = isUnmapped ? 1 : 0;
+    if (offsetBytes === this.joinEnd && flag === this.joinsUnmapped) {
+      const lastLength = this.dropped.length - 2;
       this.dropped[lastLength] = (this.dropped[lastLength] ?? 0) + lengthBytes;
     } else {
-      this.dropped.push(offsetBytes, lengthBytes);
+      this.dropped.push(offsetBytes, lengthBytes, flag);
     }
     this.joinEnd = offsetBytes + lengthBytes;
+    this.joinsUnmapped = flag;
   }
 
   /** What a reader with the mapping of T0 may need yet: compressed data, L2 tables, copied clusters. */
-  dropReadable(offsetBytes: number, lengthBytes: number): void {
+  dropReadable(offsetBytes: number, lengthBytes: number, isUnmapped = false): void {
+    const flag = isUnmapped ? 1 : 0;
     if (this.isFrozen) {
-      this.pinned.push(offsetBytes, lengthBytes);
+      this.pinned.push(offsetBytes, lengthBytes, flag);
     } else {
-      this.dropped.push(offsetBytes, lengthBytes);
+      this.dropped.push(offsetBytes, lengthBytes, flag);
       this.joinEnd = -1;
     }
   }

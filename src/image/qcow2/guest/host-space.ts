@@ -25,8 +25,11 @@ export interface HostSpace {
   allocate(guestCluster: number, maxClusters: number): number;
   /** Gives back what `allocate` returned and nothing refers to. */
   unallocate(hostOffset: number, clusterCount: number): void;
-  /** The entry that `run` describes, one cluster or its compressed data, is replaced. */
-  drop(run: ClusterRun): void;
+  /**
+   * The entry that `run` describes, one cluster or its compressed data, is replaced.
+   * @param isUnmapped its storage is to go back to the file system, when nobody can read it any more
+   */
+  drop(run: ClusterRun, isUnmapped: boolean): void;
 }
 
 export class ImageSpace implements HostSpace {
@@ -52,14 +55,14 @@ export class ImageSpace implements HostSpace {
     this.refcounts.unallocate(hostOffset, clusterCount);
   }
 
-  drop({ kind, hostOffset, compressedBytes, isCopied }: ClusterRun): void {
+  drop({ kind, hostOffset, compressedBytes, isCopied }: ClusterRun, isUnmapped: boolean): void {
     if (kind === ClusterKind.Compressed) {
       const start = hostOffset - (hostOffset % SECTOR);
-      this.frees.dropReadable(start, hostOffset + compressedBytes - start);
+      this.frees.dropReadable(start, hostOffset + compressedBytes - start, isUnmapped);
     } else if (isCopied) {
-      this.frees.dropClusters(hostOffset, this.clusterSizeBytes);
+      this.frees.dropClusters(hostOffset, this.clusterSizeBytes, isUnmapped);
     } else {
-      this.frees.dropReadable(hostOffset, this.clusterSizeBytes);
+      this.frees.dropReadable(hostOffset, this.clusterSizeBytes, isUnmapped);
     }
   }
 }

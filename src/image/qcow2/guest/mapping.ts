@@ -17,11 +17,14 @@ import { ALL_UNITS, type EntryDecoder, HIGH_COPIED, LOW_ZERO, highWord } from ".
 import { EntryTable } from "../format/entry-table.js";
 import { decoderFor, storeBitmap } from "../format/extended-entry.js";
 import type { QcowFile } from "../format/file.js";
-import { FreeQueue } from "./frees.js";
+import { FreeQueue, REGION_NUMBERS } from "./frees.js";
 import { type Qcow2Header, hasExternalDataFile, isExtendedL2 } from "../format/header.js";
 import { DataFileSpace, type HostSpace, ImageSpace } from "./host-space.js";
 import { type GuardedMetadata, MetadataGuard } from "./metadata-guard.js";
+import type { SnapshotTable } from "../format/snapshots.js";
+import { assertStored } from "../format/stored.js";
 import { Refcounts, type ReservedRange } from "./refcounts.js";
+import { Unmapper } from "./unmapper.js";
 
 /** Bound of the L2 cache in bytes: 256 GiB of guest disk with clusters of 64 KiB. */
 export const L2_CACHE_BYTES = 32 * MiB;
@@ -60,8 +63,13 @@ export class Mapping {
   /** Called when dirty tables crowd the caches: starts a flush; what it returns must be awaited if `mustWait`. */
   relieve: (mustWait: boolean) => Completion = () => undefined;
 
+  /** Told whenever host clusters have been freed. */
+  whenFreed: () => void = () => undefined;
+  readonly unmapper: Unmapper;
+
   private readonly loading = new Map<number, Promise<void>>();
-  private readonly fixedMetadata: readonly ReservedRange[];
+  /** What stands still as long as the image is open. */
+  private readonly fixedMetadata: ReservedRange[] = [];
   private guard: MetadataGuard | undefined;
 
   constructor(
@@ -80,36 +88,48 @@ export class Mapping {
     this.entriesPerTable = this.decoder.entriesPerTable;
     this.bytesPerTable = this.clusterSizeBytes * this.entriesPerTable;
     const bytes = new Uint8Array(header.l1Size * 8);
+    assertStored(file, "the L1 table", header.l1TableOffset, bytes.length);
     file.readSync(bytes, 0, bytes.length, header.l1TableOffset);
     this.l1 = EntryTable.fromBytes(bytes, header.l1TableOffset);
     this.l1.checkOffsets(this.clusterSizeBytes, L1_HIGH_MASK, "L1 table", file.name);
     const tables = Math.floor(L2_CACHE_BYTES / this.clusterSizeBytes);
     this.l2 = new TableCache(Math.min(L2_CACHE_MAX_TABLES, Math.max(L2_CACHE_MIN_TABLES, tables)));
-    const reserved: ReservedRange[] = [
+    const reserved = this.fixedMetadata;
+    reserved.push(
       { what: "the header", offsetBytes: 0, lengthBytes: this.clusterSizeBytes },
       { what: "the L1 table", offsetBytes: header.l1TableOffset, lengthBytes: bytes.length },
-    ];
-    if (header.snapshotCount > 0) {
-      reserved.push({
-        what: "the snapshot table",
-        offsetBytes: header.snapshotsOffset,
-        lengthBytes: this.clusterSizeBytes,
-      });
-    }
-    this.fixedMetadata = reserved;
+    );
     this.refcounts = new Refcounts(
       header,
       file,
       () => reserved,
       (offsetBytes) => this.guard?.overlapAt(offsetBytes),
     );
+    this.unmapper = new Unmapper(file, this.refcounts, this.clusterSizeBytes, () => this.whenFreed());
     this.space = isInDataFile
       ? new DataFileSpace(dataFile, this.clusterSizeBytes)
       : new ImageSpace(this.refcounts, this.frees, this.clusterSizeBytes);
   }
 
   /** From now on no L2 table is used that lets the guest write over metadata: for an image that may be written. */
-  guardMetadata(): void {
+  guardMetadata(
+    header: Qcow2Header,
+    { entries, lengthBytes: snapshotBytes }: SnapshotTable,
+    hasBitmaps: boolean,
+  ): void {
+    this.refcounts.assertStored();
+    const { fixedMetadata } = this;
+    const addFixed = (what: string, offsetBytes: number, lengthBytes: number): void => {
+      if (lengthBytes > 0) fixedMetadata.push({ what, offsetBytes, lengthBytes });
+    };
+    addFixed("the snapshot table", header.snapshotsOffset, snapshotBytes);
+    for (const { l1TableOffset, l1Size, name } of entries) {
+      addFixed(`the L1 table of snapshot '${name}'`, l1TableOffset, l1Size * 8);
+    }
+    const { bitmaps } = header;
+    // Another program may have freed those that were out of date, and their clusters may be in use for something else.
+    if (hasBitmaps && bitmaps !== null)
+      addFixed("the bitmap directory", bitmaps.directoryOffset, bitmaps.directoryBytes);
     const { file, clusterSizeBytes, l1, refcounts, fixedMetadata: fixed } = this;
     const metadata = (): GuardedMetadata => ({ l1, refcountTable: refcounts.table, fixed });
     this.guard = new MetadataGuard(file.name, clusterSizeBytes, file.endOffset, metadata);
@@ -210,6 +230,7 @@ export class Mapping {
       return null;
     }
     const bytes = new Uint8Array(this.clusterSizeBytes);
+    assertStored(this.file, "an L2 table", offset, bytes.length);
     const completion = this.file.read(bytes, 0, bytes.length, offset);
     if (completion === undefined) return this.keepLoaded(l1Index, offset, bytes);
     this.wait = this.finishLoading(completion, l1Index, offset, bytes);
@@ -254,18 +275,21 @@ export class Mapping {
 
   /** Takes settled frees into account as far as the refcounts' bound allows. @returns whether there were any. */
   applyFrees(): boolean {
-    let any = false;
+    let any = this.unmapper.hasWork;
     while (!this.refcounts.isCrowded) {
       const regions = this.frees.takeReady();
       if (regions === undefined) break;
       any = true;
       let next = 0;
       while (next < regions.length && !this.refcounts.isCrowded) {
-        this.refcounts.dropRegion(regions[next] ?? 0, regions[next + 1] ?? 0);
-        next += 2;
+        const [offsetBytes = 0, lengthBytes = 0, isUnmapped = 0] = regions.slice(next, next + REGION_NUMBERS);
+        const isTaken = isUnmapped !== 0 && this.unmapper.take(offsetBytes, lengthBytes);
+        if (!isTaken) this.refcounts.dropRegion(offsetBytes, lengthBytes);
+        next += REGION_NUMBERS;
       }
       if (next < regions.length) this.frees.putBackReady(regions.slice(next));
     }
+    this.unmapper.resume();
     return any;
   }
 }

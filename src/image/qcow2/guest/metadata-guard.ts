@@ -6,10 +6,11 @@
 // A table with such an entry is refused as a whole, for reads too: what it says is not to be trusted.
 //
 // A bit for each host cluster of the file says whether it held metadata when the guard was built: the L1 table, the L2
-// tables, the refcount table and its blocks, the snapshot table. A bit that is set is only a suspicion, since tables
+// tables, the refcount table and its blocks, the snapshot table, the snapshots' own L1 tables, the bitmap directory: as
+// far as QEMU looks by default (overlap-check=cached). A bit that is set is only a suspicion, since tables
 // move and their clusters are used again; then the tables of the moment are asked, and the bit is dropped if they know
-// nothing of it. Not seen: snapshots' own L1
-// tables, bitmaps, and entries that point to a cluster which the refcounts call free and which a new table takes.
+// nothing of it. Not seen: L2
+// tables that snapshots alone refer to and bitmaps' tables and data, as with QEMU, and entries that point to a cluster which the refcounts call free and which a new table takes.
 //
 // Main thread only.
 
@@ -28,7 +29,7 @@ const WORD = 2 ** 32;
 export interface GuardedMetadata {
   readonly l1: EntryTable;
   readonly refcountTable: EntryTable;
-  /** What stands still: header, L1 table, snapshot table. */
+  /** What stands still: header, L1 tables, snapshot table, bitmap directory. */
   readonly fixed: readonly { what: string; offsetBytes: number; lengthBytes: number }[];
 }
 

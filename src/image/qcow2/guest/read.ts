@@ -8,6 +8,7 @@ import type { BlockDevice, Completion } from "../../../block/device.js";
 import type { Decompressor } from "../format/decompress.js";
 import { ClusterKind, ClusterRun } from "../format/entry.js";
 import type { QcowFile } from "../format/file.js";
+import { assertClustersStored, compressedBytesStored } from "../format/stored.js";
 import type { Mapping } from "./mapping.js";
 import { RangeWalk } from "./range-walk.js";
 
@@ -63,6 +64,7 @@ export class GuestReader extends RangeWalk {
     const count = Math.min(lengthBytes, run.unitCount * unitSizeBytes - inUnit);
     switch (run.kind) {
       case ClusterKind.Normal:
+        assertClustersStored(this.dataFile, mapping.clusterSizeBytes, run.hostOffset + inUnit, count);
         this.wait = this.dataFile.read(buffer, bufferOffset, count, run.hostOffset + inUnit);
         break;
       case ClusterKind.ZeroPlain:
@@ -104,15 +106,17 @@ export class GuestReader extends RangeWalk {
     if (this.decompressedFrom !== hostOffset) {
       const input = this.input ?? new Uint8Array(2 * this.mapping.clusterSizeBytes + 512);
       this.input = undefined;
-      const completion = this.file.read(input, 0, compressedBytes, hostOffset);
+      // What the file's end cuts off is not made up for: zeroes might be taken for data.
+      const storedBytes = compressedBytesStored(this.file, hostOffset, compressedBytes);
+      const completion = this.file.read(input, 0, storedBytes, hostOffset);
       if (completion !== undefined) {
         this.wait = completion.then(() => {
-          this.decompress(input, compressedBytes, hostOffset);
+          this.decompress(input, storedBytes, hostOffset);
           this.copyOut(buffer, bufferOffset, lengthBytes, inCluster);
         });
         return;
       }
-      this.decompress(input, compressedBytes, hostOffset);
+      this.decompress(input, storedBytes, hostOffset);
     }
     this.copyOut(buffer, bufferOffset, lengthBytes, inCluster);
   }

@@ -21,6 +21,7 @@ import { CachedTable, TableCache } from "../format/cached-table.js";
 import { EntryTable } from "../format/entry-table.js";
 import type { QcowFile } from "../format/file.js";
 import { MAX_REFCOUNT_TABLE_BYTES, formatError, type Qcow2Header } from "../format/header.js";
+import { assertStored } from "../format/stored.js";
 
 const BLOCK_CACHE_BYTES = 16 * MiB;
 const BLOCK_CACHE_MIN = 8;
@@ -79,6 +80,14 @@ export class Refcounts {
     const fileClusters = Math.ceil(file.endOffset / this.clusterSizeBytes);
     this.endCluster = file.isBlockDevice ? 0 : fileClusters;
     this.freshFrom = file.isBlockDevice ? Infinity : fileClusters;
+  }
+
+  /**
+   * For an image that may be written: what is missing of the table would count clusters in use as free.
+   * @throws CowcatcherError FORMAT
+   */
+  assertStored(): void {
+    assertStored(this.file, "the refcount table", this.table.offsetBytes, this.table.lengthBytes);
   }
 
   get isDirty(): boolean {
@@ -326,6 +335,7 @@ export class Refcounts {
     const offset = index < this.table.length ? this.table.offsetAt(index, TABLE_HIGH_MASK) : 0;
     if (offset === 0) return undefined;
     const bytes = new Uint8Array(this.clusterSizeBytes);
+    assertStored(this.file, "a refcount block", offset, bytes.length);
     this.file.readSync(bytes, 0, bytes.length, offset);
     const block = new CachedTable(index, offset, bytes);
     this.blocks.put(block);

@@ -399,12 +399,15 @@ export class GuestWriter extends RangeWalk {
     this.flusher.hasUnsyncedData = true;
   }
 
-  /** Drops the host space that an entry refers to, unless it is `keptHost`. The caller replaces the entry. */
-  dropEntry(table: CachedTable, index: number, keptHost: number): void {
+  /**
+   * Drops the host space that an entry refers to, unless it is `keptHost`. The caller replaces the entry.
+   * @param isUnmapped the guest does not want it any more: its storage goes back to the file system
+   */
+  dropEntry(table: CachedTable, index: number, keptHost: number, isUnmapped = false): void {
     const { oldRun, mapping } = this;
     mapping.decoder.scanClusters(table.view, index, 1, oldRun);
     const { kind, hostOffset } = oldRun;
     if (kind !== ClusterKind.Compressed && (!hasHost(kind) || hostOffset === keptHost)) return;
-    mapping.space.drop(oldRun);
+    mapping.space.drop(oldRun, isUnmapped);
   }
 }

@@ -10,18 +10,22 @@
 //
 // With subclusters, write-zeroes also handles whole subclusters of one that is not compressed by their bits alone.
 //
-// Version 2 has no zero flag: without a backing file the cluster becomes unallocated; with one, zeroes are written
-// and discard does nothing (unallocated would show the backing file). A discard skips ranges without an L2 table
-// rather than make one.
+// Part of a cluster (or subcluster) that this layer does not have becomes zero as a whole, if what the backing file
+// shows around the part is zero, as far as its metadata and the file system know (QEMU: is_zero in block/qcow2.c). The
+// backing file does not change, so an answer that had to be waited for is good when the step is made again.
 //
-// An external data file that must read as the guest's disk by itself is zeroed first, in all of the range, and keeps
-// its clusters whatever was asked. From any other the storage is let go after the entries are changed: at a crash
+// Version 2 has no zero flag: without a backing file the cluster becomes unallocated; with one, zeroes are written
+// and discard does nothing (unallocated would show the backing file). Where there is no L2 table and nothing shows
+// through, none is made.
+//
+// An external data file that must read as the guest's disk by itself is zeroed first, in all of the range; then the
+// entries of whole clusters follow, as for any other. From any other the storage is let go after the entries are changed: at a crash
 // between the two, the range still reads as the guest may expect of an operation that was not flushed.
 //
 // Steps and waiting: range-walk.ts. Main thread only.
 
 import { MiB } from "../../../units.js";
-import type { BlockDevice, Completion } from "../../../block/device.js";
+import type { BlockDevice, BlockStatus, Completion } from "../../../block/device.js";
 import type { CachedTable } from "../format/cached-table.js";
 import { ALL_UNITS, ClusterKind, ClusterRun, hasHost } from "../format/entry.js";
 import { unitMask } from "../format/extended-entry.js";
@@ -44,6 +48,8 @@ export const enum ZeroMode {
 
 export class GuestZeroer extends RangeWalk {
   private readonly run = new ClusterRun();
+  /** Answers that were waited for, by the offset that they were asked for, until that step is made again. */
+  private readonly zeroAround = new Map<number, { lengthBytes: number; isZero: boolean }>();
   private readonly zeroes: Uint8Array;
 
   constructor(
@@ -81,12 +87,25 @@ export class GuestZeroer extends RangeWalk {
     const inCluster = offsetBytes - cluster * clusterSizeBytes;
     const l1Index = Math.floor(cluster / entriesPerTable);
     if (this.dataFile?.isRaw) return this.zeroRaw(this.dataFile, offsetBytes, lengthBytes, mode);
+    return this.stepByEntries(cluster, inCluster, l1Index, offsetBytes, lengthBytes, mode);
+  }
+
+  private stepByEntries(
+    cluster: number,
+    inCluster: number,
+    l1Index: number,
+    offsetBytes: number,
+    lengthBytes: number,
+    mode: ZeroMode,
+  ): number {
+    const { mapping } = this;
+    const { clusterSizeBytes, entriesPerTable } = mapping;
     const table = mapping.tableFor(l1Index);
     if (table === null) {
       this.wait = mapping.takeWait();
       if (this.wait !== undefined) return 0;
       const showsNothing = this.backing === null || this.backing.sizeBytes <= offsetBytes;
-      if (showsNothing || mode === ZeroMode.Discard) {
+      if (showsNothing) {
         return Math.min(lengthBytes, (l1Index + 1) * mapping.bytesPerTable - offsetBytes);
       }
     }
@@ -123,8 +142,71 @@ export class GuestZeroer extends RangeWalk {
       if (unitCount > 0) return this.zeroUnits(cluster, offsetBytes, lengthBytes, unitCount);
       lengthBytes = Math.min(lengthBytes, this.mapping.unitSizeBytes - inUnit);
     }
-    if (!this.writer.inFlight.has(cluster) && this.readsAsZero(table, offsetBytes)) return lengthBytes;
+    if (!this.writer.inFlight.has(cluster)) {
+      if (this.readsAsZero(table, offsetBytes)) return lengthBytes;
+      if (this.version >= 3 && this.isUnallocated(table, offsetBytes)) {
+        const isZeroAround = this.isBackingZeroAround(offsetBytes, lengthBytes);
+        if (isZeroAround === undefined) return 0;
+        if (isZeroAround) return this.zeroUnitOf(cluster, offsetBytes, mode) ? lengthBytes : 0;
+      }
+    }
     return this.writeZeroes(offsetBytes, lengthBytes);
+  }
+
+  /** The unit shows the backing file; asked after readsAsZero. */
+  private isUnallocated(table: CachedTable | null, offsetBytes: number): boolean {
+    if (this.backing === null) return false;
+    if (table === null) return true;
+    const { mapping, run } = this;
+    const unit = Math.floor(offsetBytes / mapping.unitSizeBytes);
+    mapping.decoder.scan(table.view, unit % mapping.unitsPerTable, 1, run);
+    return run.kind === ClusterKind.Unallocated || run.kind === ClusterKind.UnallocatedHosted;
+  }
+
+  /** Makes the whole unit zero by metadata; false with `wait` set. */
+  private zeroUnitOf(cluster: number, offsetBytes: number, mode: ZeroMode): boolean {
+    const { unitSizeBytes, hasSubclusters } = this.mapping;
+    if (!hasSubclusters) return this.zeroWhole(cluster, 1, mode) > 0;
+    const unitStart = offsetBytes - (offsetBytes % unitSizeBytes);
+    return this.zeroUnits(cluster, unitStart, unitSizeBytes, 1) > 0;
+  }
+
+  /**
+   * Whether the backing file reads as zeroes in the rest of the unit that [offsetBytes, +lengthBytes) is a part of;
+   * undefined, with `wait` set, where the answer has to be waited for.
+   */
+  private isBackingZeroAround(offsetBytes: number, lengthBytes: number): boolean | undefined {
+    const known = this.zeroAround.get(offsetBytes);
+    if (known?.lengthBytes === lengthBytes) {
+      this.zeroAround.delete(offsetBytes);
+      return known.isZero;
+    }
+    const { unitSizeBytes } = this.mapping;
+    const unitStart = offsetBytes - (offsetBytes % unitSizeBytes);
+    const unitEnd = Math.min(unitStart + unitSizeBytes, this.backing?.sizeBytes ?? 0);
+    const answer = this.isBackingZero(unitStart, Math.min(offsetBytes, unitEnd), () =>
+      this.isBackingZero(offsetBytes + lengthBytes, unitEnd, () => true),
+    );
+    if (typeof answer === "boolean") return answer;
+    const remember = (isZero: boolean): void => {
+      this.zeroAround.set(offsetBytes, { lengthBytes, isZero });
+    };
+    // What cannot be asked must be read, which tells what is wrong.
+    this.wait = answer.then(remember, () => remember(false));
+    return undefined;
+  }
+
+  /** Of [from, to), and if so what `then` says; at once where the backing file can tell at once. */
+  private isBackingZero(
+    from: number,
+    to: number,
+    then: () => boolean | Promise<boolean>,
+  ): boolean | Promise<boolean> {
+    if (from >= to || this.backing === null) return then();
+    const goOn = ({ zero, lengthBytes }: BlockStatus): boolean | Promise<boolean> =>
+      zero && lengthBytes > 0 && this.isBackingZero(from + lengthBytes, to, then);
+    const status = this.backing.blockStatus(from, to - from);
+    return status instanceof Promise ? status.then(goOn) : goOn(status);
   }
 
   private writeZeroes(offsetBytes: number, lengthBytes: number): number {
@@ -190,7 +272,7 @@ export class GuestZeroer extends RangeWalk {
       if (writer.inFlight.size > 0 && writer.inFlight.has(cluster + done)) break;
       this.zeroEntry(table, firstIndex + done, (cluster + done) * clusterSizeBytes, mode);
     }
-    if (this.dataFile !== null && mode !== ZeroMode.Keep) {
+    if (this.dataFile !== null && !this.dataFile.isRaw && mode !== ZeroMode.Keep) {
       const pending = this.dataFile.discard(cluster * clusterSizeBytes, done * clusterSizeBytes);
       if (pending !== undefined) this.holdUntil(pending, cluster, done);
     }
@@ -211,12 +293,15 @@ export class GuestZeroer extends RangeWalk {
       mapping.setZeroUnits(table, index, ALL_UNITS);
       return;
     } else {
-      this.writer.dropEntry(table, index, -1);
+      this.writer.dropEntry(table, index, -1, mode !== ZeroMode.Keep);
     }
     mapping.setZeroPlain(table, index, this.version >= 3);
   }
 
-  /** A raw data file is zeroed itself, whatever the entries say; they stay as they are. */
+  /**
+   * A raw data file is zeroed itself; then the entries of whole clusters are changed as in any other image. Nobody else
+   * is at these clusters in between: what was written there would be hidden by an entry that says zero.
+   */
   private zeroRaw(dataFile: DataFile, offsetBytes: number, wantedBytes: number, mode: ZeroMode): number {
     const { clusterSizeBytes } = this.mapping;
     const { inFlight } = this.writer;
@@ -228,13 +313,47 @@ export class GuestZeroer extends RangeWalk {
       if (this.wait !== undefined) return 0;
     }
     const lengthBytes = Math.min(wantedBytes, end * clusterSizeBytes - offsetBytes);
+    const reachesEnd = offsetBytes + lengthBytes >= this.sizeBytes;
+    const firstWhole = Math.ceil(offsetBytes / clusterSizeBytes);
+    const endWhole = reachesEnd ? end : Math.floor((offsetBytes + lengthBytes) / clusterSizeBytes);
     const pending = dataFile.zero(offsetBytes, lengthBytes, mode !== ZeroMode.Keep);
     this.writer.markUnsynced();
-    if (pending !== undefined) {
-      const marked = pending.then(() => this.writer.markUnsynced());
-      this.holdUntil(marked, first, end - first);
-    }
+    let work = pending;
+    if (firstWhole < endWhole) work = this.zeroEntriesAfter(pending, firstWhole, endWhole, mode);
+    if (work !== undefined)
+      this.holdUntil(
+        work.then(() => this.writer.markUnsynced()),
+        first,
+        end - first,
+      );
     return lengthBytes;
+  }
+
+  /** The clusters' entries, when the data file is done; at once if it is and their tables are there. */
+  private zeroEntriesAfter(
+    pending: Completion,
+    firstCluster: number,
+    endCluster: number,
+    mode: ZeroMode,
+  ): Completion {
+    if (pending !== undefined) {
+      return pending.then(() => this.zeroEntriesAfter(undefined, firstCluster, endCluster, mode));
+    }
+    for (let cluster = firstCluster; cluster < endCluster;) {
+      const { mapping } = this;
+      const table = mapping.writableTable(Math.floor(cluster / mapping.entriesPerTable));
+      if (table === null) {
+        const wait = mapping.takeWait() ?? Promise.resolve();
+        return wait.then(() => this.zeroEntriesAfter(undefined, cluster, endCluster, mode));
+      }
+      const index = cluster % mapping.entriesPerTable;
+      const count = Math.min(endCluster - cluster, mapping.entriesPerTable - index);
+      for (let done = 0; done < count; done++) {
+        this.zeroEntry(table, index + done, (cluster + done) * mapping.clusterSizeBytes, mode);
+      }
+      cluster += count;
+    }
+    return undefined;
   }
 
   private holdUntil(pending: Promise<void>, cluster: number, count: number): void {
