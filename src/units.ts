@@ -6,26 +6,49 @@ export const MiB = 1024 * KiB;
 export const GiB = 1024 * MiB;
 export const TiB = 1024 * GiB;
 
-const SIZE_SUFFIX: Record<string, number> = { "": 1, B: 1, K: KiB, M: MiB, G: GiB, T: TiB };
+const SIZE_SUFFIX: Record<string, number> = {
+  "": 1,
+  B: 1,
+  K: KiB,
+  M: MiB,
+  G: GiB,
+  T: TiB,
+  P: 1024 * TiB,
+  E: 1024 * 1024 * TiB,
+};
+/** Hexadecimal digits take no suffix: B and E are digits. */
+const HEX_SIZE = /^0x[0-9a-f]+$/i;
 
 /**
- * Parses "64K", "1.5G", "512" (binary suffixes as in QEMU, either case) into bytes.
+ * Parses "64K", "1.5G", "512", "0x10000" (binary suffixes as in QEMU, either case) into bytes.
  * @throws CowcatcherError USAGE, naming `object`, for anything else, negative or beyond 2^53.
  */
 export function parseSize(text: string, object: string): number {
-  const match = /^(\d+(?:\.\d+)?)(?:([KMGT])(?:i?B)?|B)?$/i.exec(text.trim());
-  const bytes = match
-    ? Math.round(Number(match[1]) * (SIZE_SUFFIX[(match[2] ?? "").toUpperCase()] ?? NaN))
-    : NaN;
-  if (!Number.isSafeInteger(bytes)) {
+  const bytes = bytesOf(text.trim());
+  if (Number.isNaN(bytes)) {
     throw new CowcatcherError({
       code: "USAGE",
       object,
       problem: `'${text}' is not a size`,
-      hint: "give bytes, or a number with K, M, G or T, such as 64K",
+      hint: "give bytes, or a number with K, M, G, T, P or E, such as 64K",
+    });
+  }
+  if (!Number.isSafeInteger(bytes)) {
+    throw new CowcatcherError({
+      code: "USAGE",
+      object,
+      problem: `'${text}' is more than any size here, 8 PiB less a byte`,
+      hint: "give less",
     });
   }
   return bytes;
+}
+
+/** NaN for what is no size. */
+function bytesOf(text: string): number {
+  if (HEX_SIZE.test(text)) return Number(text);
+  const [, digits, suffix = ""] = /^(\d+(?:\.\d+)?)(?:([KMGTPE])(?:i?B)?|B)?$/i.exec(text) ?? [];
+  return digits === undefined ? NaN : Math.round(Number(digits) * (SIZE_SUFFIX[suffix.toUpperCase()] ?? NaN));
 }
 
 /**

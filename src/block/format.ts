@@ -1,3 +1,6 @@
+/** What is wrong with the check of an image that has nothing to check, in qemu-img's words; it has an exit code. */
+export const NO_CHECKS = "this image format does not support checks";
+
 export const IMAGE_FORMATS = ["raw", "qcow2"] as const;
 export type ImageFormat = (typeof IMAGE_FORMATS)[number];
 

@@ -24,6 +24,7 @@ import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import {
   boolean,
+  fileName,
   integer,
   object,
   oneOf,
@@ -70,7 +71,7 @@ export const BACKUP_COMMON = {
   ),
   "buffer-size": optional(size),
   "on-buffer-full": optional(oneOf(ON_BUFFER_FULL)),
-  "spill-dir": optional(string),
+  "spill-dir": optional(fileName),
   "spill-limit": optional(size),
   // QEMU's cbw-timeout of 0 is no limit; here every wait of a guest has one.
   "cbw-timeout-ms": optional(positiveUpTo(TIMEOUT_MS_MAX)),
@@ -80,7 +81,7 @@ export const BACKUP_COMMON = {
   "x-verify": optional(boolean),
   "x-target-retries": optional(upTo(RETRY_COUNT_MAX)),
   "x-target-snapshot": optional(string),
-  "x-backing-file": optional(string),
+  "x-backing-file": optional(fileName),
   "x-backing-format": optional(oneOf(IMAGE_FORMATS)),
   "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
   "x-compression-level": optional(integer),
@@ -88,7 +89,7 @@ export const BACKUP_COMMON = {
 
 export const DRIVE_BACKUP = {
   ...BACKUP_COMMON,
-  target: string,
+  target: fileName,
   format: optional(string),
   mode: optional(oneOf(["existing", "absolute-paths"])),
 };
@@ -158,7 +159,6 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
 
 function targetName(target: string): string {
   if (target === "") throw genericError("The 'file' block driver requires a file name");
-  if (target.includes("\0")) throw genericError("Parameter 'target' must not contain a NUL character");
   // A path, as in QEMU: never this server's standard output.
   return target === "-" ? "./-" : target;
 }

@@ -9,12 +9,12 @@ import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
 import { QmpError, genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { anyObject, checkMembers, list, object, oneOf, optional, string } from "../qmp/schema.js";
+import { anyObject, checkMembers, fileName, list, object, oneOf, optional } from "../qmp/schema.js";
 
 /** The disks of one machine, with room; a longer list is somebody's mistake. */
 const ACTION_COUNT_MAX = 256;
 
-const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: string };
+const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: fileName };
 
 const ACTION_TYPES = [
   "abort",

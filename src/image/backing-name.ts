@@ -21,7 +21,13 @@
 import * as path from "node:path";
 import { CowcatcherError, type ErrorCode } from "../errors.js";
 import { besides } from "../file-names.js";
-import { NBD_DEFAULT_PORT, type NbdAddress, formatNbdUri, parseNbdUri } from "../nbd/wire/uri.js";
+import {
+  NBD_DEFAULT_PORT,
+  type NbdAddress,
+  formatNbdUri,
+  parseNbdUri,
+  parseOldNbdName,
+} from "../nbd/wire/uri.js";
 import { type ImageFormat, isImageFormat } from "../block/format.js";
 
 /** Of a name in a qcow2 header, by the specification. */
@@ -84,7 +90,7 @@ function placeOf(origin: Origin, name: string): BackingLayer {
     case "json":
       return fromJson(origin, name, rest);
     case "nbd":
-      return rest.startsWith("//") ? fromUri(origin, name) : fromOldName(origin, name, rest);
+      return rest.startsWith("//") ? fromUri(origin, name) : fromOldName(origin, name);
     case "nbd+tcp":
     case "nbd+unix":
       return fromUri(origin, name);
@@ -151,11 +157,18 @@ function fromUri(origin: Origin, name: string): BackingLayer {
 }
 
 function parsedUri(origin: Origin, name: string): NbdAddress {
-  try {
+  return parsedName(origin, name, () => {
     const address = parseNbdUri(name);
     if (!/^nbd(?:\+tcp)?:\/\/(?:[:/?]|$)/.test(name)) return address;
     // As QEMU: what an image names does not mean whichever machine it is opened on.
     throw new CowcatcherError({ code: "USAGE", object: name, problem: "names no host" });
+  });
+}
+
+/** What is wrong with the name is wrong with the image that has it. */
+function parsedName(origin: Origin, name: string, parse: (name: string) => NbdAddress): NbdAddress {
+  try {
+    return parse(name);
   } catch (error) {
     if (!(error instanceof CowcatcherError)) throw error;
     const code = error.code === "UNSUPPORTED" ? "UNSUPPORTED" : "FORMAT";
@@ -163,22 +176,9 @@ function parsedUri(origin: Origin, name: string): NbdAddress {
   }
 }
 
-function fromOldName(origin: Origin, name: string, rest: string): BackingLayer {
-  const [place = "", ...exports] = rest.split(":exportname=");
-  const exportName = exports.join(":exportname=");
-  const hint = "write nbd:unix:PATH:exportname=NAME or nbd:HOST:PORT:exportname=NAME";
-  if (exports.length > 0 && exportName === "") {
-    throw formatError(origin, `its backing file name '${name}' names no export`, hint);
-  }
-  if (place.startsWith("unix:")) {
-    return nbdExport({ path: ownPath(origin, place.slice("unix:".length)), exportName });
-  }
-  const found = /^(?:\[([^\]]*)\]|([^:]*)):(\d+)$/.exec(place);
-  if (found === null) {
-    throw formatError(origin, `its backing file name '${name}' names no server's address`, hint);
-  }
-  const host = checkedHost(origin, found[1] ?? found[2] ?? "");
-  return nbdExport({ host, port: checkedPort(origin, found[3] ?? ""), exportName });
+function fromOldName(origin: Origin, name: string): BackingLayer {
+  const address = parsedName(origin, name, parseOldNbdName);
+  return nbdExport("path" in address ? { ...address, path: ownPath(origin, address.path) } : address);
 }
 
 /** It becomes part of a URI: nothing in it may end the host there. */

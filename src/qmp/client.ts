@@ -22,6 +22,9 @@ export interface ControlEvent {
   timestampMs: number;
 }
 
+/** An NBD server begins with it, and then waits for its client. */
+const NBD_MAGIC = Buffer.from("NBDMAGIC");
+
 export type EventListener = (event: ControlEvent) => void;
 
 interface PendingCommand {
@@ -41,6 +44,8 @@ export class ControlClient {
   readonly #pending = new Map<number, PendingCommand>();
   readonly #listeners = new Set<EventListener>();
   readonly #lossListeners = new Set<(error: CowcatcherError) => void>();
+  /** What the server has said so far, until it is as long as the magic of another protocol. */
+  #first: Buffer | undefined = Buffer.alloc(0);
   #nextId = 1;
   #greet: (() => void) | undefined;
   #lost: CowcatcherError | undefined;
@@ -127,6 +132,14 @@ export class ControlClient {
   }
 
   #receive(chunk: Buffer): void {
+    this.#first = this.#first && Buffer.concat([this.#first, chunk]).subarray(0, NBD_MAGIC.length);
+    if (this.#first?.length === NBD_MAGIC.length) {
+      if (this.#first.equals(NBD_MAGIC)) {
+        this.#lose(protocolError(this.path, "is an NBD socket, not a control socket"));
+        return;
+      }
+      this.#first = undefined;
+    }
     for (const item of this.#input.push(chunk)) {
       if (this.#lost !== undefined) return;
       if ("value" in item && isJsonObject(item.value)) this.#take(item.value);

@@ -37,6 +37,19 @@ export const string: Type<string> = {
   },
 };
 
+/** A lone surrogate, but for those that stand for a byte that is no text (src/file-names.ts). */
+const NO_NAME = /[\ud800-\udc7f\udd00-\udfff]/u;
+
+/** A file's name. Node would write U+FFFD for what is no text, and so mean another file. */
+export const fileName: Type<string> = {
+  check(value, path) {
+    const name = string.check(value, path);
+    if (name.includes("\0")) throw genericError(`Parameter '${path}' must not contain a NUL character`);
+    if (NO_NAME.test(name)) throw genericError(`Parameter '${path}' is not Unicode: it has a lone surrogate`);
+    return name;
+  },
+};
+
 export const boolean: Type<boolean> = {
   check(value, path) {
     if (typeof value !== "boolean") throw wrongType(path, "boolean");

@@ -1,7 +1,7 @@
 // Ceph's answers as errors of the project. librados and librbd answer with -errno of Linux; what each means is a matter of
 // the call, so that the one line says what is wrong in Ceph's own terms and what to do.
 
-import { getSystemErrorName } from "node:util";
+import { errnoName } from "../errno.js";
 import { CowcatcherError, ioError } from "../errors.js";
 
 /** The client was put on the cluster's blocklist, as by another one that took the image's lock from it. */
@@ -55,13 +55,4 @@ export function rbdError(
     offsetBytes,
     errno,
   });
-}
-
-/** "EIO" of -5. */
-function errnoName(result: number): string {
-  try {
-    return getSystemErrorName(result);
-  } catch {
-    return `E${-result}`;
-  }
 }

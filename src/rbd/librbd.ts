@@ -9,8 +9,8 @@
 // settings of connect.ts bound that. The `aio…` calls only queue. Nothing here calls back into JavaScript but
 // rbd_diff_iterate2, whose callback comes in the calling thread, while the call lasts (holes.ts).
 
-import koffi from "koffi";
 import { CowcatcherError, messageOf } from "../errors.js";
+import { loadKoffi, missingKoffi } from "../native/koffi.js";
 
 type Pointer = bigint;
 type Out = ArrayBufferLike;
@@ -109,8 +109,15 @@ function load(): Librbd {
   if (process.env["COWCATCHER_NO_NATIVE"] === "1" || process.platform !== "linux") {
     throw missing("native calls are off here", "RBD needs Linux, and COWCATCHER_NO_NATIVE unset");
   }
+  if (missingKoffi() !== undefined) {
+    throw missing(
+      "native calls are missing (the package koffi cannot be loaded)",
+      "install the package anew",
+    );
+  }
   try {
     // First, and by itself: librbd finds it loaded.
+    const koffi = loadKoffi();
     return bind(koffi.load(LIBRADOS), koffi.load(LIBRBD), koffi.load("libc.so.6"));
   } catch (error) {
     throw missing(
@@ -124,10 +131,11 @@ function missing(problem: string, hint: string): CowcatcherError {
   return new CowcatcherError({ code: "UNSUPPORTED", object: "rbd:", problem, hint });
 }
 
-type Library = ReturnType<typeof koffi.load>;
+type Library = ReturnType<ReturnType<typeof loadKoffi>["load"]>;
 type NativeFunction = (...args: unknown[]) => number;
 
 function bind(rados: Library, rbd: Library, libc: Library): Librbd {
+  const koffi = loadKoffi();
   const of =
     (library: Library) =>
     (prototype: string): NativeFunction =>

@@ -1,5 +1,5 @@
 // `check`: whether a qcow2 image's metadata is sound, and its repair, in the words of qemu-img check.
-import type { ImageFormat } from "../../block/format.js";
+import { NO_CHECKS, type ImageFormat } from "../../block/format.js";
 import type { RepairMode } from "../../image/qcow2/check/state.js";
 import {
   checkExitCode,
@@ -42,7 +42,7 @@ export function parseCheckRequest(image: string | undefined, flags: CheckFlags):
 function parseCheckable(image: string): string {
   const path = parseImage(image);
   if (!isNbdUri(path) && !isRbdAddress(path)) return path;
-  throw unsupported(path, "this image format does not support checks", "check the image where it is stored");
+  throw unsupported(path, NO_CHECKS, "check the image where it is stored");
 }
 
 export async function runCheck(

@@ -134,7 +134,8 @@ function announce(
       exports: names,
       control: settings.control ?? null,
     });
-  } else {
+  } else if (!output.quiet && settings.listen.type !== "inherited") {
+    // Whoever hands over a socket knows it, and may use the same standard output for something else.
     printLine(output, `listening on ${addresses.join(", ")} (${names.join(", ")})`);
   }
   notifySystemd(logger);

@@ -1,5 +1,6 @@
 // What goes with `backup --bitmap`, an incremental copy of an image or an NBD export, and what does not.
 import type { BackupFlags } from "./backup-flags.js";
+import { isOldNbdName } from "../../nbd/wire/uri.js";
 import { isNbdUri, isRbdAddress, unsupported, usageError } from "./options.js";
 
 /** A bitmap is never changed here; and without what it builds on the copy of what is dirty is worth nothing. */
@@ -36,7 +37,7 @@ export function checkBitmapFlags([source, target]: readonly string[], flags: Bac
 /** QEMU's other modes change the bitmap, which is not done here: who asks for one has to hear that it stays. */
 function checkBitmapMode(source: string | undefined, mode: string | undefined): void {
   if (mode === undefined || mode === "never") return;
-  if (source !== undefined && isNbdUri(source)) {
+  if (source !== undefined && (isNbdUri(source) || isOldNbdName(source))) {
     const problem = `'${mode}' would change the bitmap, which an NBD client cannot`;
     throw unsupported("--bitmap-mode", problem, "give never, and clear the bitmap in QEMU");
   }

@@ -6,7 +6,7 @@ import { MAX_PAGE_MEMORY_BYTES } from "../../cow/page-memory.js";
 import { CowcatcherError } from "../../errors.js";
 import { absoluteName } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
-import { formatNbdUri, isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
+import { formatNbdUri, isNbdUri, isOldNbdName, parseNbdUri, parseOldNbdName } from "../../nbd/wire/uri.js";
 import { absoluteRbdAddress, isRbdAddress, parseRbdAddress } from "../../rbd/address.js";
 import { GiB, parseDurationMs, parseSize } from "../../units.js";
 
@@ -129,11 +129,12 @@ export function refuseStdio(
 }
 
 /**
- * A path, an NBD URI or the address of an RBD image.
+ * A path, an NBD URI or the address of an RBD image; QEMU's older form of a URI becomes one.
  * @throws CowcatcherError USAGE for an empty text, "-" or a wrong address, UNSUPPORTED for vsock.
  */
 export function parseImage(text: string, argument = "IMAGE"): string {
   refuseStdio(text);
+  if (isOldNbdName(text) && !existsSync(text)) return formatNbdUri(parseOldNbdName(text));
   if (isNbdUri(text)) parseNbdUri(text);
   if (isRbdAddress(text)) parseRbdAddress(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
@@ -167,7 +168,9 @@ function refuseForeignAddress(text: string): void {
 /** A path, not an NBD URI. @throws CowcatcherError UNSUPPORTED for a URI, USAGE for an empty text. */
 export function parseLocalImage(text: string): string {
   refuseExport(text);
-  return parseImage(text);
+  const image = parseImage(text);
+  refuseExport(image);
+  return image;
 }
 
 /** What is only named in an image may be a name in QEMU's own form. @throws CowcatcherError UNSUPPORTED for a URI. */

@@ -5,6 +5,7 @@ import { JOB_DEFAULTS } from "../../backup/options.js";
 import type { ImageFormat } from "../../block/format.js";
 import { absoluteName } from "../../file-names.js";
 import { formatBytes } from "../../units.js";
+import { isOldNbdName } from "../../nbd/wire/uri.js";
 import { MAX_STRING_BYTES } from "../../nbd/wire/protocol.js";
 import type { TlsSettings } from "../../nbd/server/tls.js";
 import {
@@ -259,7 +260,9 @@ function fileIdentity(path: string): string | undefined {
 /** A path may hold "=" itself, so the name is what follows the last one, unless a folder does. */
 function splitName(text: string): { path: string; name: string | undefined } {
   // In a URI's query the last parameter has its own "=" first.
-  const isBareUri = isNbdUri(text) && /[?&][^=&]*=[^=&]*$/.test(text);
+  const isBareUri =
+    (isNbdUri(text) && /[?&][^=&]*=[^=&]*$/.test(text)) ||
+    (isOldNbdName(text) && /:exportname=[^=]*$/.test(text));
   const match = isBareUri ? null : /^(.+)=([^=/]+)$/s.exec(text);
   return match?.[1] === undefined ? { path: text, name: undefined } : { path: match[1], name: match[2] };
 }

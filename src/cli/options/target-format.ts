@@ -1,6 +1,7 @@
 // The format that a new image gets where nobody says it: by its extension, and by what stands there.
 import { statSync } from "node:fs";
 import type { ImageFormat } from "../../block/format.js";
+import { isOldNbdName } from "../../nbd/wire/uri.js";
 import { formatByExtension, isNbdUri, isRbdAddress, STDIO, usageError } from "./options.js";
 
 /** What these extensions mean is not written here: a file of another content under such a name would mislead. */
@@ -23,7 +24,8 @@ export function targetFormatOf(
 ): ImageFormat | undefined {
   if (given !== undefined) return given;
   // What an export is called says nothing of it, and a machine boots from the disk, not from an image of it.
-  if (isNbdUri(target) || isRbdAddress(target) || target === STDIO || isBlockDevice(target)) return "raw";
+  const isExport = isNbdUri(target) || isOldNbdName(target) || isRbdAddress(target);
+  if (isExport || target === STDIO || isBlockDevice(target)) return "raw";
   const extension = /\.([^./]+)$/.exec(target)?.[1]?.toLowerCase();
   if (extension !== undefined && FOREIGN_EXTENSIONS.has(extension)) {
     throw usageError(

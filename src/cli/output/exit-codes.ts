@@ -1,4 +1,5 @@
 // Exit codes, in one place: what each number means, for which command, and which one an error leads to.
+import { NO_CHECKS } from "../../block/format.js";
 import type { CowcatcherError } from "../../errors.js";
 
 export const EXIT = {
@@ -16,7 +17,7 @@ export const EXIT = {
 export const COMPARE_EXIT = { same: 0, different: 1, error: 2 } as const;
 
 /** As qemu-img check. */
-export const CHECK_EXIT = { clean: 0, cannotCheck: 1, corrupt: 2, leaks: 3 } as const;
+export const CHECK_EXIT = { clean: 0, cannotCheck: 1, corrupt: 2, leaks: 3, noChecks: 63 } as const;
 
 const INTERRUPT_EXIT = {
   SIGHUP: EXIT.interruptedBySighup,
@@ -86,6 +87,7 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
     [CHECK_EXIT.cannotCheck, "cannot check (wrong usage, too)"],
     [CHECK_EXIT.corrupt, "corrupt"],
     [CHECK_EXIT.leaks, "leaks, but no harm to data"],
+    [CHECK_EXIT.noChecks, "the image's format has nothing to check: raw images, and exports"],
   ],
   compare: [
     [COMPARE_EXIT.same, "the same content"],
@@ -103,7 +105,7 @@ export function exitCodesHelp(command: CommandName): string {
 /** The exit code of a command that ended with `error`; `undefined` for the command where none was recognised. */
 export function exitCodeOfError(command: CommandName | undefined, error: CowcatcherError): number {
   // A script takes check's 2 for a corrupt image, so a mistyped option must not lead to it.
-  if (command === "check") return CHECK_EXIT.cannotCheck;
+  if (command === "check") return error.problem === NO_CHECKS ? CHECK_EXIT.noChecks : CHECK_EXIT.cannotCheck;
   if (command === "compare") return COMPARE_EXIT.error;
   if (error.code === "VERIFY") return EXIT.verifyDifference;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;

@@ -69,6 +69,38 @@ export function parseNbdUri(text: string): NbdAddress {
   return { ...place, exportName, ...(tls !== undefined && { tls }) };
 }
 
+/** Whether the text is an export's name of the form that QEMU had before URIs: nbd:unix:PATH, nbd:HOST:PORT. */
+export function isOldNbdName(text: string): boolean {
+  return /^nbd:(?!\/\/)/.test(text);
+}
+
+/**
+ * nbd:unix:PATH[:exportname=NAME] or nbd:HOST:PORT[:exportname=NAME], as QEMU takes them (block/nbd.c,
+ * nbd_parse_filename). Nothing in it is percent-encoded.
+ * @throws CowcatcherError USAGE
+ */
+export function parseOldNbdName(text: string): NbdAddress {
+  const [place = "", ...exports] = text.slice("nbd:".length).split(":exportname=");
+  const exportName = exports.join(":exportname=");
+  const hint = "write nbd:unix:PATH:exportname=NAME or nbd:HOST:PORT:exportname=NAME";
+  if (exports.length > 0 && exportName === "") throw uriError(text, "names no export", hint);
+  if (place.startsWith("unix:")) {
+    const path = place.slice("unix:".length);
+    if (path === "") throw uriError(text, "names no path", hint);
+    return { path, exportName };
+  }
+  const found = /^(?:\[([^\]]*)\]|([^:]*)):(\d+)$/.exec(place);
+  if (found === null) throw uriError(text, "names no server's address", hint);
+  const host = found[1] ?? found[2] ?? "";
+  // It becomes part of a URI: nothing in it may end the host there.
+  const isHost = /^[\w.-]+$/.test(host) || isIPv6(host);
+  if (!isHost) throw uriError(text, `has the host '${host}', which is none`);
+  const port = Number(found[3]);
+  if (port < 1 || port > MAX_PORT)
+    throw uriError(text, `has the port '${found[3]}'`, "write a number of 1 to 65535");
+  return { host, port, exportName };
+}
+
 /** The parts of a URI as they stand in it, still percent-encoded. */
 interface UriParts {
   isSecure: boolean;

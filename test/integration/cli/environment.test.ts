@@ -2,8 +2,8 @@
 import { cpSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { afterEach, expect, it } from "vitest";
-import { COWCATCHER_BIN, run } from "../../support/cli.js";
-import { scratchFolder, stopAll } from "../../support/server.js";
+import { COWCATCHER_BIN, cowcatcher, run } from "../../support/cli.js";
+import { Process, scratchFolder, stopAll } from "../../support/server.js";
 
 afterEach(stopAll);
 
@@ -29,6 +29,32 @@ it("without koffi all goes on, with a warning that says what is missing", async 
   const bin = join(folder, "dist/src/cli/main.js");
   const { code, stderr } = await run("node", [bin, "backup", "a.raw", "b.raw"], { cwd: folder });
   expect(stderr).toMatch(/^cowcatcher: warning: native calls are missing .*not locked.*\n$/);
+  expect(code).toBe(0);
+  expect(readFileSync(join(folder, "b.raw")).equals(DISK)).toBe(true);
+});
+
+it("a server that is handed its socket prints nothing: its output is another program's", async () => {
+  const folder = scratchFolder();
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const serve = ["node", COWCATCHER_BIN, "serve", "-f", "raw", "a.raw"];
+  const { code, stdout, stderr } = await run("nbdinfo", ["--size", "--", "[", ...serve, "]"], {
+    cwd: folder,
+  });
+  expect({ code, stdout, stderr }).toEqual({ code: 0, stdout: `${DISK.length}\n`, stderr: "" });
+});
+
+it("an export is also named as QEMU named it before URIs", async () => {
+  const folder = scratchFolder();
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const server = new Process("node", [
+    COWCATCHER_BIN,
+    "serve",
+    "--socket",
+    join(folder, "s"),
+    join(folder, "a.raw=x"),
+  ]);
+  await server.line((line) => line.includes("listening"));
+  const { code } = await cowcatcher(["backup", "nbd:unix:s:exportname=x", "b.raw"], { cwd: folder });
   expect(code).toBe(0);
   expect(readFileSync(join(folder, "b.raw")).equals(DISK)).toBe(true);
 });

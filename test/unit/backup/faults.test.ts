@@ -68,7 +68,7 @@ describe("the syntax", () => {
     ["worker:exit=1", "COWCATCHER_FAULTS: 'exit=1' takes no value"],
     [
       "worker:exit,from=x",
-      "COWCATCHER_FAULTS: 'x' is not a size (give bytes, or a number with K, M, G or T, such as 64K)",
+      "COWCATCHER_FAULTS: 'x' is not a size (give bytes, or a number with K, M, G, T, P or E, such as 64K)",
     ],
     ["worker:exit,after=-1", "COWCATCHER_FAULTS: 'after=-1' needs a number"],
     ["worker:exit,count", "COWCATCHER_FAULTS: 'count' needs a number"],

@@ -40,7 +40,7 @@ const USAGE: [string, string, number?][] = [
   ["backup -w", "--workers: needs a value (see cowcatcher backup --help)"],
   [
     "backup --rate-limit fast a b",
-    "--rate-limit: 'fast' is not a size (give bytes, or a number with K, M, G or T, such as 64K)",
+    "--rate-limit: 'fast' is not a size (give bytes, or a number with K, M, G, T, P or E, such as 64K)",
   ],
   [
     "backup --guest-timeout soon a b",
@@ -220,7 +220,7 @@ const USAGE: [string, string, number?][] = [
   ["info a b", "info: too many arguments (see cowcatcher info --help)"],
   [
     "map -s x a",
-    "--start-offset: 'x' is not a size (give bytes, or a number with K, M, G or T, such as 64K)",
+    "--start-offset: 'x' is not a size (give bytes, or a number with K, M, G, T, P or E, such as 64K)",
   ],
   ["create", "IMAGE: is missing (see cowcatcher create --help)"],
   // compare and check have QEMU's exit codes: 2 would be a corrupt image to a script that calls check.
@@ -229,7 +229,7 @@ const USAGE: [string, string, number?][] = [
   [
     "check nbd://h/a",
     "nbd://h/a: this image format does not support checks (check the image where it is stored)",
-    1,
+    63,
   ],
   ["check", "IMAGE: is missing (see cowcatcher check --help)", 1],
   ["check -f vmdk a", "--format: 'vmdk' is not known (give raw or qcow2)", 1],

@@ -319,7 +319,12 @@ describe("jobs over the wire", () => {
     [{ compress: true, "x-compression-type": "zlib", "x-compression-level": 10 }, /zlib has no level 10/],
     [{ "on-target-error": "enosp" }, /^Parameter 'on-target-error' does not accept value 'enosp'$/],
     [{ target: "" }, /file name/],
-    [{ target: "a\0b" }, /NUL/],
+    [{ target: "a\0b" }, /'target' must not contain a NUL/],
+    [{ target: "/x/a\ud800b" }, /'target' is not Unicode: it has a lone surrogate/],
+    [{ "spill-dir": "a\0b" }, /'spill-dir' must not contain a NUL/],
+    [{ "spill-dir": "/x/\udc00" }, /'spill-dir' is not Unicode/],
+    [{ "x-backing-file": "a\0b" }, /'x-backing-file' must not contain a NUL/],
+    [{ "x-backing-file": "\udfff" }, /'x-backing-file' is not Unicode/],
     [{ __proto__: null, constructor: 1 }, /^Parameter 'constructor' is unexpected$/],
   ])("refuses %j", async (args, desc) => {
     const client = await RawQmp.negotiated(path);

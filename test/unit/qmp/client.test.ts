@@ -33,6 +33,23 @@ const failure = new CowcatcherError({
   errno: "EIO",
 });
 
+it("knows an NBD socket at once, however its magic comes", async () => {
+  for (const pieces of [["NBDMAGICIHAVEOPT\0\x03"], ["NBD", "MAG", "IC"]]) {
+    const server = createServer((socket) => {
+      socket.setNoDelay(true);
+      for (const piece of pieces) socket.write(piece);
+      socket.on("error", () => undefined);
+    });
+    await new Promise<void>((listening) => server.listen(path, listening));
+    // It never greets: only the magic can end this before the hour.
+    await expect(ControlClient.connect(path, { timeoutMs: 3_600_000 })).rejects.toMatchObject({
+      code: "PROTOCOL",
+      problem: "is an NBD socket, not a control socket",
+    });
+    await new Promise((closed) => server.close(closed));
+  }
+});
+
 describe("against the server", () => {
   let host: FakeJobHost;
   let server: ControlServer;

@@ -10,7 +10,7 @@
 import { closeSync, openSync } from "node:fs";
 import { CowcatcherError, ioError } from "../../../errors.js";
 import { closeFile, readFirstBytes } from "../../../block/file/fileio.js";
-import type { ImageFormat } from "../../../block/format.js";
+import { NO_CHECKS, type ImageFormat } from "../../../block/format.js";
 import { openImageFile } from "../../../block/file/image-file.js";
 import { acquireImageLock } from "../../../block/file/locks.js";
 import { PROBE_BYTES, probeFormat } from "../../probe.js";
@@ -74,7 +74,7 @@ async function checkOpened(path: string, fd: number, options: CheckOptions): Pro
     throw new CowcatcherError({
       code: "UNSUPPORTED",
       object: path,
-      problem: "this image format does not support checks",
+      problem: NO_CHECKS,
       hint: "raw images have no metadata",
     });
   }
