@@ -18,6 +18,15 @@ export interface Logger extends Pick<PinoLogger, LogMethod> {
   isLevelEnabled(level: LogLevel): boolean;
 }
 
+export interface Log {
+  readonly logger: Logger;
+  /**
+   * Opens the log's file anew, as whoever rotates logs has given its name to another one. Where that fails the old file
+   * is written on, and says so. A log to stderr has no name. Main thread.
+   */
+  readonly reopen: () => void;
+}
+
 export interface LogSettings {
   level: LogLevel;
   /** Appended to; undefined: stderr. */
@@ -29,26 +38,43 @@ const STDERR_FD = 2;
 const MAX_UNWRITTEN_BYTES = 1024 * 1024;
 
 /** @throws CowcatcherError IO or NOT_FOUND, naming the file, if it cannot be opened. */
-export function createLogger({ level, file }: LogSettings): Logger {
-  let logger = file === undefined ? undefined : openLogger(level, file);
+export function createLog({ level, file }: LogSettings): Log {
+  let opened = file === undefined ? undefined : openLogger(level, file);
   const isLevelEnabled = (asked: LogLevel): boolean => LOG_LEVELS.indexOf(asked) >= LOG_LEVELS.indexOf(level);
   const methodOf = (method: LogMethod): LogFn => {
     if (!isLevelEnabled(method)) return () => undefined;
     return (...line: Parameters<LogFn>) => {
-      logger ??= openLogger(level, undefined);
-      logger[method](...line);
+      opened ??= openLogger(level, undefined);
+      opened.logger[method](...line);
     };
   };
-  return {
+  const logger: Logger = {
     error: methodOf("error"),
     warn: methodOf("warn"),
     info: methodOf("info"),
     debug: methodOf("debug"),
     isLevelEnabled,
   };
+  const reopen = (): void => {
+    if (file === undefined) return;
+    try {
+      const old = opened;
+      opened = openLogger(level, file);
+      old?.end();
+    } catch (error) {
+      logger.error({ err: error }, "the log cannot be opened anew");
+    }
+  };
+  return { logger, reopen };
 }
 
-function openLogger(level: LogLevel, file: string | undefined): PinoLogger {
+interface OpenLogger {
+  readonly logger: PinoLogger;
+  /** Closes its file. */
+  end(): void;
+}
+
+function openLogger(level: LogLevel, file: string | undefined): OpenLogger {
   const { pino } = createRequire(import.meta.url)("pino") as typeof import("pino");
   try {
     const destination = pino.destination({
@@ -58,7 +84,7 @@ function openLogger(level: LogLevel, file: string | undefined): PinoLogger {
     });
     // A log that cannot be written, its disk being full or its reader gone, must not end what it is about.
     destination.on("error", () => undefined);
-    return pino({ name: "cowcatcher", level }, destination);
+    return { logger: pino({ name: "cowcatcher", level }, destination), end: () => destination.end() };
   } catch (cause) {
     throw ioError("open the log", file ?? "stderr", cause);
   }

@@ -6,9 +6,13 @@ import { EXIT } from "./output/exit-codes.js";
 import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
 import { endProcess, mayEndProcess } from "../backup/copy/thread-boots.js";
 import { errorLine, reportError } from "./output/report.js";
+import { keepInterrupts } from "./signals.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
 process.on("SIGUSR1", () => undefined);
+
+// Meant for nobody here: a guest's disk does not go away by it.
+process.on("SIGUSR2", () => undefined);
 
 // A reader that has seen enough (`| head`) is no error of ours, and no reason to stop a backup.
 process.stderr.on("error", () => undefined);
@@ -27,6 +31,11 @@ process.on("uncaughtException", (thrown: unknown) => {
 });
 
 const argv = process.argv.slice(2);
+if (argv[0] === "serve") {
+  // The command's own handler takes over when it is loaded.
+  process.on("SIGHUP", () => undefined);
+  keepInterrupts();
+}
 if (isOfflineCopy(argv)) {
   const { startCopyPoolEarly } = await import("../backup/copy/pool.js");
   startCopyPoolEarly(OFFLINE_WORKER_COUNT);

@@ -101,8 +101,8 @@ async function warnWithoutNative({ output, logger }: CommandContext): Promise<vo
 }
 
 async function makeContext(command: CommandName, flags: CommonFlags, io: ProgramIo): Promise<CommandContext> {
-  const { createLogger } = await import("../log.js");
-  const logger = createLogger({ level: flags.logLevel ?? DEFAULT_LOG_LEVEL, file: flags.logFile });
+  const { createLog } = await import("../log.js");
+  const log = createLog({ level: flags.logLevel ?? DEFAULT_LOG_LEVEL, file: flags.logFile });
   const output: OutputSettings = {
     json: flags.json ?? false,
     quiet: flags.quiet ?? false,
@@ -110,7 +110,7 @@ async function makeContext(command: CommandName, flags: CommonFlags, io: Program
     stdout: io.stdout,
     stderr: io.stderr,
   };
-  return { command, logger, output, interruptedBy: undefined };
+  return { command, logger: log.logger, reopenLog: log.reopen, output, interruptedBy: undefined };
 }
 
 function fail(thrown: unknown, argv: readonly string[], io: ProgramIo, { context }: Session): number {

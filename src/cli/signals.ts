@@ -6,7 +6,25 @@ import { interruptExitCode, type InterruptSignal } from "./output/exit-codes.js"
 
 const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM", "SIGHUP"];
 
+/** A signal that came while the program was still loading, and whether such are kept. */
+let early: InterruptSignal | undefined;
+let isKeeping = false;
+const keep = (signal: NodeJS.Signals): void => {
+  early ??= SIGNALS.find((known) => known === signal);
+};
+
+/**
+ * From now on SIGINT and SIGTERM wait for `onInterrupt`, so that they end the program in good order however early they
+ * come. For a command that is sure to call it.
+ */
+export function keepInterrupts(): void {
+  isKeeping = true;
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, keep);
+}
+
 export interface InterruptHandlers {
+  /** What SIGHUP does instead of asking for an end; undefined: it asks. */
+  onHangUp?: (() => void) | undefined;
   /** Called once, at the first signal. What it throws ends the process, as it could not end in good order. */
   onFirst: (signal: InterruptSignal) => Promise<void> | void;
   /** Called at the second signal, just before the exit: must not wait (removing an unfinished target). */
@@ -24,7 +42,7 @@ export interface ExitPort {
  */
 export function onInterrupt(
   context: Pick<CommandContext, "interruptedBy" | "logger">,
-  { onFirst, onSecond }: InterruptHandlers,
+  { onFirst, onSecond, onHangUp }: InterruptHandlers,
   port: ExitPort = { exit: endProcess },
 ): () => void {
   const endAtOnce = (signal: InterruptSignal): void => {
@@ -33,6 +51,10 @@ export function onInterrupt(
   };
   const listener = (signal: NodeJS.Signals): void => {
     if (signal !== "SIGINT" && signal !== "SIGTERM" && signal !== "SIGHUP") return;
+    if (signal === "SIGHUP" && onHangUp !== undefined) {
+      onHangUp();
+      return;
+    }
     if (context.interruptedBy !== undefined) {
       if (signal !== "SIGHUP") endAtOnce(signal);
       return;
@@ -47,6 +69,11 @@ export function onInterrupt(
       });
   };
   for (const signal of SIGNALS) process.on(signal, listener);
+  if (isKeeping) {
+    isKeeping = false;
+    for (const signal of SIGNALS) process.removeListener(signal, keep);
+    if (early !== undefined) listener(early);
+  }
   return () => {
     for (const signal of SIGNALS) process.removeListener(signal, listener);
   };

@@ -122,7 +122,6 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   SERVER_ENDED: true,
   WORKER: true,
   VERIFY: true,
-  NO_BASIS: true,
   LIMIT: true,
   INTERNAL: true,
 };

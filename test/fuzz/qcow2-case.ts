@@ -139,6 +139,7 @@ export class MutantCase {
     const context: CommandContext = {
       command: "info",
       logger: pino({ level: "silent" }),
+      reopenLog: () => undefined,
       output,
       interruptedBy: undefined,
     };

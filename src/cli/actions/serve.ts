@@ -16,7 +16,6 @@ import { checkBufferMemory } from "./buffer-memory.js";
 import { type CommandContext, printJsonLine, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
-import { openTrackers, type TrackedDisks } from "./serve-tracking.js";
 import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { bitmapContexts, warnOfBitmaps } from "./serve-bitmaps.js";
 import { ServedExports } from "./served-exports.js";
@@ -28,47 +27,68 @@ import { packageVersion } from "../version.js";
 export async function runServe(settings: ServeSettings, context: CommandContext): Promise<number> {
   if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
   const images: { served: ServedImage; image: Image }[] = [];
-  let tracked: TrackedDisks | undefined;
-  let quit: () => void = () => {};
-  const quitting = new Promise<void>((resolve) => {
-    quit = resolve;
-  });
+  const quitting = new Quitting();
+  const quit = quitting.ask;
   // `bench` is on the other end of this channel, where there is one: without it the server has no one to serve.
   process.once("disconnect", quit);
-  const removeHandlers = onInterrupt(context, { onFirst: quit, onSecond: () => removeSockets(settings) });
+  const removeHandlers = onInterrupt(context, {
+    onFirst: quit,
+    onSecond: () => removeSockets(settings),
+    // Whoever rotates logs sends it, or a terminal that goes: no reason to take a guest's disk away.
+    onHangUp: context.reopenLog,
+  });
   try {
     for (const served of settings.images) {
       const options = { format: served.format, readOnly: settings.readOnly, direct: settings.direct };
-      const image = await openImage(served.path, options);
+      const image = await quitting.unless(openImage(served.path, options));
+      if (image === undefined) return EXIT.done;
       images.push({ served, image });
       warnOfEmptySource(context.output, served.path, image.sizeBytes);
       if (!settings.readOnly) await warnOfMountedSource(context.output, image, MOUNTED_SERVED);
     }
     for (const { image } of images) warnOfBitmaps(image, context.output);
-    tracked = await openTrackers(images, settings.tracking, context);
-    const trackers = tracked.byName;
-    const nodes = new Map(
-      images.map(({ served: { name }, image }) => [
-        name,
-        new DiskNode(name, image, trackers.get(name) ?? null),
-      ]),
-    );
+    const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
     const opened = images.map(({ image }) => image);
     const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));
-    const host = new LiveHost(nodes, quit, exports, trackers);
+    const host = new LiveHost(nodes, quit, exports);
     await serveNodes(settings, context, exports, host, quitting);
   } finally {
-    removeHandlers();
-    process.removeListener("disconnect", quit);
-    tracked?.imagesClose();
     // Flushes: what a guest was told is stored must be, whatever ended the server.
     const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
-    // Only what is whole and closed is what the next server will find.
-    await tracked?.close();
+    // Not before: the first signal after QMP's `quit` must not cut the flushes short.
+    removeHandlers();
+    process.removeListener("disconnect", quit);
     const failure = closed.find((result) => result.status === "rejected");
     if (failure !== undefined) throw failure.reason;
   }
   return EXIT.done;
+}
+
+/** A signal, or QMP's `quit`, which may come at any moment from the start on. */
+class Quitting {
+  isAsked = false;
+  ask: () => void = () => {};
+  readonly asked = new Promise<void>((resolve) => {
+    this.ask = () => {
+      this.isAsked = true;
+      resolve();
+    };
+  });
+
+  /**
+   * What the promise is fulfilled with; undefined if quitting was asked for before: a server behind an address may never
+   * answer. An image that is opened after that is closed again.
+   */
+  async unless(opening: Promise<Image>): Promise<Image | undefined> {
+    const first = await Promise.race([opening, this.asked.then(() => undefined)]);
+    if (first === undefined) {
+      opening.then(
+        (image) => image.close(),
+        () => undefined,
+      );
+    }
+    return first;
+  }
 }
 
 async function serveNodes(
@@ -76,7 +96,7 @@ async function serveNodes(
   context: CommandContext,
   exports: ServedExports,
   host: LiveHost,
-  quitting: Promise<void>,
+  quitting: Quitting,
 ): Promise<void> {
   const { logger } = context;
   const tls = settings.tls && loadTlsCredentials(settings.tls);
@@ -104,8 +124,8 @@ async function serveNodes(
     host.listensAt(listeners.flatMap(({ place }) => place ?? []));
     if (settings.control !== undefined) await control.listen(settings.control, settings.controlAccess);
     for (const listener of listeners) listener.serve(server);
-    announce(settings, context, listeners);
-    await quitting;
+    if (!quitting.isAsked) announce(settings, context, listeners);
+    await quitting.asked;
   } finally {
     stopLoopDelay();
     await Promise.all(listeners.map((listener) => listener.close()));

@@ -7,7 +7,6 @@ import type { CommandName } from "../output/exit-codes.js";
 import { addBackup } from "./backup.js";
 import { addBench } from "./bench.js";
 import { addCheck } from "./check.js";
-import { addCheckpoints } from "./checkpoints.js";
 import { addCompare } from "./compare.js";
 import { addCreate } from "./create.js";
 import { addInfo } from "./info.js";
@@ -24,7 +23,6 @@ const ADD_COMMAND: Record<
   backup: addBackup,
   serve: addServe,
   jobs: addJobs,
-  checkpoints: addCheckpoints,
   restore: addRestore,
   info: addInfo,
   map: addMap,

@@ -9,7 +9,8 @@ export function addServe(program: Command, run: RunCommand, environment: Environ
     usage: "[options] IMAGE[=NAME]...",
     notes:
       "Prints one line with `listening` when it is ready. SIGINT and SIGTERM finish what is in flight, flush and\n" +
-      "exit; a second one exits at once. Without --socket and --port the sockets of systemd's LISTEN_FDS are used.\n" +
+      "exit; a second one exits at once. SIGHUP opens --log-file anew; no other signal ends a server in good order.\n" +
+      "Without --socket and --port the sockets of systemd's LISTEN_FDS are used.\n" +
       "The server writes the targets and the spill files of its backups, with its own user's rights; whoever reaches the\n" +
       "control socket (--control-mode, --control-group; else the server's user and root) makes it do so.\n" +
       "With --snapshot-export each running backup of NAME comes with a read-only export NAME-snapshot, the disk as\n" +

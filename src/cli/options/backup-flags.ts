@@ -36,7 +36,4 @@ export interface BackupFlags extends CopyFlags {
   sync?: SyncMode | "incremental";
   bitmap?: string;
   bitmapMode?: string;
-  checkpoint?: string;
-  since?: string;
-  sinceOrFull?: boolean;
 }

@@ -24,6 +24,8 @@ export interface OutputSettings {
 export interface CommandContext {
   readonly command: CommandName;
   readonly logger: Logger;
+  /** See `Log`. */
+  readonly reopenLog: () => void;
   output: OutputSettings;
   /** Set by `onInterrupt` at the first signal; an error thrown afterwards exits with 129, 130 or 143. */
   interruptedBy: InterruptSignal | undefined;

@@ -8,7 +8,6 @@ export const EXIT = {
   usage: 2,
   ignoredErrors: 3,
   verifyDifference: 4,
-  noBasis: 12,
   interruptedBySighup: 129,
   interruptedBySigint: 130,
   interruptedBySigterm: 143,
@@ -37,7 +36,6 @@ export const COMMAND_NAMES = [
   "backup",
   "serve",
   "jobs",
-  "checkpoints",
   "restore",
   "info",
   "map",
@@ -66,16 +64,15 @@ const COPY: readonly ExitMeaning[] = [
 ];
 
 const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
-  backup: [...COPY, [EXIT.noBasis, "what it builds on is missing: the checkpoint of --since"]],
+  backup: COPY,
   restore: COPY,
   serve: [
-    [EXIT.done, "ended by SIGINT, SIGTERM or SIGHUP, in good order"],
+    [EXIT.done, "ended by SIGINT or SIGTERM, in good order"],
     ...COMMON.slice(1),
     [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
     [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
   ],
   jobs: COMMON,
-  checkpoints: [...COMMON, [EXIT.noBasis, "no such checkpoint"]],
   info: COMMON,
   map: COMMON,
   create: COMMON,
@@ -111,6 +108,5 @@ export function exitCodeOfError(command: CommandName | undefined, error: Cowcatc
   if (command === "check") return error.problem === NO_CHECKS ? CHECK_EXIT.noChecks : CHECK_EXIT.cannotCheck;
   if (command === "compare") return COMPARE_EXIT.error;
   if (error.code === "VERIFY") return EXIT.verifyDifference;
-  if (error.code === "NO_BASIS") return EXIT.noBasis;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
 }

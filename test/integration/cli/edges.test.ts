@@ -10,7 +10,6 @@ import {
   readdirSync,
   rmSync,
   symlinkSync,
-  truncateSync,
   writeFileSync,
 } from "node:fs";
 import { tmpdir } from "node:os";
@@ -226,22 +225,5 @@ describe("a terminal that goes", () => {
     expect({ code, signal }).toEqual({ code: 129, signal: null });
     expect(stderr).toMatch(/^cowcatcher: backup: interrupted by SIGHUP \(.*\)\n$/);
     expect(readdirSync(place)).toEqual([]);
-  });
-
-  it("ends a server in good order, its sockets gone", async () => {
-    const place = join(folder, "server");
-    mkdirSync(place);
-    writeFileSync(join(place, "disk.img"), "");
-    truncateSync(join(place, "disk.img"), 1 << 20);
-    const child = spawn(
-      process.execPath,
-      [COWCATCHER_BIN, "serve", "--socket", "nbd", "--control", "ctl", "disk.img"],
-      { cwd: place, stdio: ["ignore", "pipe", "inherit"] },
-    );
-    await once(child.stdout, "data");
-    child.kill("SIGHUP");
-    const [code] = (await once(child, "close")) as [number | null];
-    expect(code).toBe(0);
-    expect(readdirSync(place)).toEqual(["disk.img"]);
   });
 });
