@@ -206,6 +206,24 @@ const TRACKING_MUTANTS = [
     to: "await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), new Bits(options.image.sizeBytes, base.granularityBytes)));",
   },
   {
+    rule: "tracking: a backup that is being prepared learns of the epochs that end meanwhile",
+    file: "src/tracking/tracker.ts",
+    from: "for (const bits of this.#followers) bits.or(over.bits);",
+    to: "",
+  },
+  {
+    rule: "tracking: a write that follows a killed server is another's",
+    file: "src/tracking/pulse.ts",
+    from: "if (!pulse.writing) return pulse.changedNs !== now.changedNs;",
+    to: "if (!pulse.writing) return false;",
+  },
+  {
+    rule: "tracking: the record says writing before a write is issued",
+    file: "src/tracking/pulse.ts",
+    from: "this.#isWriting = true;\n    this.#writeNow();",
+    to: "this.#isWriting = true;",
+  },
+  {
     rule: "tracking: epochs on both sides of a checkpoint are never merged",
     file: "src/tracking/epoch-store.ts",
     from: "before < epoch && epoch <= after;",

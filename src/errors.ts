@@ -23,6 +23,7 @@ export type ErrorCode =
   | "SERVER_ENDED" // the server that made the backup was ended by a signal or by quit
   | "WORKER" // a worker thread died
   | "VERIFY" // the target, read back, is not what was written to it
+  | "NO_BASIS" // what an incremental backup builds on is missing: checkpoint, bitmap, base
   | "LIMIT" // a stated bound was hit; the message names the bound
   | "INTERNAL";
 

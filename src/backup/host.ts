@@ -17,6 +17,39 @@ export interface SnapshotInfo {
   error: CowcatcherError | undefined;
 }
 
+/** Proxmox's words, but for the last two: what became of the changed-block tracking. */
+export const BITMAP_ACTIONS = ["used", "new", "not-used", "invalid", "missing"] as const;
+export type BitmapAction = (typeof BITMAP_ACTIONS)[number];
+
+export interface BasisInfo {
+  level: "full" | "incremental";
+  bitmapAction: BitmapAction;
+  /** Why it is a full one although less was asked for, or made no checkpoint. */
+  reason?: string | undefined;
+}
+
+/** What a server remembers of a disk's changes. */
+export interface TrackingInfo {
+  mode: "host" | "process";
+  state: "tracking" | "failed";
+  granularityBytes: number;
+  /** Extents that a host's crash would make count as changed. */
+  hotExtents: number;
+  /** How often a guest's write has waited for the activity log. */
+  logWaits: number;
+  /** Why earlier checkpoints are gone; null where none was lost. */
+  lossReason: string | null;
+  lostCheckpoints: readonly string[];
+  checkpoints: readonly CheckpointInfo[];
+}
+
+export interface CheckpointInfo {
+  name: string;
+  /** The same for all disks of one backup. */
+  uuid: string;
+  createdMs: number;
+}
+
 export interface BackupJob {
   readonly id: string;
   /** The node name of the disk. */
@@ -29,6 +62,8 @@ export interface BackupJob {
   readonly speed: number;
   /** The instant that the backup shows, in milliseconds since 1970 UTC; undefined before it. */
   readonly t0Ms?: number | undefined;
+  /** How much is copied, and why; undefined before that is known. */
+  readonly basis?: BasisInfo | undefined;
   /** While the job offers one. */
   readonly snapshot?: SnapshotInfo | undefined;
   progress(): JobProgress;
@@ -57,6 +92,8 @@ export interface DiskInfo {
   readOnly: boolean;
   /** Backups of it that were asked for since the server began. */
   jobCount?: number | undefined;
+  /** Undefined where the disk's changes are not tracked. */
+  tracking?: TrackingInfo | undefined;
 }
 
 export type JobStatusListener = (job: BackupJob, status: JobStatus) => void;
@@ -76,6 +113,10 @@ export interface JobHost {
   startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]>;
   /** Forgets a concluded job. */
   dismiss(id: string): void;
+  /** How much has changed since the disk's checkpoint, in bytes. @throws CowcatcherError NOT_FOUND, IO */
+  changedBytes(disk: string, checkpoint: string): Promise<number>;
+  /** Of one disk, or of all that have it. @throws CowcatcherError NO_BASIS where none has it; NOT_FOUND (disk), IO */
+  deleteCheckpoint(name: string, disk?: string): Promise<void>;
   /** Calls `listener` at each change, synchronously. Returns the function that ends it. */
   onStatus(listener: JobStatusListener): () => void;
   /** Ends the process in good order, as SIGTERM does. */

@@ -27,6 +27,12 @@ export interface JobOptions {
   workerCount: number;
   /** Incremental: only what this dirty bitmap, of the image or of QEMU's export, calls dirty is copied. */
   bitmap?: string | undefined;
+  /** Live: when the backup is good, its T0 is remembered under this name. */
+  checkpoint?: string | undefined;
+  /** Live: only what changed since the checkpoint of this name is copied. */
+  since?: string | undefined;
+  /** Where there is no such checkpoint, or it cannot be relied on, all is copied. */
+  sinceOrFull?: boolean | undefined;
   /** 0: no buffer; a guest write waits until the target has the old data. */
   cowBufferSizeBytes: number;
   onBufferFull: OnBufferFull;

@@ -170,6 +170,9 @@ export class Benchmark {
       format,
       "--socket",
       socketPath,
+      // What it measures is a backup's cost; and a folder beside the disk would stay behind.
+      "--tracking",
+      "off",
       ...(direct ? ["--direct"] : []),
     ];
     const server = await BenchServer.start({ args, control: join(sockets, "control") }, (child) => {

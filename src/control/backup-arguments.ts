@@ -83,6 +83,9 @@ export const BACKUP_COMMON = {
   "x-target-snapshot": optional(string),
   "x-backing-file": optional(fileName),
   "x-backing-format": optional(oneOf(IMAGE_FORMATS)),
+  "x-checkpoint": optional(string),
+  "x-since": optional(string),
+  "x-since-or-full": optional(boolean),
   "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
   "x-compression-level": optional(integer),
 };
@@ -142,9 +145,13 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     backingFile: args["x-backing-file"],
     backingFormat: args["x-backing-format"],
     compression: compressionFrom(args),
+    checkpoint: args["x-checkpoint"],
+    since: args["x-since"],
+    sinceOrFull: args["x-since-or-full"],
     sync: SYNC_MODES.find((mode) => mode === args.sync),
   };
   const present = Object.entries(given).filter(([, value]) => value !== undefined);
+  refuseIncremental(args, disk);
   return {
     ...JOB_DEFAULTS,
     ...defaults,
@@ -155,6 +162,29 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
       disk,
     ),
   };
+}
+
+/** What an incremental backup needs, and what it cannot do: without a basis it would be a heap of clusters. */
+function refuseIncremental(args: DriveBackupArguments, disk: DiskInfo): void {
+  const { "x-since": since, "x-since-or-full": orFull, "x-checkpoint": checkpoint } = args;
+  for (const name of [since, checkpoint]) {
+    if (name !== undefined && !/^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/.test(name)) {
+      throw genericError(`Invalid checkpoint name '${name}'`);
+    }
+  }
+  if (since === undefined) {
+    if (orFull === true) throw genericError("'x-since-or-full' needs 'x-since'");
+    return;
+  }
+  if (args.sync !== "full") throw notSupported(`'x-since' with sync mode '${args.sync}'`);
+  if (args["x-verify"] === true) throw notSupported("'x-since' with 'x-verify'");
+  const format = targetFormat(args.format ?? (isNbdUri(args.target) ? "raw" : undefined), disk);
+  if (format === "qcow2" && args["x-backing-file"] === undefined) {
+    throw genericError("'x-since' needs 'x-backing-file' for a qcow2 target");
+  }
+  if (format === "raw" && args["x-backing-file"] !== undefined) {
+    throw genericError("A raw target has no backing file");
+  }
 }
 
 function targetName(target: string): string {
@@ -255,6 +285,9 @@ export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObj
     "x-target-snapshot": options.targetSnapshot,
     "x-backing-file": options.backingFile,
     "x-backing-format": options.backingFormat,
+    "x-checkpoint": options.checkpoint,
+    "x-since": options.since,
+    "x-since-or-full": options.sinceOrFull,
     compress: options.compression === undefined ? undefined : true,
     "x-compression-type": options.compression?.type,
     "x-compression-level": options.compression?.level,

@@ -6,6 +6,7 @@ import type { DiskInfo, JobHost } from "../backup/host.js";
 import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
+import { CHECKPOINT_COMMANDS, trackingToWire } from "./checkpoint-commands.js";
 import { JOB_COMMANDS } from "./job-commands.js";
 import { DIALECT_VERSION, QmpError } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
@@ -20,7 +21,7 @@ export function versionInfo(version: string): JsonObject {
  * BlockDeviceInfo, of which QEMU makes nearly all members mandatory. Throttling, encryption and write thresholds do
  * not exist here; `backing_file_depth` is not known on this side and stays 0.
  */
-function nodeInfo({ name, path, format, sizeBytes, readOnly }: DiskInfo): JsonObject {
+function nodeInfo({ name, path, format, sizeBytes, readOnly, tracking }: DiskInfo): JsonObject {
   return {
     "node-name": name,
     file: path,
@@ -38,6 +39,7 @@ function nodeInfo({ name, path, format, sizeBytes, readOnly }: DiskInfo): JsonOb
     backing_file_depth: 0,
     cache: { writeback: true, direct: false, "no-flush": false },
     image: { filename: path, format, "virtual-size": sizeBytes },
+    "x-cowcatcher": tracking === undefined ? undefined : { tracking: trackingToWire(tracking) },
   };
 }
 
@@ -92,7 +94,7 @@ const QUERY_COMMANDS: Record<string, Command> = {
 };
 
 const COMMANDS = new Map<string, Command>(
-  Object.entries({ ...QUERY_COMMANDS, ...JOB_COMMANDS, ...BACKUP_COMMANDS }),
+  Object.entries({ ...QUERY_COMMANDS, ...JOB_COMMANDS, ...BACKUP_COMMANDS, ...CHECKPOINT_COMMANDS }),
 );
 
 /** Belongs to the connection, which alone knows whether it has negotiated. */

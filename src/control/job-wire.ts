@@ -1,6 +1,6 @@
 // The `x-cowcatcher` object of a job: the counters that QMP has no field for. Written and read here and nowhere else.
 
-import type { BackupJob } from "../backup/host.js";
+import { type BackupJob, type BasisInfo, BITMAP_ACTIONS } from "../backup/host.js";
 import type { JobProgress } from "../backup/progress.js";
 import { errorToWire, type JsonObject } from "../qmp/protocol.js";
 
@@ -28,12 +28,24 @@ export function jobToWire(job: BackupJob): JsonObject {
   const wire: JsonObject = { disk: job.disk, target: job.options.target, speed: job.speed };
   if (job.t0Ms !== undefined) wire.t0 = new Date(job.t0Ms).toISOString();
   for (const key of PROGRESS_KEYS) wire[PROGRESS_FIELDS[key]] = progress[key];
+  if (job.basis !== undefined) {
+    const { level, bitmapAction, reason } = job.basis;
+    Object.assign(wire, { level, "bitmap-action": bitmapAction, "bitmap-reason": reason });
+  }
   if (job.error !== undefined) wire.error = errorToWire(job.error);
   if (job.snapshot !== undefined) {
     wire["snapshot-export"] = job.snapshot.exportName;
     if (job.snapshot.error !== undefined) wire["snapshot-error"] = errorToWire(job.snapshot.error);
   }
   return wire;
+}
+
+/** Undefined where the server says nothing of it. */
+export function basisFromWire(wire: JsonObject): BasisInfo | undefined {
+  const { level, "bitmap-action": action, "bitmap-reason": reason } = wire;
+  const bitmapAction = BITMAP_ACTIONS.find((known) => known === action);
+  if ((level !== "full" && level !== "incremental") || bitmapAction === undefined) return undefined;
+  return { level, bitmapAction, reason: typeof reason === "string" ? reason : undefined };
 }
 
 /** Reads the counters; one that is missing (an older server) is 0. */

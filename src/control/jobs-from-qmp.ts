@@ -8,7 +8,7 @@
 import { resolve as resolvePath } from "node:path";
 import { isRbdAddress } from "../rbd/address.js";
 import { CowcatcherError } from "../errors.js";
-import type { JobStatus } from "../backup/host.js";
+import type { BasisInfo, JobStatus } from "../backup/host.js";
 import { JOB_DEFAULTS } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { argumentsFromBackup } from "./backup-arguments.js";
@@ -16,7 +16,7 @@ import type { BackupOrder } from "./backup-arguments.js";
 import { COMMAND_MS, type ControlClient, type ControlEvent } from "../qmp/client.js";
 import { errorFromWire, isJsonObject } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { progressFromWire } from "./job-wire.js";
+import { basisFromWire, progressFromWire } from "./job-wire.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
 
@@ -41,6 +41,8 @@ export interface JobSummary {
 
 export interface JobResult {
   progress: JobProgress;
+  /** How much was copied, and why. */
+  basis?: BasisInfo | undefined;
   /** The first cause; absent when the backup is complete. Code CANCELLED for a cancelled one. */
   error?: CowcatcherError | undefined;
   /** As in JobSummary. */
@@ -169,6 +171,7 @@ function lastEventOf({ event, data }: ControlEvent, id: string): JobResult | und
   const fallback = event === "BLOCK_JOB_CANCELLED" ? "cancelled" : data.error;
   return {
     progress: progressFromWire(wire),
+    basis: basisFromWire(wire),
     error: readError(wire.error, fallback, id),
     t0: typeof wire.t0 === "string" ? wire.t0 : undefined,
   };

@@ -6,10 +6,14 @@
 // (invariant 5). A write that waited, for the gate or for an interceptor, starts again from the top, so that it
 // meets the interceptors of a job that started meanwhile.
 //
+// Before all of them comes who keeps track of changes: the write's bits are set in the epoch in which the image is
+// written, since nothing comes between the last question and the write.
+//
 // There are two gates, as a trim of terabytes may go on for minutes, and no other write may wait for it:
 //
 //   1. close the gate of the long requests (of each disk, one after another: who holds it alone makes a T0)
-//   2. wait until no long request is in flight; all else goes on
+//   2. wait until no long request is in flight, and do what is left to prepare: no other start can come in between; all
+//      else goes on
 //   3. close the gate of the others (of all disks at once), wait until no write is in flight
 //   4. the step; open all gates
 //
@@ -20,6 +24,7 @@ import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } 
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { GiB } from "../units.js";
 import type { Interceptor } from "./interceptor.js";
+import type { WriteTracker } from "./write-tracker.js";
 
 /**
  * A longer trim or write of zeroes (NBD's extended headers allow any length) is carried out in pieces, with a turn of
@@ -47,6 +52,7 @@ export class DiskNode implements BlockDevice {
   constructor(
     readonly nodeName: string,
     readonly image: Image,
+    private readonly tracker: WriteTracker | null = null,
   ) {
     this.name = image.name;
     this.sizeBytes = image.sizeBytes;
@@ -99,7 +105,10 @@ export class DiskNode implements BlockDevice {
   }
 
   flush(): Completion {
-    return this.image.flush();
+    // Metadata of the image is written then.
+    this.tracker?.touched();
+    const completion = this.image.flush();
+    return this.tracker === null ? completion : completion?.finally(() => this.tracker?.touched());
   }
 
   blockStatus(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
@@ -114,8 +123,11 @@ export class DiskNode implements BlockDevice {
     return this.#writes.gate ?? this.#intercept(offsetBytes, lengthBytes);
   }
 
+  /** The tracker first: a write that waits for it starts again, and must not have captured for nothing. */
   #intercept(offsetBytes: number, lengthBytes: number): Completion {
     try {
+      const tracked = this.tracker?.beforeWrite(offsetBytes, lengthBytes);
+      if (tracked) return tracked;
       for (const interceptor of this.#interceptors) {
         const wait = interceptor.beforeWrite(offsetBytes, lengthBytes);
         if (wait) return wait;
@@ -147,6 +159,7 @@ export class DiskNode implements BlockDevice {
       }
     } finally {
       traffic.leave();
+      this.tracker?.touched();
     }
   }
 
@@ -154,7 +167,10 @@ export class DiskNode implements BlockDevice {
     if (!completion) return undefined;
     const writes = this.#writes;
     writes.enter();
-    return completion.finally(() => writes.leave());
+    return completion.finally(() => {
+      writes.leave();
+      this.tracker?.touched();
+    });
   }
 
   /** Waits until no other start has the disk; the result gives it up again. */
@@ -183,6 +199,7 @@ export class DiskNode implements BlockDevice {
    * Guest writes that come meanwhile wait, for as long as the local writes in flight take and at most limitMs. What
    * `step` throws is thrown on, with the gates open again.
    * @param signal ends the wait when it is aborted: up to the very turn of `step`, which does not run then
+   * @param prepare what no other start may come between and `step`; guest writes go on meanwhile
    * @throws CowcatcherError GUEST_TIMEOUT naming the disk that had no such moment within limitMs; the signal's reason.
    *   `step` has not run.
    */
@@ -191,14 +208,20 @@ export class DiskNode implements BlockDevice {
     step: () => T,
     limitMs: number,
     signal?: AbortSignal,
+    prepare?: () => Promise<void>,
   ): Promise<T> {
     // In one order for everybody, so that two groups that share disks cannot wait for each other.
-    const inOrder = [...nodes].sort((a, b) => (a.nodeName < b.nodeName ? -1 : 1));
+    const inOrder = [...new Set(nodes)].sort((a, b) => (a.nodeName < b.nodeName ? -1 : 1));
     const openers: (() => void)[] = [];
     const deadline = new Deadline(limitMs, signal);
     try {
       for (const node of inOrder) openers.push(await node.#closeToLongRequests(deadline));
       for (const node of inOrder) await node.#longRequestsOver(deadline);
+      if (prepare !== undefined) {
+        const names = inOrder.map(({ nodeName }) => nodeName).join(", ");
+        const problem = "keeping track of changes has held up the start of the backup for";
+        await deadline.within(prepare(), names, problem, "see that the tracking folder's storage answers");
+      }
       for (const node of inOrder) openers.push(node.#writes.close());
       for (const node of inOrder) await node.#writesOver(deadline);
       signal?.throwIfAborted();

@@ -122,6 +122,7 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   SERVER_ENDED: true,
   WORKER: true,
   VERIFY: true,
+  NO_BASIS: true,
   LIMIT: true,
   INTERNAL: true,
 };

@@ -32,7 +32,7 @@ const LARGEST_CHUNK_BYTES = 4 * MiB;
 
 /**
  * @throws CowcatcherError USAGE for a wrong address or one of a snapshot, EXISTS without `force`, LOCKED for an image that
- *   another client has open, UNSUPPORTED, NOT_FOUND for the pool, NO_SPACE, IO; CANCELLED.
+ *   another client has open, NO_BASIS for an incremental copy into none, UNSUPPORTED, NOT_FOUND for the pool, NO_SPACE, IO; CANCELLED.
  */
 export async function createRbdTarget(options: TargetOptions): Promise<Target> {
   const { path: name, sizeBytes, force, targetSnapshot, isCancelled } = options;
@@ -48,6 +48,7 @@ export async function createRbdTarget(options: TargetOptions): Promise<Target> {
     );
     if (opened === undefined) throw new Error("the keeper did not say what it opened");
     const { image, isNew, objectBytes } = opened;
+    if (isNew && options.inPlace === true) throw noState(name);
     const description: RbdTargetDescription = {
       format: "rbd",
       name,
@@ -61,6 +62,15 @@ export async function createRbdTarget(options: TargetOptions): Promise<Target> {
     await keeper.release();
     throw error;
   }
+}
+
+function noState(name: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "NO_BASIS",
+    object: name,
+    problem: "there is no image that could hold the state of the checkpoint",
+    hint: "make a full backup there first",
+  });
 }
 
 function checkOptions(

@@ -17,6 +17,8 @@ export interface TargetOptions {
   backingFormat?: ImageFormat | undefined;
   /** Of the clusters of a qcow2 target; undefined: none. */
   compression?: Compression | undefined;
+  /** A raw TARGET that holds an older state of the disk: an existing file is written as it stands, and keeps its name. */
+  inPlace?: boolean | undefined;
   /** Replace an existing file. */
   force: boolean;
   /** O_DIRECT for the data. */

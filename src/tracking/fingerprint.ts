@@ -15,7 +15,10 @@ import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { uptime } from "node:os";
 import { promisify } from "node:util";
+import type { ImageLooks } from "./pulse.js";
 
+const S_IFMT = BigInt(fs.constants.S_IFMT);
+const S_IFREG = BigInt(fs.constants.S_IFREG);
 const statFd: (fd: number, options: { bigint: true }) => Promise<fs.BigIntStats> = promisify(fs.fstat);
 
 /** This start of the system. */
@@ -65,15 +68,29 @@ async function deviceIdentity({ rdev }: fs.BigIntStats, boot: Boot): Promise<str
   return ["device", boot.id, `${major}:${minor}`, sizeSectors, sectorsWritten, ...names].join(" ");
 }
 
-/** When the content of any of the files was last changed, in ms since 1970; undefined where there is no telling. */
-export async function changedMs(fds: readonly number[]): Promise<number | undefined> {
-  let latest: number | undefined;
-  for (const fd of fds) {
-    const stats = await statFd(fd, { bigint: true });
-    if (!stats.isFile()) continue;
-    latest = Math.max(latest ?? 0, Number(stats.mtimeNs / 1_000_000n));
+/**
+ * What the files of an image that is in use look like: `own` are those that the guest's writes go to, `below` its backing
+ * files. Undefined where a file has no times of change (a device).
+ */
+export async function looksOf(
+  own: readonly number[],
+  below: readonly number[],
+  boot: Boot,
+): Promise<ImageLooks | undefined> {
+  let changedNs = 0n;
+  const places: string[] = [];
+  for (const fd of own) {
+    const { dev, ino, mtimeNs, ctimeNs, ...stats } = await statFd(fd, { bigint: true });
+    if ((stats.mode & S_IFMT) !== S_IFREG) return undefined;
+    places.push(`${dev} ${ino}`);
+    // A copy that was put in the file's place with its old time has a new time of change of the inode.
+    for (const time of [mtimeNs, ctimeNs]) if (time > changedNs) changedNs = time;
   }
-  return latest;
+  const base = below.length === 0 ? "" : ((await identityOf(below, boot)) ?? "");
+  const files = createHash("sha256")
+    .update([...places, base].join("\n"))
+    .digest("hex");
+  return { changedNs, files };
 }
 
 async function readLine(path: string): Promise<string | undefined> {

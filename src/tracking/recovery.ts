@@ -11,8 +11,8 @@
 //                                             `process`: nothing
 //   anything missing, damaged, another's      nothing
 //
-// Where others may have written since an end that left no record of the image's looks, times tell: a file that was
-// changed well after the server last said that it lived, or after the system came up again.
+// Where others may have written since an end that was none of the server's choosing, pulse.ts tells, or after the host's
+// crash the time at which the system came up again.
 //
 // "Nothing" is a new generation: no checkpoint of the old one is ever believed again, and whoever asks for one is told.
 
@@ -22,14 +22,11 @@ import { readLog } from "./activity-log.js";
 import { decodeActive, decodeEpoch, type DecodedEpoch } from "./epoch-file.js";
 import type { Boot } from "./fingerprint.js";
 import type { TrackingFolder } from "./folder.js";
+import { decodePulse, type ImageLooks, isTouchedByOthers, PULSE_NAME } from "./pulse.js";
 import { decodeHead, type Head, NO_IDENTITY } from "./head.js";
 
 export const HEAD_NAME = "head";
 export const LOG_NAME = "al";
-/** How often a server says that it lives. */
-export const SWEEP_MS = 5_000;
-/** A guest write that the kernel had in hand when the server died may be that much later; so may a slow turn. */
-const LATE_WRITE_MS = 3 * SWEEP_MS;
 /** How far the start of the system, reckoned from a clock and a count of seconds, may be off. */
 const BOOT_CLOCK_MS = 2_000;
 
@@ -38,7 +35,8 @@ export interface TrackedImage {
   readonly sizeBytes: number;
   /** See fingerprint.ts. */
   identity(): Promise<string | undefined>;
-  changedMs(): Promise<number | undefined>;
+  /** Undefined where they tell nothing. */
+  looks(): Promise<ImageLooks | undefined>;
   /**
    * What programs that keep bitmaps have written since the clean end of this generation: undefined where nobody can say
    * so. Asked once, before anything is written to the image.
@@ -71,7 +69,9 @@ export async function recover(
   geometry: Pick<Head, "granularityBytes" | "extentBytes">,
 ): Promise<Recovered> {
   const names = await folder.list();
-  const isOurs = names.some((name) => /^(head|al|checkpoints\.json|(active|epoch)-\d+\.bits)$/.test(name));
+  const isOurs = names.some((name) =>
+    /^(head|al|pulse|checkpoints\.json|(active|epoch)-\d+\.bits)$/.test(name),
+  );
   if (!isOurs) return { kind: "new" };
   const list = decodeList((await folder.read(LIST_NAME)) ?? new Uint8Array());
   const checkpoints = [
@@ -114,15 +114,18 @@ async function distrust(
   head: Head,
 ): Promise<string | undefined> {
   if (head.state !== "open") return undefined;
-  const changedMs = await image.changedMs();
+  const looks = await image.looks();
   if (head.bootId === boot.id) {
-    const livedMs = (await folder.changedMs(HEAD_NAME)) ?? 0;
-    if (changedMs === undefined || changedMs <= livedMs + LATE_WRITE_MS) return undefined;
-    return "the image was written after the server that had it was gone";
+    const pulse = decodePulse((await folder.read(PULSE_NAME)) ?? new Uint8Array());
+    if (pulse?.generation !== head.generation) return "the server's sign of life is missing or damaged";
+    const livedMs = (await folder.changedMs(PULSE_NAME)) ?? 0;
+    if (looks === undefined || !isTouchedByOthers(pulse, livedMs, looks)) return undefined;
+    return "the image was changed after the server that had it was gone";
   }
   if (head.mode === "process") return "the host went down, which tracking by 'process' does not outlive";
-  if (changedMs === undefined || changedMs <= boot.startedMs + BOOT_CLOCK_MS) return undefined;
-  return "the image was written after the host had come up again";
+  if (looks === undefined || Number(looks.changedNs / 1_000_000n) <= boot.startedMs + BOOT_CLOCK_MS)
+    return undefined;
+  return "the image was changed after the host had come up again";
 }
 
 async function keepClean(

@@ -31,7 +31,8 @@ import type { Boot } from "./fingerprint.js";
 import type { TrackingFile, TrackingFolder } from "./folder.js";
 import { copyOffset, encodeHead, type Head, HEAD_BYTES, NO_IDENTITY, type TrackingMode } from "./head.js";
 import { HotSet } from "./hot-set.js";
-import { HEAD_NAME, type Kept, LOG_NAME, recover, SWEEP_MS, type TrackedImage } from "./recovery.js";
+import { encodePulse, NO_LOOKS, type ImageLooks, PULSE_MS, PULSE_NAME, PulseKeeper } from "./pulse.js";
+import { HEAD_NAME, type Kept, LOG_NAME, recover, type TrackedImage } from "./recovery.js";
 
 /** QEMU's and Xen's; 2 MiB of bits for 1 TiB. */
 export const GRANULARITY_BYTES = 64 * KiB;
@@ -39,6 +40,8 @@ export const GRANULARITY_BYTES = 64 * KiB;
 const EXTENT_BYTES = 4 * MiB;
 /** 16 GiB, which is what a host's crash may make count as changed. */
 const HOT_EXTENTS_MAX = 4096;
+/** How often idle extents are looked for (md's, too). */
+const SWEEP_MS = 5_000;
 
 export interface TrackerOptions {
   folder: TrackingFolder;
@@ -54,14 +57,22 @@ export interface TrackerOptions {
   granularityBytes?: number;
 }
 
-/** The epoch that ended at T0. */
+/** The boundary at T0. */
 export interface FrozenEpoch {
   /** The one that began then: what a checkpoint of this T0 is about. */
   readonly epoch: number;
-  /** What changed in the epoch that is over; not to be changed. */
-  readonly bits: Bits;
   /** The boundary is forgotten unless a checkpoint has it. */
   release(): void;
+}
+
+/** What has changed since a checkpoint, followed up to a T0 that is to come. */
+export interface Following {
+  /** Up to the moment at which it was asked for; not to be changed. */
+  readonly known: Bits;
+  /** In T0's turn, after `freeze`: what came to it since. */
+  late(): Bits;
+  /** Once, when nobody asks any more. */
+  end(): void;
 }
 
 export interface TrackingState {
@@ -95,10 +106,15 @@ export class DiskTracker {
   /** Null by `process`. */
   readonly #hot: HotSet | null;
   readonly #logFile: TrackingFile | null;
-  readonly #timer: NodeJS.Timeout;
+  readonly #pulseFile: TrackingFile;
+  readonly #pulse: PulseKeeper;
+  readonly #timers: readonly NodeJS.Timeout[];
   #head: Head;
   #active: ActiveEpoch;
   #next: ActiveEpoch | null = null;
+  #preparing: Promise<void> | undefined;
+  /** Each has the bits of all epochs that ended since. */
+  readonly #followers = new Set<Bits>();
   /** Of the last epoch that ended. */
   #persisting: Promise<void> = Promise.resolve();
   /** One at a time; where writing is not local, all setting of bits. */
@@ -109,7 +125,14 @@ export class DiskTracker {
 
   private constructor(
     options: TrackerOptions,
-    parts: { head: Head; active: ActiveEpoch; store: EpochStore; headFile: TrackingFile },
+    parts: {
+      head: Head;
+      active: ActiveEpoch;
+      store: EpochStore;
+      headFile: TrackingFile;
+      pulseFile: TrackingFile;
+      looks: ImageLooks | undefined;
+    },
     log: { file: TrackingFile; writer: LogWriter } | null,
   ) {
     this.#options = options;
@@ -132,8 +155,21 @@ export class DiskTracker {
             syncBits: () => this.#syncBits(),
             onFailed: (error) => this.#giveUp(error),
           });
-    this.#timer = setInterval(() => this.sweep(), SWEEP_MS);
-    this.#timer.unref();
+    this.#pulseFile = parts.pulseFile;
+    this.#pulse = new PulseKeeper(
+      {
+        file: parts.pulseFile,
+        generation: parts.head.generation,
+        looks: () => options.image.looks(),
+        isLocal: options.folder.isLocal,
+        logger: options.logger,
+      },
+      parts.looks,
+    );
+    this.#timers = [
+      setInterval(() => this.sweep(), SWEEP_MS).unref(),
+      setInterval(() => void this.beat(), PULSE_MS).unref(),
+    ];
   }
 
   /**
@@ -174,6 +210,7 @@ export class DiskTracker {
     const bits = new Bits(image.sizeBytes, base.granularityBytes);
     await folder.replace(activeName(1), encodeActive(activeHeader(head, 1), bits));
     const writer = await newLog(options, generation);
+    await newPulse(options, generation);
     await folder.replace(HEAD_NAME, wholeHead(head));
     const store = new EpochStore(folder, list, base.granularityBytes);
     return DiskTracker.#opened(options, head, bits, store, writer);
@@ -186,6 +223,7 @@ export class DiskTracker {
     const epoch = Math.max(activeEpoch, nextEpoch) + 1;
     const head = headOf(options, base, { generation, sequence: sequence + 1, epoch });
     await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), found.active));
+    await newPulse(options, generation);
     const headFile = await folder.open(HEAD_NAME);
     await headFile.writeDurably(encodeHead(head), copyOffset(head));
     await headFile.close();
@@ -205,13 +243,15 @@ export class DiskTracker {
     writer: LogWriter | null,
   ): Promise<DiskTracker> {
     const { folder } = options;
+    const looks = await options.image.looks();
     const headFile = await folder.open(HEAD_NAME);
+    const pulseFile = await folder.open(PULSE_NAME);
     const file = await folder.open(activeName(head.activeEpoch));
     const log = writer === null ? null : { file: await folder.open(LOG_NAME), writer };
     if (log !== null) await writeAll(log.file, log.writer.base([]));
     await removeStale(folder, head, store);
     const active = { epoch: head.activeEpoch, bits, file };
-    return new DiskTracker(options, { head, active, store, headFile }, log);
+    return new DiskTracker(options, { head, active, store, headFile, pulseFile, looks }, log);
   }
 
   get state(): TrackingState {
@@ -240,12 +280,31 @@ export class DiskTracker {
    */
   beforeWrite(offsetBytes: number, lengthBytes: number): Completion {
     if (lengthBytes === 0) return undefined;
+    this.touched();
     const { granularityBytes } = this;
     const first = Math.floor(offsetBytes / granularityBytes);
     const last = Math.floor((offsetBytes + lengthBytes - 1) / granularityBytes);
     const { bits } = this.#active;
     if (first === last ? bits.has(first) : bits.hasAll(first, last)) return undefined;
     return this.#note(first, last);
+  }
+
+  /** Before anything else that may write to the image (a flush), and when what was asked of it is done. */
+  touched(): void {
+    this.#tell(() => this.#pulse.touch());
+  }
+
+  /** Before the image is closed. */
+  imageCloses(): void {
+    this.#tell(() => this.#pulse.end());
+  }
+
+  #tell(news: () => void): void {
+    try {
+      news();
+    } catch (error) {
+      void this.#giveUp(error);
+    }
   }
 
   #note(first: number, last: number): Completion {
@@ -284,8 +343,16 @@ export class DiskTracker {
     return this.#slowOrder;
   }
 
-  /** Makes ready what `freeze` needs. Shortly before T0. @throws CowcatcherError IO, NO_SPACE; the tracking's failure. */
-  async prepareFreeze(): Promise<void> {
+  /**
+   * Makes ready what one `freeze` needs: shortly before T0, and no other may come in between.
+   * @throws CowcatcherError IO, NO_SPACE; the tracking's failure.
+   */
+  prepareFreeze(): Promise<void> {
+    this.#preparing ??= this.#prepareNext().finally(() => (this.#preparing = undefined));
+    return this.#preparing;
+  }
+
+  async #prepareNext(): Promise<void> {
     await this.#persisting;
     this.#throwIfFailed();
     if (this.#next !== null) return;
@@ -299,10 +366,16 @@ export class DiskTracker {
     this.#next = { epoch, bits, file };
   }
 
-  /** T0, after `prepareFreeze`: synchronous, with no guest write in flight. @throws CowcatcherError the failure. */
+  /**
+   * T0, after `prepareFreeze`: synchronous, with no guest write in flight. Several at one T0 have one boundary.
+   * @throws CowcatcherError the failure.
+   */
   freeze(): FrozenEpoch {
     this.#throwIfFailed();
     const over = this.#active;
+    // Nothing was written since the last T0 of all: its boundary is as good.
+    const isFresh = over.bits.next(0, true) === over.bits.granuleCount;
+    if (isFresh) return this.#hold(over.epoch);
     if (this.#next === null) {
       throw new CowcatcherError({
         code: "INTERNAL",
@@ -312,13 +385,17 @@ export class DiskTracker {
     }
     this.#active = this.#next;
     this.#next = null;
-    const { epoch } = this.#active;
-    this.#store.hold(epoch);
+    const frozen = this.#hold(this.#active.epoch);
+    for (const bits of this.#followers) bits.or(over.bits);
     this.#persisting = this.#persist(over).catch((error: unknown) => this.#giveUp(error));
+    return frozen;
+  }
+
+  #hold(epoch: number): FrozenEpoch {
+    this.#store.hold(epoch);
     let isHeld = true;
     return {
       epoch,
-      bits: over.bits,
       release: () => {
         if (isHeld) this.#store.release(epoch);
         isHeld = false;
@@ -340,7 +417,12 @@ export class DiskTracker {
   }
 
   /** What has changed since the checkpoint up to now; a copy. @throws CowcatcherError NOT_FOUND, IO, FORMAT */
-  async changesSince(name: string): Promise<Bits> {
+  changesSince(name: string): Promise<Bits> {
+    return this.#collect(name, (bits) => bits);
+  }
+
+  /** @param take called in the turn in which the bits are up to date */
+  async #collect<T>(name: string, take: (bits: Bits) => T): Promise<T> {
     for (;;) {
       await this.#persisting;
       const checkpoint = this.checkpoint(name);
@@ -351,8 +433,17 @@ export class DiskTracker {
       // An epoch may have ended meanwhile, and what is in neither would be missed.
       if (this.#active !== active) continue;
       bits.or(active.bits);
-      return bits;
+      return take(bits);
     }
+  }
+
+  /** As `changesSince`, and goes on: with the bits of each epoch that ends until then. @throws as changesSince */
+  follow(name: string): Promise<Following> {
+    return this.#collect(name, (known) => {
+      const bits = known.copy();
+      this.#followers.add(bits);
+      return { known, late: () => bits.except(known), end: () => void this.#followers.delete(bits) };
+    });
   }
 
   #noCheckpoint(name: string): CowcatcherError {
@@ -381,18 +472,14 @@ export class DiskTracker {
     return this.#store.delete(name);
   }
 
-  /** What the timer does: says that the server lives, and lets idle extents go. */
+  /** What a timer does: lets idle extents go. */
   sweep(): void {
-    if (this.#failure !== undefined) return;
-    this.#hot?.sweep();
-    // In turn with the head's changes: one that comes late would put an old copy over a new one. Only its time matters.
-    this.#headOrder = this.#headOrder.then(() => this.#touchHead()).catch(() => undefined);
+    if (this.#failure === undefined) this.#hot?.sweep();
   }
 
-  async #touchHead(): Promise<void> {
-    if (this.#failure !== undefined) return;
-    const head = encodeHead(this.#head);
-    await this.#headFile.write(head, 0, head.length, copyOffset(this.#head));
+  /** What a timer does: says that the server lives, or what the image looks like. Never rejects. */
+  async beat(): Promise<void> {
+    if (this.#failure === undefined) await this.#pulse.beat();
   }
 
   /**
@@ -400,13 +487,14 @@ export class DiskTracker {
    * the next server will find. @throws CowcatcherError IO
    */
   async close(): Promise<void> {
-    clearInterval(this.#timer);
+    for (const timer of this.#timers) clearInterval(timer);
     try {
       await this.#hot?.idle();
       await this.#slowOrder;
       await this.#persisting;
       await this.#store.idle();
       await this.#headOrder;
+      await this.#pulse.idle();
       if (this.#failure === undefined) {
         await this.#active.file.sync();
         const identity = (await this.#options.image.identity()) ?? NO_IDENTITY;
@@ -414,7 +502,7 @@ export class DiskTracker {
       }
       await this.#givingUp;
     } finally {
-      const files = [this.#active.file, this.#next?.file, this.#headFile, this.#logFile];
+      const files = [this.#active.file, this.#next?.file, this.#headFile, this.#logFile, this.#pulseFile];
       await Promise.allSettled(files.flatMap((file) => file?.close() ?? []));
       await this.#options.folder.close();
     }
@@ -497,6 +585,12 @@ async function newLog({ folder, mode }: TrackerOptions, generation: string): Pro
   if (mode !== "host") return null;
   await folder.replace(LOG_NAME, new Uint8Array(LOG_BYTES));
   return new LogWriter(generation, 1);
+}
+
+/** Before the head says `open`. */
+async function newPulse({ folder, image }: TrackerOptions, generation: string): Promise<void> {
+  const looks = (await image.looks()) ?? NO_LOOKS;
+  await folder.replace(PULSE_NAME, encodePulse({ ...looks, writing: true, generation }));
 }
 
 async function writeAll(file: TrackingFile, writes: readonly LogWrite[]): Promise<void> {

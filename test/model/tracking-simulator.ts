@@ -11,7 +11,8 @@
 
 import { Bits } from "../../src/tracking/bits.js";
 import type { TrackingFile, TrackingFolder } from "../../src/tracking/folder.js";
-import { DiskTracker, type FrozenEpoch } from "../../src/tracking/tracker.js";
+import { DiskTracker, type Following, type FrozenEpoch } from "../../src/tracking/tracker.js";
+import { PULSE_NAME } from "../../src/tracking/pulse.js";
 import type { Random } from "../support/random.js";
 
 const PAGE_BYTES = 16;
@@ -63,7 +64,12 @@ async function settle(): Promise<void> {
   for (let turn = 0; turn < 3; turn++) await new Promise((resolve) => setImmediate(resolve));
 }
 
+/** In ms; each step of a schedule takes a tenth of a second. */
+let nowMs = 0;
+
 class SimFile {
+  /** Of the last change. */
+  changedMs = nowMs;
   content: Uint8Array;
   durable: Uint8Array;
   /** By page: what it held at some time since its last sync, and the number of the write that made it so. */
@@ -79,6 +85,7 @@ class SimFile {
 
   write(bytes: Uint8Array, offset: number): void {
     this.content.set(bytes, offset);
+    this.changedMs = nowMs;
     const write = ++this.#writeCount;
     const lastPage = Math.floor((offset + bytes.length - 1) / PAGE_BYTES);
     for (let page = Math.floor(offset / PAGE_BYTES); page <= lastPage; page++) {
@@ -148,11 +155,14 @@ class SimStorage {
         schedule.call(() => {
           const file = files.get(name);
           if (file === undefined) throw new Error(`no file ${name}`);
-          return openFile(schedule, file);
+          const opened = openFile(schedule, file);
+          // Its times tell how late it was: four times a second is no matter of the schedule.
+          if (name !== PULSE_NAME) return opened;
+          return { ...opened, write: (...args) => Promise.resolve(opened.writeNow(...args)) };
         }),
       list: () => schedule.call(() => [...files.keys()]),
       remove: (name) => schedule.call(() => void files.delete(name)),
-      changedMs: () => Promise.resolve(0),
+      changedMs: (name) => Promise.resolve(files.get(name)?.changedMs),
       close: () => Promise.resolve(),
     };
   }
@@ -184,6 +194,7 @@ class SimImage {
   durable: number[];
   readonly versions = new Map<number, number[]>();
   writeCount = 0;
+  changedMs = 0;
 
   constructor(granules: number) {
     this.content = new Array<number>(granules).fill(0);
@@ -192,6 +203,7 @@ class SimImage {
 
   write(granule: number): void {
     this.content[granule] = ++this.writeCount;
+    this.changedMs = nowMs;
     this.versions.set(granule, [...(this.versions.get(granule) ?? []), this.writeCount]);
   }
 
@@ -244,8 +256,16 @@ export class TrackingSimulator {
   /** Granules that somebody else has written between two runs. */
   #others: Set<number> | undefined;
   #bootId = crypto.randomUUID();
+  #bootedMs = 0;
   #frozen: { epoch: FrozenEpoch; uuid: string } | undefined;
   #preparing = false;
+  /** An incremental backup that is being prepared, of the checkpoint that another one may have had as its T0 since. */
+  #following: { of: string; changes: Following } | undefined;
+  #failure: unknown;
+  /** Somebody wrote the image of whom nobody knows what. */
+  #isSpoilt = false;
+  /** When it was given up for good reason. */
+  #justLossMs: number | undefined;
   #uuids = 0;
   /** Since the last recovery from the host's end. */
   #mayOverReport = false;
@@ -261,7 +281,8 @@ export class TrackingSimulator {
   async run(steps: number): Promise<void> {
     try {
       await this.#start();
-      for (let step = 0; step < steps; step++) await this.#step();
+      for (let step = 0; step < steps && this.#failure === undefined; step++) await this.#step();
+      if (this.#failure !== undefined) throw this.#failure as Error;
       // A write that goes on while the question is answered would be missing in the answer.
       await this.#schedule.endAll();
       await this.#check("at the end");
@@ -271,6 +292,8 @@ export class TrackingSimulator {
   }
 
   async #step(): Promise<void> {
+    nowMs += 100;
+    void this.#tracker?.beat();
     const action = this.#random.below(100);
     if (action < 40) this.#guestWrite();
     else if (action < 70) await this.#schedule.endOne();
@@ -297,7 +320,7 @@ export class TrackingSimulator {
     const opening = DiskTracker.open({
       folder: this.#storage.folder(schedule, this.#isLocal),
       mode: "host",
-      boot: { id: this.#bootId, startedMs: 0 },
+      boot: { id: this.#bootId, startedMs: this.#bootedMs },
       granularityBytes: GRANULE_BYTES,
       extentBytes: GRANULES_PER_EXTENT * GRANULE_BYTES,
       hotExtentsMax: HOT_EXTENTS_MAX,
@@ -306,7 +329,8 @@ export class TrackingSimulator {
       image: {
         sizeBytes,
         identity: () => Promise.resolve(String(image.writeCount).padStart(64, "0")),
-        changedMs: () => Promise.resolve(0),
+        looks: () =>
+          Promise.resolve({ changedNs: BigInt(image.changedMs) * 1_000_000n, files: "11".repeat(32) }),
         writesOfOthers: () => Promise.resolve(this.#othersBits(sizeBytes)),
       },
     }).then(
@@ -317,7 +341,10 @@ export class TrackingSimulator {
     while (this.#tracker === undefined && failure === undefined) {
       await settle();
       if (schedule.length > 0) await schedule.endOne();
-      if (this.#tracker === undefined && this.#random.chance(0.01)) return this.#powerCut();
+      // Not after somebody's write, which nobody could tell from the server's then (docs/tracking.md).
+      if (this.#tracker === undefined && !this.#isSpoilt && this.#random.chance(0.01)) {
+        return this.#powerCut();
+      }
     }
     await opening;
     if (failure !== undefined) throw failure as Error;
@@ -364,18 +391,49 @@ export class TrackingSimulator {
   async #backupStep(): Promise<void> {
     const tracker = this.#tracker;
     if (tracker === undefined) return;
+    if (this.#following === undefined && this.#random.chance(0.5)) return this.#follow(tracker);
     if (this.#frozen !== undefined) return this.#endBackup(tracker);
     if (this.#preparing) return;
     this.#preparing = true;
-    void tracker.prepareFreeze().then(() => {
+    const t0 = tracker.prepareFreeze().then(() => {
       if (tracker !== this.#tracker) return;
       this.#preparing = false;
       const uuid = `backup ${++this.#uuids}`;
       this.#frozen = { epoch: tracker.freeze(), uuid };
       this.#backups.set(uuid, { content: this.#image.content.slice(), allowed: new Set() });
       this.#log.push(`T0 of ${uuid}`);
+      if (this.#random.chance(0.5)) this.#endFollowing();
     });
+    t0.catch((error: unknown) => (this.#failure ??= error));
     await settle();
+  }
+
+  async #follow(tracker: DiskTracker): Promise<void> {
+    const name = this.#random.pick(NAMES);
+    const of = tracker.checkpoint(name)?.uuid;
+    if (of === undefined) return;
+    const followed = (changes: Following): void => {
+      if (tracker !== this.#tracker || this.#following !== undefined) return changes.end();
+      this.#following = { of, changes };
+    };
+    // The checkpoint may be deleted meanwhile.
+    void tracker.follow(name).then(followed, () => undefined);
+    await settle();
+  }
+
+  /** In T0's turn. The checkpoint may have got its name after it was looked up: older ones report more. */
+  #endFollowing(): void {
+    if (this.#following === undefined) return;
+    const { of, changes } = this.#following;
+    this.#following = undefined;
+    const bits = changes.known.copy();
+    bits.or(changes.late());
+    changes.end();
+    const then = this.#backups.get(of)?.content ?? [];
+    this.#image.content.forEach((value, granule) => {
+      if (bits.has(granule) || value === then[granule]) return;
+      throw new Error(`at T0, since ${of}: granule ${granule} has changed and is not followed`);
+    });
   }
 
   async #endBackup(tracker: DiskTracker): Promise<void> {
@@ -401,7 +459,18 @@ export class TrackingSimulator {
     this.#log.push("the process is killed");
     this.#forget();
     this.#storage.processGone();
+    if (this.#random.chance(0.2)) this.#writeBehindItsBack();
     await this.#start();
+  }
+
+  /** Nobody keeps a bitmap of it: all must be given up. */
+  #writeBehindItsBack(): void {
+    nowMs += 2_000;
+    const granule = this.#random.below(this.#image.content.length);
+    this.#log.push(`somebody writes ${granule}`);
+    this.#image.write(granule);
+    this.#others = undefined;
+    this.#isSpoilt = true;
   }
 
   async #powerCut(): Promise<void> {
@@ -411,6 +480,12 @@ export class TrackingSimulator {
     this.#storage.processGone();
     this.#image.powerCut(this.#random);
     this.#bootId = crypto.randomUUID();
+    nowMs += 10_000;
+    this.#bootedMs = nowMs;
+    if (!this.#isSpoilt && this.#random.chance(0.1)) {
+      nowMs += 5_000;
+      this.#writeBehindItsBack();
+    }
     this.#mayOverReport = true;
     await this.#start();
   }
@@ -456,13 +531,19 @@ export class TrackingSimulator {
     this.#tracker = undefined;
     this.#frozen = undefined;
     this.#preparing = false;
+    this.#following = undefined;
   }
 
   async #check(when: string): Promise<void> {
     const tracker = this.#tracker;
     if (tracker === undefined) return;
-    const { loss, state } = tracker.state;
-    if (loss !== null || state === "failed")
+    const { loss, state, checkpoints } = tracker.state;
+    if (this.#isSpoilt) {
+      if (checkpoints.length > 0) throw new Error(`${when}: a write behind its back was not noticed`);
+      this.#isSpoilt = false;
+      this.#justLossMs = loss?.atMs;
+    }
+    if ((loss !== null && loss.atMs !== this.#justLossMs) || state === "failed")
       throw new Error(`${when}: the tracking was lost: ${loss?.reason}`);
     for (const { name, uuid } of tracker.state.checkpoints) {
       const backup = this.#backups.get(uuid);

@@ -92,6 +92,14 @@ export class FakeJobHost implements JobHost {
     return this.diskList;
   }
 
+  changedBytes(): Promise<number> {
+    return Promise.resolve(0);
+  }
+
+  deleteCheckpoint(): Promise<void> {
+    return Promise.resolve();
+  }
+
   jobs(): readonly FakeJob[] {
     return this.jobList;
   }

@@ -8,6 +8,7 @@ import type { CopyThreads } from "../copy/threads.js";
 import type { BackupJob, JobStatus } from "../host.js";
 import type { JobOptions } from "../options.js";
 import type { SnapshotPublisher } from "./snapshot.js";
+import type { DiskTracker } from "../../tracking/tracker.js";
 import type { TableStore } from "../memory/table-store.js";
 
 export interface HostedJobParts {
@@ -17,6 +18,12 @@ export interface HostedJobParts {
   buffers: BufferStore;
   tables: TableStore;
   threads: CopyThreads;
+  /** Undefined where the disk's changes are not tracked. */
+  tracker?: DiskTracker | undefined;
+  /** Of the checkpoints that this start and its companions make. */
+  checkpointUuid?: string | undefined;
+  /** Why it cannot go by a checkpoint, for reasons of its companions. */
+  basisRefusal?: string | undefined;
   /** Undefined where nothing could offer a T0 view. */
   publisher?: SnapshotPublisher | undefined;
   /** Aborted when the start is cancelled; never after T0. */
@@ -38,6 +45,8 @@ export interface ListedJob extends BackupJob {
 }
 
 export interface HostedJob extends ListedJob {
+  /** Shortly before T0: no other start of the disk comes in between. @throws CowcatcherError */
+  beforeT0(): Promise<void>;
   /** @throws CowcatcherError what has failed since the job was prepared. */
   checkReady(): void;
   /**

@@ -1,5 +1,6 @@
 // The disks that `serve` has open and the jobs on them: the engine's side of JobHost. Main thread.
 
+import { randomUUID } from "node:crypto";
 import * as fs from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
@@ -10,10 +11,20 @@ import type { NbdPlace } from "../../nbd/wire/place.js";
 import { BufferStore } from "../memory/buffer-store.js";
 import { ABORT_GRACE_MS } from "../copy/run.js";
 import { CopyThreads } from "../copy/threads.js";
-import type { BackupJob, BackupRequest, DiskInfo, JobHost, JobStatus, JobStatusListener } from "../host.js";
+import type {
+  BackupJob,
+  BackupRequest,
+  DiskInfo,
+  TrackingInfo,
+  JobHost,
+  JobStatus,
+  JobStatusListener,
+} from "../host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import { JobStart } from "./start.js";
 import { LiveJob } from "./live-job.js";
+import { disagreement, noBasis } from "./basis.js";
+import type { DiskTracker } from "../../tracking/tracker.js";
 import type { SnapshotPublisher } from "./snapshot.js";
 import { SnapshotJob } from "./snapshot-job.js";
 import { TableStore } from "../memory/table-store.js";
@@ -44,10 +55,20 @@ export class LiveHost implements JobHost {
   #places: readonly NbdPlace[] = [];
   readonly #onQuit: () => void;
   readonly #publisher: SnapshotPublisher | undefined;
+  readonly #trackers: ReadonlyMap<string, DiskTracker>;
   #closing = false;
 
-  /** @param publisher who exports T0 views; without one, jobs that offer one are refused. */
-  constructor(nodes: ReadonlyMap<string, DiskNode>, onQuit: () => void, publisher?: SnapshotPublisher) {
+  /**
+   * @param publisher who exports T0 views; without one, jobs that offer one are refused.
+   * @param trackers by node name, of the disks whose changes are tracked
+   */
+  constructor(
+    nodes: ReadonlyMap<string, DiskNode>,
+    onQuit: () => void,
+    publisher?: SnapshotPublisher,
+    trackers: ReadonlyMap<string, DiskTracker> = new Map(),
+  ) {
+    this.#trackers = trackers;
     this.#nodes = nodes;
     this.#onQuit = onQuit;
     this.#publisher = publisher;
@@ -67,6 +88,7 @@ export class LiveHost implements JobHost {
       sizeBytes: image.sizeBytes,
       readOnly: image.readOnly,
       jobCount: this.#jobCounts.get(nodeName) ?? 0,
+      tracking: trackingInfo(this.#trackers.get(nodeName)),
     }));
   }
 
@@ -79,6 +101,21 @@ export class LiveHost implements JobHost {
     return bytes;
   }
 
+  async changedBytes(disk: string, checkpoint: string): Promise<number> {
+    const { sizeBytes } = this.#node(disk);
+    const tracker = this.#trackers.get(disk);
+    if (tracker === undefined) throw noBasis(disk, "the server does not track its changes");
+    const bits = await tracker.changesSince(checkpoint);
+    return Math.min(sizeBytes, bits.count() * tracker.granularityBytes);
+  }
+
+  async deleteCheckpoint(name: string, disk?: string): Promise<void> {
+    const names = disk === undefined ? [...this.#trackers.keys()] : [this.#node(disk).nodeName];
+    let isFound = false;
+    for (const node of names) if (await this.#trackers.get(node)?.remove(name)) isFound = true;
+    if (!isFound) throw noBasis(name, "there is no such checkpoint", "cowcatcher checkpoints lists them");
+  }
+
   jobs(): readonly BackupJob[] {
     return [...this.#jobs.values()];
   }
@@ -89,11 +126,17 @@ export class LiveHost implements JobHost {
       ...request,
       options: withBackingOf(this.#node(request.disk).image, request.options),
     }));
+    const checkpointUuid = randomUUID();
     const start = new JobStart({
       requests,
       nodeOf: (disk) => this.#node(disk),
       claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
-      prepare: (request, ...parts) => this.#prepare(request, ...parts),
+      prepare: (request, ...parts) =>
+        this.#prepare(
+          request,
+          { checkpointUuid, basisRefusal: this.#refusalOf(request, requests) },
+          ...parts,
+        ),
       list: (job) => this.#jobs.set(job.id, job),
       forget: (job) => {
         this.#jobs.delete(job.id);
@@ -108,6 +151,7 @@ export class LiveHost implements JobHost {
 
   #prepare(
     { id, disk, options }: BackupRequest,
+    ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal">,
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
   ): Promise<HostedJob> {
@@ -120,10 +164,23 @@ export class LiveHost implements JobHost {
       tables: this.#tables,
       threads: this.#threads,
       publisher: this.#publisher,
+      tracker: this.#trackers.get(disk),
+      ...ofStart,
       signal,
       onTarget,
       onStatus: (job, status) => this.#changed(job, status),
     });
+  }
+
+  /** Disks that go on from one checkpoint together must have it of one moment. */
+  #refusalOf({ options }: BackupRequest, requests: readonly BackupRequest[]): string | undefined {
+    const { since } = options;
+    if (since === undefined) return undefined;
+    const companions = requests.filter((request) => request.options.since === since);
+    return disagreement(
+      since,
+      companions.map(({ disk }) => this.#trackers.get(disk)),
+    );
   }
 
   /** What the target must not be, nor be built on. */
@@ -240,6 +297,21 @@ function serverEnded({ options }: BackupJob): CowcatcherError {
     problem: "the server was ended while the backup ran",
     hint: "start the server, then the backup again",
   });
+}
+
+function trackingInfo(tracker: DiskTracker | undefined): TrackingInfo | undefined {
+  if (tracker === undefined) return undefined;
+  const { mode, state, granularityBytes, hotExtents, logWaits, loss, checkpoints } = tracker.state;
+  return {
+    mode,
+    state,
+    granularityBytes,
+    hotExtents,
+    logWaits,
+    lossReason: loss?.reason ?? null,
+    lostCheckpoints: loss?.checkpoints ?? [],
+    checkpoints: checkpoints.map(({ name, uuid, createdMs }) => ({ name, uuid, createdMs })),
+  };
 }
 
 function isActive(status: JobStatus): boolean {

@@ -13,12 +13,14 @@ import { Interceptor } from "../../cow/interceptor.js";
 import { SpillFile } from "../../cow/spill.js";
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { FrozenSource } from "../../block/device.js";
+import type { FrozenEpoch } from "../../tracking/tracker.js";
 import { createTarget } from "../../target/create.js";
 import type { Target } from "../../target/target.js";
 import { roundUp } from "../../units.js";
 import { CopyRun } from "../copy/run.js";
+import { type Basis, findBasis, markLate } from "./basis.js";
 import { Finishing } from "./finishing.js";
-import type { SnapshotInfo } from "../host.js";
+import type { BasisInfo, SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
 import { JobState } from "./job-state.js";
 import { type JobOptions, SMALLEST_BUFFER_BYTES } from "../options.js";
@@ -37,6 +39,9 @@ export class LiveJob extends JobState implements HostedJob {
   /** Made before T0, as its tables take milliseconds. */
   readonly #interceptor: Interceptor;
   #frozen: FrozenSource | null = null;
+  readonly #basis: Basis;
+  /** The epoch that ended at T0, where the job goes by one or makes a checkpoint of it. */
+  #epoch: FrozenEpoch | null = null;
   /** Once the copy is done: what can still be cancelled. */
   #finishing: Finishing | null = null;
 
@@ -47,8 +52,10 @@ export class LiveJob extends JobState implements HostedJob {
     lease: BufferLease,
     tables: TableLease,
     snapshot: Snapshot | null,
+    basis: Basis,
   ) {
     super(parts);
+    this.#basis = basis;
     this.#target = target;
     this.#run = run;
     this.#lease = lease;
@@ -68,20 +75,29 @@ export class LiveJob extends JobState implements HostedJob {
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<LiveJob> {
-    const { options, node, buffers, publisher, threads, signal } = parts;
+    const { options, node, buffers, publisher, threads, signal, tracker } = parts;
+    const basis = await findBasis(node.nodeName, options, tracker, parts.basisRefusal);
+    const known = basis.changes?.known;
+    const isIncremental = known !== undefined;
+    const isFallback = options.since !== undefined && !isIncremental;
     const target = await createTarget({
       path: options.target,
+      inPlace: isIncremental && options.targetFormat === "raw",
       format: options.targetFormat,
       sizeBytes: node.sizeBytes,
       clusterSizeBytes: options.clusterSizeBytes,
-      backingFile: options.backingFile,
-      backingFormat: options.backingFormat,
+      // A full one stands by itself.
+      backingFile: isFallback ? undefined : options.backingFile,
+      backingFormat: isFallback ? undefined : options.backingFormat,
       compression: options.compression,
       force: options.force,
       direct: options.direct,
       targetRetries: options.targetRetries,
       targetSnapshot: options.targetSnapshot,
       isCancelled: () => signal.aborted,
+    }).catch((error: unknown) => {
+      basis.changes?.end();
+      throw error;
     });
     parts.onTarget(target);
     let lease: BufferLease | undefined;
@@ -114,16 +130,18 @@ export class LiveJob extends JobState implements HostedJob {
         allocateTable: tables.allocate,
         threads,
         live: true,
+        dirty: known === undefined ? undefined : (at, count) => known.run(at, count),
         signal,
         onLeftBehind: () => (isLeftBehind = true),
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
       });
-      const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot);
+      const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot, basis);
       // What the guest has sent meanwhile is not to wait for T0 as well.
       await nextTurn();
       return job;
     } catch (error) {
+      basis.changes?.end();
       await snapshot?.end();
       if (!isLeftBehind) {
         lease?.release();
@@ -134,8 +152,26 @@ export class LiveJob extends JobState implements HostedJob {
     }
   }
 
+  get basis(): BasisInfo {
+    const { info } = this.#basis;
+    return this.#hasGaps ? { ...info, reason: "errors were ignored, so no checkpoint was made of it" } : info;
+  }
+
+  /** What is missing in it would be missing in all that builds on it, and nobody would be told again. */
+  get #hasGaps(): boolean {
+    return this.options.checkpoint !== undefined && this.#run.progress().ignoredErrorCount > 0;
+  }
+
+  get #needsEpoch(): boolean {
+    return this.options.checkpoint !== undefined || this.#basis.changes !== undefined;
+  }
+
   get snapshot(): SnapshotInfo | undefined {
     return this.isOver ? undefined : this.#snapshot?.info;
+  }
+
+  async beforeT0(): Promise<void> {
+    if (this.#needsEpoch) await this.parts.tracker?.prepareFreeze();
   }
 
   /** @throws CowcatcherError what the workers have failed with since they were ready. */
@@ -145,7 +181,11 @@ export class LiveJob extends JobState implements HostedJob {
 
   /** The step at T0: synchronous, with no guest write in flight. */
   start(t0Ms: number): void {
-    const { node } = this.parts;
+    const { node, tracker } = this.parts;
+    if (tracker !== undefined && this.#needsEpoch) this.#epoch = tracker.freeze();
+    const { changes } = this.#basis;
+    if (changes !== undefined) markLate(this.#run.shared, changes.late());
+    changes?.end();
     this.t0Ms = t0Ms;
     this.#frozen = node.image.freeze();
     this.#snapshot?.start();
@@ -162,6 +202,8 @@ export class LiveJob extends JobState implements HostedJob {
     await this.#run.ended.catch(() => {});
     await this.#snapshot?.end();
     this.#frozen?.release();
+    this.#basis.changes?.end();
+    this.#epoch?.release();
     // A worker that was left behind may still be at its share of the buffer, and would write zeroes into what another
     // job captures there.
     if (!this.#run.leftBehind) this.#releaseMemory();
@@ -184,6 +226,7 @@ export class LiveJob extends JobState implements HostedJob {
       this.setStatus("waiting");
       this.setStatus("pending");
       await this.#finishing.run();
+      await this.#remember();
     } catch (error) {
       this.#fail(toCowcatcherError(error, this.options.target));
       await this.#run.ended.catch(() => {});
@@ -193,8 +236,26 @@ export class LiveJob extends JobState implements HostedJob {
     await this.#interceptor.idle();
     await this.#snapshot?.end();
     this.#frozen?.release();
+    this.#epoch?.release();
     this.#releaseMemory();
     this.conclude();
+  }
+
+  /** After the target has its name: a checkpoint of a backup that is not there would be worse than none. */
+  async #remember(): Promise<void> {
+    const { tracker, checkpointUuid } = this.parts;
+    const { checkpoint } = this.options;
+    if (checkpoint === undefined || this.#epoch === null || checkpointUuid === undefined) return;
+    if (this.#hasGaps) return;
+    try {
+      await tracker?.commit(this.#epoch, checkpoint, checkpointUuid, this.t0Ms ?? 0);
+    } catch (error) {
+      const { problem, ...details } = toCowcatcherError(error, this.disk).toDetails();
+      throw new CowcatcherError({
+        ...details,
+        problem: `the backup is complete, but its checkpoint could not be remembered: ${problem}`,
+      });
+    }
   }
 
   /** The first cause stays; the guest is free at once. */

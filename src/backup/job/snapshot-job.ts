@@ -47,6 +47,10 @@ export class SnapshotJob extends JobState implements HostedJob {
     return this.isOver ? undefined : this.#snapshot.info;
   }
 
+  beforeT0(): Promise<void> {
+    return Promise.resolve();
+  }
+
   checkReady(): void {
     // There are no workers that could have failed since.
   }
@@ -120,7 +124,8 @@ export class SnapshotJob extends JobState implements HostedJob {
 }
 
 /** What cannot mean anything without a target, said before anything is prepared. */
-function refuseOptions({ target, onBufferFull, cowBufferSizeBytes, verify }: JobOptions): void {
+function refuseOptions(options: JobOptions): void {
+  const { target, onBufferFull, cowBufferSizeBytes, verify, checkpoint, since } = options;
   const refuse = (object: string, problem: string, hint: string): never => {
     throw new CowcatcherError({ code: "USAGE", object, problem, hint });
   };
@@ -133,5 +138,7 @@ function refuseOptions({ target, onBufferFull, cowBufferSizeBytes, verify }: Job
   if (cowBufferSizeBytes === 0) {
     refuse("--cow-buffer-size", "sync none keeps old data in the buffer", "give a size");
   }
+  if (checkpoint !== undefined) refuse("--checkpoint", "sync none makes no backup", "leave it out");
+  if (since !== undefined) refuse("--since", "sync none copies nothing", "leave it out");
   if (verify) refuse("--verify", "sync none writes no target", "leave it out");
 }

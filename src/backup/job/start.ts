@@ -108,7 +108,10 @@ export class JobStart {
       await this.#prepareAll();
       const nodes = requests.map(({ disk }) => nodeOf(disk));
       const limitMs = Math.min(...requests.map(({ options }) => options.guestTimeoutMs));
-      await DiskNode.quiesceAll(nodes, () => this.#atT0(), limitMs, this.#abort.signal);
+      const prepare = async (): Promise<void> => {
+        await Promise.all(this.#prepared.map((job) => job.beforeT0()));
+      };
+      await DiskNode.quiesceAll(nodes, () => this.#atT0(), limitMs, this.#abort.signal, prepare);
     } catch (error) {
       this.#cause ??= error;
       await this.#undo();

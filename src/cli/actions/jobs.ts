@@ -5,6 +5,7 @@ import { QmpError } from "../../qmp/protocol.js";
 import { CowcatcherError } from "../../errors.js";
 import { formatBytes, formatDuration, parseSize } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext, type OutputSettings } from "../output/context.js";
+import { alignColumns } from "../output/columns.js";
 import { EXIT } from "../output/exit-codes.js";
 import { parseChoice, usageError } from "../options/options.js";
 import { statusMessage, type StatusMessage } from "../progress/json.js";
@@ -143,14 +144,4 @@ export function jobLines(jobs: readonly JobSummary[]): string[] {
     target,
   ]);
   return alignColumns([heading, ...rows]);
-}
-
-function alignColumns(rows: readonly string[][]): string[] {
-  const widths = rows[0]?.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0))) ?? [];
-  return rows.map((row) =>
-    row
-      .map((cell, column) => cell.padEnd(widths[column] ?? 0))
-      .join("  ")
-      .trimEnd(),
-  );
 }

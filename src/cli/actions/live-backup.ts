@@ -57,7 +57,12 @@ export async function runLive(settings: LiveBackupSettings, context: CommandCont
     const failed = firstCause(ends.filter((end) => !isOrderlyEnd(end)).map(({ result }) => result.error));
     if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
     for (const { info, result } of ends) {
-      printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, result.progress);
+      printSummary(
+        context.output,
+        { ...info, bytesOnTarget: bytesOnTarget(info.target) },
+        result.progress,
+        result.basis,
+      );
     }
     return ends.some(({ result }) => result.progress.ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
   } finally {
@@ -161,9 +166,9 @@ interface JobEnd {
 async function follow(client: ControlClient, info: JobInfo, view: ProgressView): Promise<JobEnd> {
   const id = info.jobId;
   view.start(info);
-  const { progress, error } = await watchJob(client, id, (now) => view.update(id, now));
+  const { progress, error, basis } = await watchJob(client, id, (now) => view.update(id, now));
   view.update(id, progress);
-  const result = { progress, error };
+  const result = { progress, error, basis };
   view.finish(id, result);
   return { info, result };
 }

@@ -16,6 +16,7 @@ import { checkBufferMemory } from "./buffer-memory.js";
 import { type CommandContext, printJsonLine, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
+import { openTrackers, type TrackedDisks } from "./serve-tracking.js";
 import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { bitmapContexts, warnOfBitmaps } from "./serve-bitmaps.js";
 import { ServedExports } from "./served-exports.js";
@@ -27,6 +28,7 @@ import { packageVersion } from "../version.js";
 export async function runServe(settings: ServeSettings, context: CommandContext): Promise<number> {
   if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
   const images: { served: ServedImage; image: Image }[] = [];
+  let tracked: TrackedDisks | undefined;
   const quitting = new Quitting();
   const quit = quitting.ask;
   // `bench` is on the other end of this channel, where there is one: without it the server has no one to serve.
@@ -47,15 +49,25 @@ export async function runServe(settings: ServeSettings, context: CommandContext)
       if (!settings.readOnly) await warnOfMountedSource(context.output, image, MOUNTED_SERVED);
     }
     for (const { image } of images) warnOfBitmaps(image, context.output);
-    const nodes = new Map(images.map(({ served, image }) => [served.name, new DiskNode(served.name, image)]));
+    tracked = await openTrackers(images, settings.tracking, context);
+    const trackers = tracked.byName;
+    const nodes = new Map(
+      images.map(({ served: { name }, image }) => [
+        name,
+        new DiskNode(name, image, trackers.get(name) ?? null),
+      ]),
+    );
     const opened = images.map(({ image }) => image);
     const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));
-    const host = new LiveHost(nodes, quit, exports);
+    const host = new LiveHost(nodes, quit, exports, trackers);
     await serveNodes(settings, context, exports, host, quitting);
   } finally {
+    tracked?.imagesClose();
     // Flushes: what a guest was told is stored must be, whatever ended the server.
     const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
-    // Not before: the first signal after QMP's `quit` must not cut the flushes short.
+    // Only what is whole and closed is what the next server will find.
+    await tracked?.close();
+    // Not before: the first signal after QMP's `quit` must not cut this short.
     removeHandlers();
     process.removeListener("disconnect", quit);
     const failure = closed.find((result) => result.status === "rejected");

@@ -7,6 +7,7 @@ import type { CommandName } from "../output/exit-codes.js";
 import { addBackup } from "./backup.js";
 import { addBench } from "./bench.js";
 import { addCheck } from "./check.js";
+import { addCheckpoints } from "./checkpoints.js";
 import { addCompare } from "./compare.js";
 import { addCreate } from "./create.js";
 import { addInfo } from "./info.js";
@@ -23,6 +24,7 @@ const ADD_COMMAND: Record<
   backup: addBackup,
   serve: addServe,
   jobs: addJobs,
+  checkpoints: addCheckpoints,
   restore: addRestore,
   info: addInfo,
   map: addMap,

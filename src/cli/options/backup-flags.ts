@@ -36,4 +36,7 @@ export interface BackupFlags extends CopyFlags {
   sync?: SyncMode | "incremental";
   bitmap?: string;
   bitmapMode?: string;
+  checkpoint?: string;
+  since?: string;
+  sinceOrFull?: boolean;
 }

@@ -7,6 +7,7 @@ import type { ImageFormat } from "../../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
 import { absoluteName } from "../../file-names.js";
 import { MiB, formatBytes } from "../../units.js";
+import { checkCheckpointFlags, refuseCheckpointFlags } from "./checkpoint-flags.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";
 import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
 import {
@@ -110,12 +111,27 @@ export function addBackupOptions(command: Command): Command {
     .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
     .addOption(pathOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
     .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
+  addCheckpointOptions(command);
   addBufferOptions(command);
   return addCopyOptions(command);
 }
 
 export function addRestoreOptions(command: Command): Command {
   return addCopyOptions(addFormatOptions(command));
+}
+
+function addCheckpointOptions(command: Command): void {
+  command
+    .addOption(
+      textOption("--checkpoint <NAME>", "live: when the backup is good, remember its start under NAME"),
+    )
+    .addOption(
+      textOption(
+        "--since <NAME>",
+        "live: copy what has changed since checkpoint NAME, into an overlay (-b, -B) or a raw TARGET of that state",
+      ),
+    )
+    .option("--since-or-full", "with --since: copy all where the checkpoint cannot be used");
 }
 
 function addFormatOptions(command: Command): Command {
@@ -270,6 +286,7 @@ function parseOffline(args: readonly string[], flags: BackupFlags): OfflineBacku
   if (flags.sync === "none") {
     throw usageError("--sync", "none needs --control", "an image that no one writes is its own snapshot");
   }
+  refuseCheckpointFlags(flags);
   checkBitmapFlags(args, flags);
   const settings = { ...offlineCopy("SOURCE", args, flags), snapshot: flags.snapshot };
   refuseLiveFlags(flags);
@@ -326,6 +343,7 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   if (flags.bitmap !== undefined || flags.bitmapMode !== undefined || flags.sync === "incremental") {
     throw unsupported("--bitmap", "dirty bitmaps do not go with --control", "leave it out");
   }
+  for (const target of targets) checkCheckpointFlags(target, flags);
   const paths = targets.map((target) => localPath(target));
   refuseRepeated(
     "TARGET",
@@ -352,7 +370,9 @@ function localPath(target: string): string {
 
 function jobSettings(target: string, flags: BackupFlags): JobSettings {
   // What is dirty alone can only be told apart in a format that has backing files, or written in place.
-  const byBitmap = flags.bitmap === undefined || isRbdAddress(target) ? undefined : "qcow2";
+  const isOverlay = flags.since !== undefined && flags.backingFile !== undefined;
+  const isPart = flags.bitmap !== undefined || isOverlay;
+  const byBitmap = !isPart || isRbdAddress(target) ? undefined : "qcow2";
   const targetFormat = targetFormatOf(target, flags.targetFormat ?? byBitmap);
   checkTargetSnapshot(target, flags.targetSnapshot);
   checkTargetFlags(targetFormat, flags);
@@ -384,6 +404,9 @@ function jobSettings(target: string, flags: BackupFlags): JobSettings {
     direct: flags.direct ?? JOB_DEFAULTS.direct,
     verify: flags.verify ?? JOB_DEFAULTS.verify,
     bitmap: flags.bitmap,
+    checkpoint: flags.checkpoint,
+    since: flags.since,
+    sinceOrFull: flags.sinceOrFull,
     sync: flags.sync === "incremental" ? "full" : (flags.sync ?? JOB_DEFAULTS.sync),
     snapshotExport: JOB_DEFAULTS.snapshotExport,
   };

@@ -7,9 +7,11 @@ import { absoluteName } from "../../file-names.js";
 import { formatBytes } from "../../units.js";
 import { isOldNbdName } from "../../nbd/wire/uri.js";
 import { MAX_STRING_BYTES } from "../../nbd/wire/protocol.js";
+import { TRACKING_MODES, type TrackingMode } from "../../tracking/head.js";
 import type { TlsSettings } from "../../nbd/server/tls.js";
 import {
   bufferSizeOption,
+  choiceOption,
   countOption,
   formatOption,
   isNbdUri,
@@ -64,8 +66,17 @@ export interface ServeSettings {
   maxConnections: number;
   /** Persistent bitmaps to offer as metadata contexts. */
   bitmaps: string[];
+  tracking: TrackingSettings;
   /** Undefined: off. */
   tls: TlsSettings | undefined;
+}
+
+export interface TrackingSettings {
+  mode: TrackingMode | "off";
+  /** Of the folders, one for each disk; undefined: beside the images. */
+  directory: string | undefined;
+  /** By an option, so that a disk that cannot be tracked is an error. */
+  isAskedFor: boolean;
 }
 
 export interface ServeFlags extends TlsFlags {
@@ -84,6 +95,8 @@ export interface ServeFlags extends TlsFlags {
   name?: string;
   cowBufferSize?: number;
   snapshotExport?: boolean;
+  tracking?: TrackingMode | "off";
+  trackingDir?: string;
   maxConnections?: number;
 }
 
@@ -144,6 +157,19 @@ function addImageOptions(command: Command): Command {
       "export NAME-snapshot while a backup of NAME runs: the disk as the backup sees it",
     )
     .addOption(
+      choiceOption(
+        "--tracking <MODE>",
+        "remember what changes, for `backup --since`: host (through power loss), process (through kill -9) or off (host)",
+        [...TRACKING_MODES, "off"] as const,
+      ),
+    )
+    .addOption(
+      pathOption(
+        "--tracking-dir <DIR>",
+        "where that is kept: DIR/NAME.cowcatcher (IMAGE.cowcatcher beside each image)",
+      ),
+    )
+    .addOption(
       countOption(
         "--max-connections <N>",
         `guests connected at the same time (${DEFAULT_MAX_CONNECTIONS})`,
@@ -174,7 +200,24 @@ export function parseServeSettings(
     snapshotExport: flags.snapshotExport ?? false,
     maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
     bitmaps: parseBitmaps(flags),
+    tracking: parseTracking(flags),
     tls: parseTls(flags),
+  };
+}
+
+function parseTracking({ tracking, trackingDir, readOnly }: ServeFlags): TrackingSettings {
+  if (trackingDir !== undefined && tracking === "off") {
+    throw usageError("--tracking-dir", "does not go with --tracking off");
+  }
+  const asked = trackingDir !== undefined ? "--tracking-dir" : "--tracking";
+  const isAskedFor = trackingDir !== undefined || (tracking !== undefined && tracking !== "off");
+  if (isAskedFor && readOnly === true) {
+    throw usageError(asked, "does not go with --read-only", "nothing changes that could be tracked");
+  }
+  return {
+    mode: tracking ?? "host",
+    directory: trackingDir === undefined ? undefined : absoluteName(trackingDir),
+    isAskedFor,
   };
 }
 

@@ -8,6 +8,7 @@ export const EXIT = {
   usage: 2,
   ignoredErrors: 3,
   verifyDifference: 4,
+  noBasis: 12,
   interruptedBySighup: 129,
   interruptedBySigint: 130,
   interruptedBySigterm: 143,
@@ -36,6 +37,7 @@ export const COMMAND_NAMES = [
   "backup",
   "serve",
   "jobs",
+  "checkpoints",
   "restore",
   "info",
   "map",
@@ -64,7 +66,7 @@ const COPY: readonly ExitMeaning[] = [
 ];
 
 const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
-  backup: COPY,
+  backup: [...COPY, [EXIT.noBasis, "what it builds on is missing: the checkpoint of --since"]],
   restore: COPY,
   serve: [
     [EXIT.done, "ended by SIGINT or SIGTERM, in good order"],
@@ -73,6 +75,7 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
     [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
   ],
   jobs: COMMON,
+  checkpoints: [...COMMON, [EXIT.noBasis, "no such checkpoint"]],
   info: COMMON,
   map: COMMON,
   create: COMMON,
@@ -108,5 +111,6 @@ export function exitCodeOfError(command: CommandName | undefined, error: Cowcatc
   if (command === "check") return error.problem === NO_CHECKS ? CHECK_EXIT.noChecks : CHECK_EXIT.cannotCheck;
   if (command === "compare") return COMPARE_EXIT.error;
   if (error.code === "VERIFY") return EXIT.verifyDifference;
+  if (error.code === "NO_BASIS") return EXIT.noBasis;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
 }

@@ -1,5 +1,6 @@
 // What a finished backup or restore says: a few lines for people, one object for scripts.
 import { statSync } from "node:fs";
+import type { BasisInfo } from "../../backup/host.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { formatBytes, formatDuration } from "../../units.js";
 import { printJsonLine, printLine, type OutputSettings } from "../output/context.js";
@@ -42,9 +43,14 @@ export interface SummaryMessage {
   ignored_errors: number;
   /** The target was read back and compared. */
   verified: boolean;
+  /** Of a live backup: all of the disk, or what has changed. */
+  level?: BasisInfo["level"];
+  bitmap_action?: BasisInfo["bitmapAction"];
+  /** Why a full one was made although less was asked for, or no checkpoint. */
+  bitmap_reason?: string;
 }
 
-export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMessage {
+export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: BasisInfo): SummaryMessage {
   return {
     message_type: "summary",
     time: now(),
@@ -68,10 +74,12 @@ export function summaryMessage(info: JobInfo, progress: JobProgress): SummaryMes
     guest_wait_ms_total: progress.guestWaitMsTotal,
     ignored_errors: progress.ignoredErrorCount,
     verified: info.verify === true,
+    ...(basis && { level: basis.level, bitmap_action: basis.bitmapAction }),
+    ...(basis?.reason !== undefined && { bitmap_reason: basis.reason }),
   };
 }
 
-export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
+export function summaryLines(info: JobInfo, progress: JobProgress, basis?: BasisInfo): string[] {
   if (info.snapshotOnly === true) {
     return [`${info.disk}: snapshot kept for ${formatDuration(progress.elapsedMs)}`, captureLine(progress)];
   }
@@ -80,6 +88,8 @@ export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
       `${formatDuration(progress.elapsedMs)} (${formatBytes(rateOf(progress.bytesDone, progress))}/s), ` +
       `${formatBytes(progress.bytesWritten)} written${onTarget(info)}${info.verify === true ? ", verified" : ""}`,
   ];
+  if (basis?.level === "incremental") lines.push("  incremental: what has changed since the checkpoint");
+  if (basis?.reason !== undefined) lines.push(`  ${basis.level}: ${basis.reason}`);
   if (info.live) lines.push(captureLine(progress));
   if (progress.ignoredErrorCount > 0) {
     lines.push(`  ${counted(progress.ignoredErrorCount, "error")} ignored as asked: the backup has gaps`);
@@ -88,13 +98,18 @@ export function summaryLines(info: JobInfo, progress: JobProgress): string[] {
 }
 
 /** On stdout: a JSON line with --json, else text unless --quiet. */
-export function printSummary(output: OutputSettings, info: JobInfo, progress: JobProgress): void {
+export function printSummary(
+  output: OutputSettings,
+  info: JobInfo,
+  progress: JobProgress,
+  basis?: BasisInfo,
+): void {
   if (output.json) {
-    printJsonLine(output, summaryMessage(info, progress));
+    printJsonLine(output, summaryMessage(info, progress, basis));
     return;
   }
   if (output.quiet) return;
-  for (const line of summaryLines(info, progress)) printLine(output, line);
+  for (const line of summaryLines(info, progress, basis)) printLine(output, line);
 }
 
 function captureLine(progress: JobProgress): string {

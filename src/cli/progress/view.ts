@@ -3,6 +3,7 @@
 //
 // The caller may call `update` as often as it likes: each view limits its own rate. A view prints nothing after
 // `stop`. All on the main thread.
+import type { BasisInfo } from "../../backup/host.js";
 import type { JobProgress } from "../../backup/progress.js";
 import type { CowcatcherError } from "../../errors.js";
 
@@ -31,6 +32,8 @@ export interface JobInfo {
 
 export interface JobResult {
   progress: JobProgress;
+  /** Of a live backup: how much was copied, and why. */
+  basis?: BasisInfo | undefined;
   /** The first cause, if the job failed. */
   error: CowcatcherError | undefined;
 }

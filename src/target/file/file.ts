@@ -50,6 +50,9 @@ export interface TargetFile {
 /** @throws CowcatcherError as resolveDestination; UNSUPPORTED where O_DIRECT is asked for and not to be had. */
 export async function openTargetFile(options: TargetOptions, direct: boolean): Promise<TargetFile> {
   const destination = await resolveDestination(options.path, options.force);
+  if (destination.kind === "file" && options.inPlace === true) {
+    return openInPlace(options, destination, direct);
+  }
   if (destination.kind === "file") {
     await removeStaleTemporaries(destination.path);
     return createRegular(options.path, destination, direct);
@@ -84,6 +87,51 @@ async function createRegular(
     unlinkTemporary(temporary);
     await closeAll(temporary.fd, temporary.fd);
     throw ioError("create the target", name, error);
+  }
+}
+
+/**
+ * The file that stands there, to be brought up to date: of the disk's size, and locked. Whatever ends the backup early
+ * leaves a mixture there that the next one from the same checkpoint makes good: it copies at least as much.
+ */
+async function openInPlace(
+  { path: name, sizeBytes }: TargetOptions,
+  { path, existing }: FileDestination,
+  direct: boolean,
+): Promise<TargetFile> {
+  if (existing === null || existing.size !== sizeBytes) {
+    const problem =
+      existing === null
+        ? "there is no file that could hold the state of the checkpoint"
+        : `the file has ${existing.size} bytes and the disk ${sizeBytes}: it cannot hold the state of the checkpoint`;
+    throw new CowcatcherError({
+      code: "NO_BASIS",
+      object: name,
+      problem,
+      hint: "make a full backup there first, or an overlay of it with -O qcow2 -b FILE -B FMT",
+    });
+  }
+  const bufferedFd = await openFile(path, O_RDWR).catch((error: unknown) => {
+    throw ioError("open the target", name, error);
+  });
+  try {
+    acquireImageLock(bufferedFd, name, { write: true, resize: true });
+    const dataFd = direct ? await openDirect(name, path) : bufferedFd;
+    return {
+      name,
+      path,
+      bufferedFd,
+      dataFd,
+      direct,
+      startsZeroed: false,
+      capacityBytes: sizeBytes,
+      commit: () => Promise.resolve(),
+      unlink: () => undefined,
+      closeDescriptors: () => closeAll(bufferedFd, dataFd),
+    };
+  } catch (error) {
+    await closeAll(bufferedFd, bufferedFd);
+    throw error;
   }
 }
 

@@ -98,6 +98,7 @@ it.each([
     `import { Server } from "node:net";
      const { listen } = Server.prototype;
      Server.prototype.listen = function (...args) {
+       Server.prototype.listen = listen;
        ${KILL};
        return listen.apply(this, args);
      };`,

@@ -48,6 +48,10 @@ class FakeJob implements HostedJob {
     this.concluded = new Promise((resolve) => (this.#conclude = resolve));
   }
 
+  async beforeT0(): Promise<void> {
+    await holds.get(`before T0 of ${this.disk}`)?.wait();
+  }
+
   checkReady(): void {
     this.calls.push("checkReady");
   }
@@ -107,7 +111,7 @@ let claimed: Set<string>;
 let made: FakeJob[];
 /** Disks whose targets were removed as the process ends. */
 let abortedSync: string[];
-/** By "claim DISK" and "prepare DISK". */
+/** By "claim DISK", "prepare DISK" and "before T0 of DISK". */
 let holds: Map<string, Hold>;
 let prepareError: CowcatcherError | undefined;
 let startError: Error | undefined;
@@ -232,21 +236,28 @@ function expectNothingLeft(): void {
 }
 
 describe("a start that is cancelled", () => {
-  it.each(["claim a", "prepare a", "claim b", "prepare b"])("while '%s' goes on", async (step) => {
-    const held = hold(step);
-    const { jobs, outcome } = start("a", "b");
-    await held.begun();
-    expect([...list.values()]).toEqual(jobs);
-    jobs[0]?.cancel();
-    // At once, whatever hangs; and of all.
-    expect(statuses).toEqual(["a aborting", "b aborting"]);
-    expect(jobs.map(({ error }) => error?.code)).toEqual(["CANCELLED", "CANCELLED"]);
-    held.release();
-    expect(await outcome).toMatchObject({ code: "CANCELLED", object: "target-of-a" });
-    expect(statuses.filter((line) => line.startsWith("a"))).toEqual(CANCELLED.map((status) => `a ${status}`));
-    expect(statuses.filter((line) => line.startsWith("b"))).toEqual(CANCELLED.map((status) => `b ${status}`));
-    expectNothingLeft();
-  });
+  it.each(["claim a", "prepare a", "claim b", "prepare b", "before T0 of b"])(
+    "while '%s' goes on",
+    async (step) => {
+      const held = hold(step);
+      const { jobs, outcome } = start("a", "b");
+      await held.begun();
+      expect([...list.values()]).toEqual(jobs);
+      jobs[0]?.cancel();
+      // At once, whatever hangs; and of all.
+      expect(statuses).toEqual(["a aborting", "b aborting"]);
+      expect(jobs.map(({ error }) => error?.code)).toEqual(["CANCELLED", "CANCELLED"]);
+      held.release();
+      expect(await outcome).toMatchObject({ code: "CANCELLED", object: "target-of-a" });
+      expect(statuses.filter((line) => line.startsWith("a"))).toEqual(
+        CANCELLED.map((status) => `a ${status}`),
+      );
+      expect(statuses.filter((line) => line.startsWith("b"))).toEqual(
+        CANCELLED.map((status) => `b ${status}`),
+      );
+      expectNothingLeft();
+    },
+  );
 
   it.each(["claim a", "prepare b"])(
     "concludes though '%s' hangs; what that yields is undone",
