@@ -24,6 +24,7 @@ export type ErrorCode =
   | "WORKER" // a worker thread died
   | "VERIFY" // the target, read back, is not what was written to it
   | "NO_BASIS" // what an incremental backup builds on is missing: checkpoint, bitmap, base
+  | "KEY" // no key, or the wrong one, for an encrypted repository
   | "LIMIT" // a stated bound was hit; the message names the bound
   | "INTERNAL";
 

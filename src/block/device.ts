@@ -180,12 +180,28 @@ export interface RbdSourceDescription {
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
 }
 
+/** A disk of a backup (src/repository/read). */
+export interface RepositorySourceDescription {
+  format: "repository";
+  name: string;
+  sizeBytes: number;
+  chunkBytes: number;
+  /** 32 bytes a chunk: its id, or zeroes for a hole. */
+  ids: SharedArrayBuffer;
+  /** Where the chunks are, and the keys to them: plain data that the repository's room makes and reads. */
+  store: unknown;
+  secrets: unknown;
+  /** Answers take their time whatever the processor does. */
+  isRemote: boolean;
+}
+
 export type SourceDescription =
   | RawSourceDescription
   | Qcow2SourceDescription
   | NullSourceDescription
   | NbdSourceDescription
-  | RbdSourceDescription;
+  | RbdSourceDescription
+  | RepositorySourceDescription;
 
 /** A worker's view of the source at T0. One thread; offsets and lengths within [0, sizeBytes). */
 export interface SourceReader {

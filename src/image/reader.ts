@@ -4,7 +4,7 @@
 // promise. Each reader belongs to one thread; descriptors are the main thread's, shared and never closed here.
 
 import type { RawSourceDescription, SourceDescription, SourceReader, Completion } from "../block/device.js";
-import { toCowcatcherError } from "../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { KiB, roundDown } from "../units.js";
 import { readDirectSync } from "../block/file/direct.js";
 import { assertNotCut, cutShortError } from "../block/file/file-end.js";
@@ -46,6 +46,13 @@ export function openSource(
       const below = backing === null ? null : openSource(backing, isCancelled, mayBlock);
       return new Qcow2SourceReader(description, below);
     }
+    case "repository":
+      // No image builds on a backup.
+      throw new CowcatcherError({
+        code: "INTERNAL",
+        object: description.name,
+        problem: "a backup is opened by repository/open.ts",
+      });
   }
 }
 

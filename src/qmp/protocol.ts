@@ -123,6 +123,7 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   WORKER: true,
   VERIFY: true,
   NO_BASIS: true,
+  KEY: true,
   LIMIT: true,
   INTERNAL: true,
 };

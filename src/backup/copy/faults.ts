@@ -65,7 +65,7 @@ export interface Fault {
   workerIndex: number | undefined;
 }
 
-/** @throws CowcatherError USAGE, naming the variable and the word that is wrong. */
+/** @throws CowcatcherError USAGE, naming the variable and the word that is wrong. */
 export function parseFaults(text: string): Fault[] {
   return text
     .split(";")

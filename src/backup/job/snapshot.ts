@@ -32,7 +32,7 @@ import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
 export interface SnapshotPublisher {
   /**
    * From now on readers find the device under the name; the result takes it away again, from them, too. Synchronous,
-   * as T0 is. @throws CowcatherError EXISTS for a name that is in use.
+   * as T0 is. @throws CowcatcherError EXISTS for a name that is in use.
    */
   publish(name: string, device: BlockDevice): () => void;
 }

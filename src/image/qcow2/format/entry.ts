@@ -179,7 +179,7 @@ export class EntryDecoder {
   /**
    * Checks the places that a table of an image with an external data file names: each must be the guest's own, and
    * nothing can be compressed. `firstCluster` is the table's first guest cluster.
-   * @throws CowcatherError FORMAT
+   * @throws CowcatcherError FORMAT
    */
   checkPlaces(view: DataView, firstCluster: number): void {
     for (let index = 0; index < this.entriesPerTable; index++) {

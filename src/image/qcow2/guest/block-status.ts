@@ -39,7 +39,7 @@ export class BlockStatusQuery {
     private readonly backing: BackingLayer | null,
   ) {}
 
-  /** @throws CowcatherError FORMAT or IO, or rejects with it. */
+  /** @throws CowcatcherError FORMAT or IO, or rejects with it. */
   statusAt(offsetBytes: number, lengthBytes: number): BlockStatus | Promise<BlockStatus> {
     // Where holes are looked for, the run is looked for in the file system's extent alone: else each of many small
     // extents would cost a scan of the long run.
