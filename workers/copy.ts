@@ -16,11 +16,12 @@ import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../
 import { SpillFile } from "../src/cow/spill.js";
 import { toCowcatcherError } from "../src/errors.js";
 import type { SourceDescription, SourceReader } from "../src/block/device.js";
-import { openSource } from "../src/image/reader.js";
 import { libc } from "../src/native/libc.js";
 import { isForBlocking } from "../src/nbd/client/blocking-reader.js";
 import { parseNbdUri } from "../src/nbd/wire/uri.js";
 import type { TargetWriter } from "../src/cow/target-writer.js";
+import { openAnySource } from "../src/repository/open.js";
+import type { TargetDescription } from "../src/target/target.js";
 import { openTarget } from "../src/target/writer.js";
 
 /** Waiters look again after this time, so that a thread that died cannot hold the others. */
@@ -31,6 +32,8 @@ const LANE_RECHECK_MS = 5;
 const LANE_SLEEP_MS = 50;
 /** Chunks on their way between two computers: at 1 MiB each, 16 fill 1 Gbit/s over 100 ms. */
 const LANES_OF_ALL_WORKERS = 16;
+/** The same for an object store, of chunks of 4 MiB: 32 requests at a time. */
+const LANES_TO_STORE = 32;
 const MAX_LANES = 8;
 
 bootIsOver();
@@ -64,7 +67,7 @@ async function copyAll(
   const isAborting = (): boolean => Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING;
   const { reader, writer } = withFaults(
     process.env[FAULTS_VARIABLE],
-    openSource(source, isAborting, task.target.format !== "nbd" && task.target.format !== "rbd"),
+    openAnySource(source, isAborting, !isRemote(task.target)),
     openTarget(task.target, isAborting),
     {
       control: shared.control,
@@ -99,17 +102,25 @@ function laneBuffers(
   source: SourceDescription,
 ): Uint8Array[] {
   const buffers = [chunkBuffer];
-  const isRemote = [source.format, target.format].some((format) => format === "nbd" || format === "rbd");
   // Standard output takes the disk in order, so one chunk at a time.
-  if (target.format === "stdout" || !isRemote) return buffers;
+  if (target.format === "stdout" || (!isRemote(source) && !isRemote(target))) return buffers;
   // Such a source is read by blocking calls, best into memory that is in the cache still.
-  const isTargetRemote = target.format === "nbd" || target.format === "rbd";
-  if (!isTargetRemote && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri))) return buffers;
-  const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(LANES_OF_ALL_WORKERS / workerCount)));
+  if (!isRemote(target) && source.format === "nbd" && isForBlocking(parseNbdUri(source.uri))) return buffers;
+  // An object store answers each request in tens of milliseconds, however many there are.
+  const all =
+    target.format === "repository" || source.format === "repository" ? LANES_TO_STORE : LANES_OF_ALL_WORKERS;
+  const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(all / workerCount)));
   while (buffers.length < laneCount) {
     buffers.push(keptPages(buffers.length, geometry.chunkBytes, target.name));
   }
   return buffers;
+}
+
+/** Whether it answers in its own time, so that others go on meanwhile. */
+function isRemote(place: SourceDescription | TargetDescription): boolean {
+  return (
+    place.format === "nbd" || place.format === "rbd" || (place.format === "repository" && place.isRemote)
+  );
 }
 
 function drainerOf(

@@ -3,6 +3,7 @@
 
 import type { RbdHandle, SourceDescription } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
+import type { ChunkWriterDescription } from "../repository/backup/chunk-writer.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 
 export interface TargetOptions {
@@ -45,6 +46,8 @@ export interface Target {
   readonly workerLimit?: number | undefined;
   /** A worker has written: what was kept open until then may go. Never rejects; may be called again. */
   workersAreIn?(): Promise<void>;
+  /** T0 is now. Synchronous. */
+  started?(): void;
   /** Where a complete target can be read before it has its final name; null for `null:`. */
   readonly unfinishedPath: string | null;
   /** How a complete target is read before it has its final name, where that is not by the path. */
@@ -135,10 +138,26 @@ export interface RbdTargetDescription {
   direct: false;
 }
 
+/** A disk of a backup in a repository. */
+export interface RepositoryTargetDescription {
+  format: "repository";
+  name: string;
+  sizeBytes: number;
+  chunkBytes: number;
+  /** 32 bytes a chunk: its id, or zeroes for a hole; and a byte: whether it is known (repository/backup/session.ts). */
+  ids: SharedArrayBuffer;
+  states: SharedArrayBuffer;
+  writer: ChunkWriterDescription;
+  /** Answers take their time whatever the processor does. */
+  isRemote: boolean;
+  direct: false;
+}
+
 export type TargetDescription =
   | RawTargetDescription
   | Qcow2TargetDescription
   | NullTargetDescription
   | NbdTargetDescription
   | StdoutTargetDescription
-  | RbdTargetDescription;
+  | RbdTargetDescription
+  | RepositoryTargetDescription;

@@ -5,6 +5,7 @@ import { NullWriter } from "./null.js";
 import { RbdTargetWriter } from "./rbd.js";
 import { CompressingWriter } from "./qcow2/compressing.js";
 import { Qcow2Writer } from "./qcow2/writer.js";
+import { RepositoryWriter } from "./repository/writer.js";
 import { RawWriter } from "./file/raw.js";
 import { StdoutWriter } from "./stdout.js";
 import type { TargetDescription } from "./target.js";
@@ -30,5 +31,7 @@ export function openTarget(
       return new NbdTargetWriter(description, isCancelled);
     case "rbd":
       return new RbdTargetWriter(description, isCancelled);
+    case "repository":
+      return new RepositoryWriter(description);
   }
 }

@@ -293,6 +293,7 @@ export class CopyRun {
   /** T0: the workers start. Synchronous; `source` describes the disk as it is now. */
   begin(source: SourceDescription): void {
     this.#begun = true;
+    this.#options.target.started?.();
     this.#startMs = performance.now();
     // An abort may have come since the workers were ready.
     Atomics.compareExchange(this.shared.control, CTL_RUN, RUN_PREPARING, RUN_RUNNING);

@@ -60,7 +60,12 @@ export class Finishing {
     const { geometry, digests } = this.#shared.buffers;
     const { unfinishedPath, name, description, readBack } = this.#target;
     if (digests === undefined || unfinishedPath === null) return;
-    if (description.format === "null" || description.format === "stdout") return;
+    if (
+      description.format === "null" ||
+      description.format === "stdout" ||
+      description.format === "repository"
+    )
+      return;
     this.#check = new VerifyRun({
       geometry,
       digests,

@@ -3,16 +3,18 @@
 import type { Piscina } from "piscina";
 import type { CowcatcherError } from "../../errors.js";
 import type { Image } from "../../block/device.js";
-import { openImage } from "../../image/open.js";
 import type { ImageFormat } from "../../block/format.js";
 import { NbdImage } from "../../nbd/client/device.js";
+import { openAnyImage } from "../../repository/open.js";
+import type { KeySource } from "../../repository/format/keys.js";
+import type { Target } from "../../target/target.js";
 import { createTarget } from "../../target/create.js";
 import { openBacking } from "../guard/backing-check.js";
 import { endPool, takeCopyPool } from "../copy/pool.js";
 import { unpreparedMemory } from "../copy/page-preparer.js";
 import { CopyRun } from "../copy/run.js";
 import { Finishing } from "./finishing.js";
-import { dirtyRuns } from "../copy/incremental.js";
+import { type DirtyRuns, dirtyRuns } from "../copy/incremental.js";
 import type { JobOptions } from "../options.js";
 import type { JobProgress } from "../progress.js";
 import { refuseImageAsTarget } from "../guard/target-guard.js";
@@ -30,8 +32,18 @@ export interface OfflineCopyRequest {
   isCancelled?: (() => boolean) | undefined;
   /** Called when the source is open, with the job as it will be, before anything of the target is made. */
   onOpened?: ((image: Image, job: JobOptions) => Promise<void>) | undefined;
+  /** What encrypted repositories are opened with, where the source is a backup. */
+  repositoryKey?: (() => Promise<KeySource | undefined>) | undefined;
+  /** Makes the target, where it is not the one that `job.target` names; with which parts of the disk it wants. */
+  makeTarget?: ((image: Image, dirty: DirtyRuns | undefined) => MadeTarget) | undefined;
   onStarted: (totalBytes: number) => void;
   onStopped: (error: CowcatcherError) => void;
+}
+
+export interface MadeTarget {
+  target: Target;
+  /** Undefined: all of the disk. */
+  dirty: DirtyRuns | undefined;
 }
 
 export interface OfflineCopy {
@@ -57,32 +69,30 @@ export async function startOfflineCopy(request: OfflineCopyRequest): Promise<Off
 
 async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promise<OfflineCopy> {
   const { source, sourceFormat, onStopped } = request;
-  const image = await openImage(source, {
+  const image = await openAnyImage(source, {
     format: sourceFormat,
     readOnly: true,
     direct: request.job.direct,
     bitmap: request.job.bitmap,
     isCancelled: request.isCancelled,
     snapshot: request.snapshot,
+    repositoryKey: request.repositoryKey,
   });
   let backing: Image | null = null;
   try {
     const targetFormat = request.job.targetFormat ?? image.format;
     const job = withBackingOf(image, { ...request.job, targetFormat });
-    await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+    if (request.makeTarget === undefined) {
+      await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+    }
     await request.onOpened?.(image, job);
-    const dirty = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
+    const bitmapRuns = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
     // Before the workers connect: a server may take one connection at a time.
     const remote = nbdLayerOf(image);
     await remote?.handOver();
     backing = await openBacking({ ...job, path: job.target });
-    const target = await createTarget({
-      ...job,
-      path: job.target,
-      format: job.targetFormat,
-      sizeBytes: image.sizeBytes,
-      isCancelled: request.isCancelled,
-    });
+    const { target, dirty } =
+      request.makeTarget?.(image, bitmapRuns) ?? (await plainTarget(image, job, request, bitmapRuns));
     try {
       const run = await CopyRun.prepare({
         job,
@@ -133,6 +143,22 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     await image.close();
     throw error;
   }
+}
+
+async function plainTarget(
+  { sizeBytes }: Image,
+  job: JobOptions,
+  { isCancelled }: OfflineCopyRequest,
+  dirty: DirtyRuns | undefined,
+): Promise<MadeTarget> {
+  const target = await createTarget({
+    ...job,
+    path: job.target,
+    format: job.targetFormat,
+    sizeBytes,
+    isCancelled,
+  });
+  return { target, dirty };
 }
 
 /** An export has no backing file: it is the source itself, or the last of its chain. */

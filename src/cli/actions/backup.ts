@@ -2,6 +2,7 @@
 
 import { startOfflineCopy } from "../../backup/job/offline.js";
 import type { CowcatcherError } from "../../errors.js";
+import type { KeySource } from "../../repository/format/keys.js";
 import type { BackupSettings, OfflineBackupSettings } from "../options/backup-options.js";
 import { type CommandContext, keepStdoutForData } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
@@ -18,14 +19,21 @@ import { dataBytesOf, warnOfSpace } from "./target-space.js";
 const UPDATE_MS = 200;
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export function runBackup(settings: BackupSettings, context: CommandContext): Promise<number> {
-  return settings.mode === "offline" ? runOfflineCopy(settings, context) : runLive(settings, context);
+export function runBackup(
+  settings: BackupSettings,
+  context: CommandContext,
+  repositoryKey?: () => Promise<KeySource | undefined>,
+): Promise<number> {
+  return settings.mode === "offline"
+    ? runOfflineCopy(settings, context, repositoryKey)
+    : runLive(settings, context);
 }
 
 /** Also `restore`'s body: a backup and what it builds on, written to an image. */
 export async function runOfflineCopy(
   settings: OfflineBackupSettings,
   context: CommandContext,
+  repositoryKey?: () => Promise<KeySource | undefined>,
 ): Promise<number> {
   if (settings.job.target === STDIO) keepStdoutForData(context);
   const { output } = context;
@@ -51,6 +59,7 @@ export async function runOfflineCopy(
       sourceFormat: settings.sourceFormat,
       snapshot: settings.snapshot,
       job: { ...settings.job, cowBufferSizeBytes: 0 },
+      repositoryKey,
       isCancelled: () => context.interruptedBy !== undefined,
       onOpened: async (image, job) => {
         info.t0 = new Date().toISOString();

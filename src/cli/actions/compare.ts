@@ -1,11 +1,12 @@
 // `compare`: whether two images have the same content, in the words of qemu-img compare.
 import { compareImages, type CompareResult } from "../../image/compare.js";
 import type { ImageFormat } from "../../block/format.js";
-import { openImage } from "../../image/open.js";
+import { openAnyImage } from "../../repository/open.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
+import { type KeyFlags, lazyKey } from "../options/repository-options.js";
 import { COMPARE_EXIT } from "../output/exit-codes.js";
 
-export interface CompareFlags {
+export interface CompareFlags extends KeyFlags {
   /** Of the first image. */
   format?: ImageFormat;
   /** Of the second image. */
@@ -44,10 +45,10 @@ async function compareFiles(
   pathB: string,
   flags: CompareFlags,
 ): Promise<{ result: CompareResult; commonBytes: number }> {
-  const shared = { readOnly: true, lock: flags.forceShare !== true };
-  const a = await openImage(pathA, { ...shared, format: flags.format, snapshot: flags.snapshot });
+  const shared = { repositoryKey: lazyKey(flags), readOnly: true, lock: flags.forceShare !== true };
+  const a = await openAnyImage(pathA, { ...shared, format: flags.format, snapshot: flags.snapshot });
   try {
-    const b = await openImage(pathB, { ...shared, format: flags.format2 });
+    const b = await openAnyImage(pathB, { ...shared, format: flags.format2 });
     try {
       const result = await compareImages(a, b, { strict: flags.strict });
       return { result, commonBytes: Math.min(a.sizeBytes, b.sizeBytes) };

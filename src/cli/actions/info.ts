@@ -24,13 +24,17 @@ import {
 } from "../../image/qcow2/format/header.js";
 import { describeImage } from "../../image/qcow2/info.js";
 import { RbdImage } from "../../rbd/image.js";
+import { isBackupAddress } from "../../repository/address.js";
+import { openAnyImage } from "../../repository/open.js";
+import { RepositoryImage } from "../../repository/read/image.js";
 import { roundUp } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
+import { type KeyFlags, lazyKey } from "../options/repository-options.js";
 import { EXIT } from "../output/exit-codes.js";
 import { infoLines, type FormatSpecificDocument, type ImageInfoDocument } from "../output/info-text.js";
 import { isNbdUri, isRbdAddress } from "../options/options.js";
 
-export interface InfoFlags {
+export interface InfoFlags extends KeyFlags {
   format?: ImageFormat;
   forceShare?: boolean;
   backingChain?: boolean;
@@ -41,6 +45,7 @@ const SECTOR_BYTES = 512;
 const STAT_BLOCK_BYTES = 512;
 
 export async function runInfo(path: string, flags: InfoFlags, { output }: CommandContext): Promise<number> {
+  if (isBackupAddress(path)) return runBackupInfo(path, flags, output);
   const lock = flags.forceShare !== true;
   const layers =
     flags.backingChain === true
@@ -48,6 +53,51 @@ export async function runInfo(path: string, flags: InfoFlags, { output }: Comman
       : [await describeLayer(path, flags.format, lock)];
   if (output.json) printJsonDocument(output, flags.backingChain === true ? layers : layers[0]);
   else printLine(output, layers.map((layer) => infoLines(layer).join("\n")).join("\n\n"));
+  return EXIT.done;
+}
+
+/** A disk of a backup: what a reader sees of it, and what its manifest says. */
+async function runBackupInfo(
+  address: string,
+  flags: InfoFlags,
+  output: CommandContext["output"],
+): Promise<number> {
+  const image = await openAnyImage(address, {
+    format: flags.format,
+    readOnly: true,
+    repositoryKey: lazyKey(flags),
+  });
+  await image.close();
+  if (!(image instanceof RepositoryImage)) throw new Error("the address of a backup led to another image");
+  const { manifest, disk } = image;
+  const entry = manifest.disks.find(({ name }) => name === disk);
+  const layer: ImageInfoDocument = {
+    "virtual-size": roundUp(image.sizeBytes, SECTOR_BYTES),
+    filename: address,
+    format: "raw",
+    "cluster-size": image.clusterSizeBytes,
+  };
+  const backup = {
+    group: manifest.group,
+    disk,
+    t0: manifest.time,
+    level: manifest.level,
+    "level-reason": manifest.level_reason,
+    parent: manifest.parent,
+    chunks: entry?.data_chunk_count ?? 0,
+    "new-bytes": entry?.new_bytes ?? 0,
+    tool: manifest.tool,
+    host: manifest.host,
+  };
+  if (output.json) {
+    const document = { ...layer, backup };
+    printJsonDocument(output, flags.backingChain === true ? [document] : document);
+    return EXIT.done;
+  }
+  printLine(output, infoLines(layer).join("\n"));
+  printLine(output, `backup of ${backup.t0}, ${backup.level}: ${backup["level-reason"]}`);
+  printLine(output, `chunks: ${backup.chunks}`);
+  if (manifest.vm_config !== null) printLine(output, `vm config:\n${manifest.vm_config.trimEnd()}`);
   return EXIT.done;
 }
 

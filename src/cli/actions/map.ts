@@ -3,13 +3,14 @@ import { CowcatcherError } from "../../errors.js";
 import type { BlockStatus, Image } from "../../block/device.js";
 import type { ImageFormat } from "../../block/format.js";
 import { endOfLastSector, lastSectorStatus } from "../../image/last-sector.js";
-import { openImage } from "../../image/open.js";
+import { openAnyImage } from "../../repository/open.js";
 import { Qcow2Image } from "../../image/qcow2/image.js";
 import { printLine, type CommandContext } from "../output/context.js";
+import { type KeyFlags, lazyKey } from "../options/repository-options.js";
 import { EXIT } from "../output/exit-codes.js";
 import { qemuHex } from "../output/qemu-text.js";
 
-export interface MapFlags {
+export interface MapFlags extends KeyFlags {
   format?: ImageFormat;
   forceShare?: boolean;
   /** Id or name of an internal snapshot. */
@@ -32,7 +33,8 @@ export interface MapEntry {
 }
 
 export async function runMap(path: string, flags: MapFlags, context: CommandContext): Promise<number> {
-  const image = await openImage(path, {
+  const image = await openAnyImage(path, {
+    repositoryKey: lazyKey(flags),
     format: flags.format,
     readOnly: true,
     lock: flags.forceShare !== true,

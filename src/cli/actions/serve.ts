@@ -3,9 +3,10 @@
 import { unlinkSync } from "node:fs";
 import { LiveHost } from "../../backup/job/live-host.js";
 import { ControlServer } from "../../control/server.js";
+import type { KeySource } from "../../repository/format/keys.js";
 import { DiskNode } from "../../cow/disk-node.js";
 import type { Image } from "../../block/device.js";
-import { openImage } from "../../image/open.js";
+import { openAnyImage } from "../../repository/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
 import { openFileLimit } from "../../native/open-files.js";
 import { MAX_NEGOTIATING } from "../../nbd/server/limits.js";
@@ -25,7 +26,11 @@ import { onInterrupt } from "../signals.js";
 import { packageVersion } from "../version.js";
 
 /** Resolves to the exit code, when the server has ended. @throws CowcatcherError, which the program reports. */
-export async function runServe(settings: ServeSettings, context: CommandContext): Promise<number> {
+export async function runServe(
+  settings: ServeSettings,
+  context: CommandContext,
+  repositoryKey?: () => Promise<KeySource | undefined>,
+): Promise<number> {
   if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
   const images: { served: ServedImage; image: Image }[] = [];
   let tracked: TrackedDisks | undefined;
@@ -41,8 +46,13 @@ export async function runServe(settings: ServeSettings, context: CommandContext)
   });
   try {
     for (const served of settings.images) {
-      const options = { format: served.format, readOnly: settings.readOnly, direct: settings.direct };
-      const image = await quitting.unless(openImage(served.path, options));
+      const options = {
+        repositoryKey,
+        format: served.format,
+        readOnly: settings.readOnly,
+        direct: settings.direct,
+      };
+      const image = await quitting.unless(openAnyImage(served.path, options));
       if (image === undefined) return EXIT.done;
       images.push({ served, image });
       warnOfEmptySource(context.output, served.path, image.sizeBytes);

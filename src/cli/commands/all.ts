@@ -14,6 +14,7 @@ import { addInfo } from "./info.js";
 import { addJobs } from "./jobs.js";
 import { addMap } from "./map.js";
 import { addRestore } from "./restore.js";
+import { addRepo } from "./repo.js";
 import { addServe } from "./serve.js";
 import type { RunCommand } from "./definition.js";
 
@@ -31,6 +32,7 @@ const ADD_COMMAND: Record<
   check: addCheck,
   compare: addCompare,
   create: addCreate,
+  repo: addRepo,
   bench: addBench,
 };
 

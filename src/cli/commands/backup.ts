@@ -1,6 +1,12 @@
 import type { Command } from "commander";
 import type { BackupFlags } from "../options/backup-flags.js";
 import { addBackupOptions, parseBackupSettings } from "../options/backup-options.js";
+import {
+  addRepositoryBackupOptions,
+  isRepositoryBackup,
+  parseRepositoryBackup,
+} from "../options/repository-backup.js";
+import { lazyKey } from "../options/repository-options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 const NBD_NOTES =
@@ -23,7 +29,8 @@ export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
     summary: "point-in-time copy of an image, or of a disk that a guest is using",
     usage:
-      "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...",
+      "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...\n" +
+      "       cowcatcher backup [options] SOURCE... --repo REPO --group NAME",
     notes:
       "SOURCE and TARGET are paths, NBD URIs or RBD images; TARGET may be null:, which throws the data away, or -, standard output,\n" +
       "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
@@ -35,6 +42,8 @@ export function addBackup(program: Command, run: RunCommand): void {
       "With --sync none nothing is copied: until the command is interrupted (SIGINT, SIGTERM: exit code 0) or the\n" +
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
+      "With --repo all SOURCEs become one backup of the group, a disk each, named by --disk or by its file; what the\n" +
+      "repository has is not stored again, and each backup is a full one to whoever reads it. Not with --control yet.\n" +
       NBD_NOTES +
       "\n" +
       RBD_NOTES,
@@ -44,13 +53,18 @@ export function addBackup(program: Command, run: RunCommand): void {
       "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
     ],
   }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
-  addCommonOptions(addBackupOptions(command)).action((args: string[], flags: BackupFlags & CommonFlags) =>
-    run("backup", flags, async (context) => {
-      const settings = parseBackupSettings(args, flags);
-      if (flags.dryRun === true) {
-        return (await import("../actions/dry-run.js")).runDryRun(settings, context);
-      }
-      return (await import("../actions/backup.js")).runBackup(settings, context);
-    }),
+  addCommonOptions(addRepositoryBackupOptions(addBackupOptions(command))).action(
+    (args: string[], flags: BackupFlags & CommonFlags) =>
+      run("backup", flags, async (context) => {
+        if (isRepositoryBackup(flags)) {
+          const settings = parseRepositoryBackup(args, flags);
+          return (await import("../actions/repository-backup.js")).runRepositoryBackup(settings, context);
+        }
+        const settings = parseBackupSettings(args, flags);
+        if (flags.dryRun === true) {
+          return (await import("../actions/dry-run.js")).runDryRun(settings, context);
+        }
+        return (await import("../actions/backup.js")).runBackup(settings, context, lazyKey(flags));
+      }),
   );
 }

@@ -1,6 +1,7 @@
 import type { Command } from "commander";
 import type { CompareFlags } from "../actions/compare.js";
 import { forceShareOption, formatOption, parseImage, textOption } from "../options/options.js";
+import { addKeyOptions } from "../options/repository-options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 export function addCompare(program: Command, run: RunCommand): void {
@@ -19,7 +20,7 @@ export function addCompare(program: Command, run: RunCommand): void {
     .addOption(forceShareOption())
     .option("-s, --strict", "different sizes and allocation are differences, too")
     .addOption(textOption("--snapshot <NAME>", "internal snapshot of A, by id or name: the disk as of it"));
-  addCommonOptions(command).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
+  addCommonOptions(addKeyOptions(command)).action((a: string, b: string, flags: CompareFlags & CommonFlags) =>
     run("compare", flags, async (context) => {
       const paths = [parseImage(a, "A"), parseImage(b, "B")] as const;
       return (await import("../actions/compare.js")).runCompare(...paths, flags, context);

@@ -1,6 +1,7 @@
 import type { Command } from "commander";
 import type { InfoFlags } from "../actions/info.js";
 import { forceShareOption, formatOption, parseImage } from "../options/options.js";
+import { addKeyOptions } from "../options/repository-options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 export function addInfo(program: Command, run: RunCommand): void {
@@ -13,7 +14,7 @@ export function addInfo(program: Command, run: RunCommand): void {
     .addOption(formatOption("-f, --format <FMT>", "raw or qcow2 (probed)"))
     .addOption(forceShareOption())
     .option("--backing-chain", "describe the backing files as well");
-  addCommonOptions(command).action((image: string, flags: InfoFlags & CommonFlags) =>
+  addCommonOptions(addKeyOptions(command)).action((image: string, flags: InfoFlags & CommonFlags) =>
     run("info", flags, async (context) => {
       const path = parseImage(image);
       return (await import("../actions/info.js")).runInfo(path, flags, context);

@@ -1,6 +1,7 @@
 import type { Command } from "commander";
 import type { MapFlags } from "../actions/map.js";
 import { forceShareOption, formatOption, parseImage, sizeOption, textOption } from "../options/options.js";
+import { addKeyOptions } from "../options/repository-options.js";
 import { define, addCommonOptions, type CommonFlags, type RunCommand } from "./definition.js";
 
 export function addMap(program: Command, run: RunCommand): void {
@@ -18,7 +19,7 @@ export function addMap(program: Command, run: RunCommand): void {
     .addOption(sizeOption("-s, --start-offset <SIZE>", "where to begin (0)"))
     .addOption(sizeOption("-l, --max-length <SIZE>", "how much to show (the rest of the disk)"))
     .addOption(textOption("--snapshot <NAME>", "internal snapshot, by id or name: the disk as of it"));
-  addCommonOptions(command).action((image: string, flags: MapFlags & CommonFlags) =>
+  addCommonOptions(addKeyOptions(command)).action((image: string, flags: MapFlags & CommonFlags) =>
     run("map", flags, async (context) => {
       const path = parseImage(image);
       return (await import("../actions/map.js")).runMap(path, flags, context);

@@ -1,7 +1,9 @@
 // What commander makes of the options of `backup` and `restore`: each value parsed by itself, none checked against another.
+import type { LevelChoice } from "../../backup/job/repository-backup.js";
 import type { SyncMode } from "../../backup/options.js";
 import type { OnBufferFull, OnCbwError, OnIoError } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
+import type { KeyFlags } from "./repository-options.js";
 import type { Compression } from "../../image/qcow2/format/compression.js";
 
 export interface CopyFlags {
@@ -19,7 +21,11 @@ export interface CopyFlags {
   force?: boolean;
 }
 
-export interface BackupFlags extends CopyFlags {
+export interface BackupFlags extends CopyFlags, KeyFlags {
+  repo?: string;
+  group?: string;
+  level?: LevelChoice;
+  vmConfig?: string;
   control?: string;
   disk?: string[];
   backingFile?: string;

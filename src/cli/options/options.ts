@@ -8,6 +8,7 @@ import { absoluteName } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
 import { formatNbdUri, isNbdUri, isOldNbdName, parseNbdUri, parseOldNbdName } from "../../nbd/wire/uri.js";
 import { absoluteRbdAddress, isRbdAddress, parseRbdAddress } from "../../rbd/address.js";
+import { isBackupAddress, parseBackupAddress } from "../../repository/address.js";
 import { GiB, parseDurationMs, parseSize } from "../../units.js";
 
 export function usageError(object: string, problem: string, hint?: string): CowcatcherError {
@@ -138,7 +139,14 @@ export function parseImage(text: string, argument = "IMAGE"): string {
   if (isNbdUri(text)) parseNbdUri(text);
   if (isRbdAddress(text)) parseRbdAddress(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
-  refuseForeignAddress(text);
+  if (isBackupAddress(text)) {
+    if (argument === "TARGET") {
+      throw usageError(text, "is a backup, which is never written by name", "give --repo and --group");
+    }
+    parseBackupAddress(text);
+  } else {
+    refuseForeignAddress(text);
+  }
   return text;
 }
 

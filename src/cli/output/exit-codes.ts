@@ -8,6 +8,7 @@ export const EXIT = {
   usage: 2,
   ignoredErrors: 3,
   verifyDifference: 4,
+  wrongKey: 11,
   noBasis: 12,
   interruptedBySighup: 129,
   interruptedBySigint: 130,
@@ -44,6 +45,7 @@ export const COMMAND_NAMES = [
   "check",
   "compare",
   "create",
+  "repo",
   "bench",
 ] as const;
 export type CommandName = (typeof COMMAND_NAMES)[number];
@@ -56,10 +58,14 @@ const COMMON: readonly ExitMeaning[] = [
   [EXIT.usage, "wrong usage"],
 ];
 
+const WRONG_KEY: ExitMeaning = [EXIT.wrongKey, "no key, or the wrong one, for an encrypted repository"];
+
 const COPY: readonly ExitMeaning[] = [
   ...COMMON,
   [EXIT.ignoredErrors, "done, but errors were ignored as asked"],
   [EXIT.verifyDifference, "the check after writing (--verify) found a difference"],
+  WRONG_KEY,
+  [EXIT.noBasis, "what an incremental backup builds on cannot be used"],
   [EXIT.interruptedBySighup, "interrupted by SIGHUP, the terminal being gone; an unfinished file is removed"],
   [EXIT.interruptedBySigint, "interrupted by SIGINT; an unfinished file is removed"],
   [EXIT.interruptedBySigterm, "interrupted by SIGTERM; an unfinished file is removed"],
@@ -76,9 +82,16 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   ],
   jobs: COMMON,
   checkpoints: [...COMMON, [EXIT.noBasis, "no such checkpoint"]],
-  info: COMMON,
-  map: COMMON,
+  info: [...COMMON, WRONG_KEY],
+  map: [...COMMON, WRONG_KEY],
   create: COMMON,
+  repo: [
+    ...COMMON,
+    [EXIT.verifyDifference, "verify found damage"],
+    WRONG_KEY,
+    [EXIT.interruptedBySigint, "interrupted by SIGINT"],
+    [EXIT.interruptedBySigterm, "interrupted by SIGTERM"],
+  ],
   bench: [
     ...COMMON,
     [EXIT.interruptedBySighup, "interrupted by SIGHUP; what it made is removed"],
@@ -112,5 +125,6 @@ export function exitCodeOfError(command: CommandName | undefined, error: Cowcatc
   if (command === "compare") return COMPARE_EXIT.error;
   if (error.code === "VERIFY") return EXIT.verifyDifference;
   if (error.code === "NO_BASIS") return EXIT.noBasis;
+  if (error.code === "KEY") return EXIT.wrongKey;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
 }

@@ -26,6 +26,10 @@ beforeAll(async () => {
   // A reference count for a cluster that nothing refers to.
   fs.writeSync(fd, Buffer.from([0, 1]), 0, 2, 2 * 65536 + 2 * 8);
   fs.closeSync(fd);
+  expect((await cowcatcher(["repo", "init", at("repo")])).code).toBe(0);
+  expect((await cowcatcher(["backup", at("disk.raw"), "--repo", at("repo"), "--group", "first"])).code).toBe(
+    0,
+  );
   server = await Server.start(folder, [at("served.raw")], { args: ["--json"] });
 });
 
@@ -68,6 +72,11 @@ const RUNS: Record<string, { args: () => string[]; schema: string; lines?: true;
       schema: "backup",
       lines: true,
     },
+    {
+      args: () => [at("disk.raw"), "--repo", at("repo"), "--group", "vm1"],
+      schema: "backup",
+      lines: true,
+    },
     { args: () => ["--dry-run", at("disk.raw"), at("b3.qcow2")], schema: "dry-run" },
     { args: () => ["--dry-run", "--control", server.control, at("b3.raw")], schema: "dry-run" },
   ],
@@ -79,6 +88,7 @@ const RUNS: Record<string, { args: () => string[]; schema: string; lines?: true;
     { args: () => [at("top.qcow2")], schema: "info" },
     { args: () => ["--backing-chain", at("top.qcow2")], schema: "info" },
     { args: () => [server.uri()], schema: "info" },
+    { args: () => [`${at("repo")}::first`], schema: "info" },
   ],
   map: [{ args: () => [at("top.qcow2")], schema: "map" }],
   check: [
@@ -99,6 +109,18 @@ const RUNS: Record<string, { args: () => string[]; schema: string; lines?: true;
       schema: "bench",
     },
   ],
+  repo: [
+    { args: () => ["init", at("repo2"), "--chunk-size", "1M"], schema: "repo-init" },
+    { args: () => ["protect", `${at("repo")}::vm1`], schema: "repo-protect" },
+    { args: () => ["list", at("repo")], schema: "repo-list" },
+    { args: () => ["stats", at("repo")], schema: "repo-stats" },
+    { args: () => ["verify", at("repo")], schema: "repo-verify" },
+    { args: () => ["unprotect", `${at("repo")}::vm1`], schema: "repo-protect" },
+    { args: () => ["forget", at("repo"), "vm1", "--keep-last", "1", "--dry-run"], schema: "repo-forget" },
+    { args: () => ["forget", `${at("repo")}::vm1@latest`], schema: "repo-forget" },
+    { args: () => ["prune", at("repo")], schema: "repo-prune" },
+    { args: () => ["key", "list", at("repo")], schema: "repo-key" },
+  ],
   // Ends with the test: its line is looked at below.
   serve: [],
 };
@@ -113,6 +135,7 @@ const FAILURES: Record<string, string[]> = {
   map: ["none.raw"],
   check: ["none.qcow2"],
   compare: ["none.raw", "none.raw"],
+  repo: ["list", "none"],
   create: ["/dev/none.raw", "1M"],
   bench: ["--dir", "/none"],
 };
@@ -122,7 +145,7 @@ describe.each(COMMAND_NAMES)("%s --json", (command) => {
     const runs = RUNS[command];
     expect(runs, "a command without a schema: see docs/json.md").toBeDefined();
     for (const { args, schema, lines, codes = [0] } of runs ?? []) {
-      const { code, stdout, stderr } = await cowcatcher([command, "--json", ...args()]);
+      const { code, stdout, stderr } = await cowcatcher([command, ...args(), "--json"]);
       expect(codes, stderr).toContain(code);
       if (lines === undefined) check(schema, JSON.parse(stdout));
       else for (const line of linesOf(stdout)) check(schema, line);
@@ -130,7 +153,7 @@ describe.each(COMMAND_NAMES)("%s --json", (command) => {
   });
 
   it("prints an error as the schema says", async () => {
-    const { code, stdout } = await cowcatcher([command, "--json", ...(FAILURES[command] ?? [])], {
+    const { code, stdout } = await cowcatcher([command, ...(FAILURES[command] ?? []), "--json"], {
       cwd: folder,
     });
     expect(code).toBeGreaterThan(0);

@@ -1,0 +1,151 @@
+// `backup SOURCE… --repo REPO --group NAME`: from commander's values to settings.
+import { readFileSync } from "node:fs";
+import { basename } from "node:path";
+import type { Command } from "commander";
+import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT } from "../../backup/options.js";
+import {
+  BACKUP_LEVELS,
+  type LevelChoice,
+  type RepositoryBackupRequest,
+} from "../../backup/job/repository-backup.js";
+import { ioError } from "../../errors.js";
+import { checkDisk, checkGroup } from "../../repository/format/names.js";
+import type { BackupFlags } from "./backup-flags.js";
+import { refuseLiveFlags } from "./live-flags.js";
+import { choiceOption, listWords, parseImage, textOption, usageError } from "./options.js";
+import { addKeyOptions, lazyKey } from "./repository-options.js";
+
+export interface RepositoryBackupSettings extends Pick<
+  RepositoryBackupRequest,
+  "repository" | "key" | "group" | "level" | "sources" | "job" | "vmConfig"
+> {
+  mode: "repository";
+}
+
+const MAX_VM_CONFIG_BYTES = 1024 * 1024;
+
+export function addRepositoryBackupOptions(command: Command): Command {
+  return addKeyOptions(
+    command
+      .addOption(
+        textOption("--repo <REPO>", "repository to write to, in the place of a TARGET (COWCATCHER_REPO)"),
+      )
+      .addOption(textOption("--group <NAME>", "group of the backup in the repository: one for each machine"))
+      .addOption(
+        choiceOption(
+          "--level <LEVEL>",
+          `for a repository: ${listWords(BACKUP_LEVELS)}; what is there is never stored again (auto)`,
+          BACKUP_LEVELS,
+        ),
+      )
+      .addOption(textOption("--vm-config <FILE>", "description of the machine, kept with the backup")),
+  );
+}
+
+/** Whether the backup goes into a repository. */
+export function isRepositoryBackup(flags: BackupFlags): boolean {
+  return flags.repo !== undefined || flags.group !== undefined;
+}
+
+/** @throws CowcatcherError USAGE for a combination that cannot mean anything; IO for a file that cannot be read. */
+export function parseRepositoryBackup(args: readonly string[], flags: BackupFlags): RepositoryBackupSettings {
+  const { group, level, disk: names = [] } = flags;
+  const repository = flags.repo ?? process.env["COWCATCHER_REPO"] ?? "";
+  if (repository === "")
+    throw usageError("--repo", "is missing", "name the repository, or set COWCATCHER_REPO");
+  if (group === undefined)
+    throw usageError("--group", "is missing", "name the group, such as the machine's name");
+  if (args.length === 0) throw usageError("SOURCE", "is missing", "give the images of the machine's disks");
+  refuseUseless(flags);
+  refuseLiveFlags(flags);
+  if (names.length > 0 && names.length !== args.length) {
+    throw usageError(
+      "--disk",
+      `given ${names.length} times for ${args.length} SOURCEs`,
+      "give one for each, in order",
+    );
+  }
+  const sources = args.map((source, index) => ({
+    path: parseImage(source, "SOURCE"),
+    disk: checkDisk(names[index] ?? diskName(source)),
+    format: flags.sourceFormat,
+    snapshot: flags.snapshot,
+  }));
+  const repeated = sources.find(
+    ({ disk }, index) => sources.findIndex((other) => other.disk === disk) !== index,
+  );
+  if (repeated !== undefined) {
+    throw usageError(
+      repeated.disk,
+      "would be the name of two disks",
+      "name them with --disk, one for each SOURCE",
+    );
+  }
+  return {
+    mode: "repository",
+    repository,
+    key: lazyKey(flags),
+    group: checkGroup(group),
+    level: level ?? "auto",
+    sources,
+    vmConfig: flags.vmConfig === undefined ? undefined : readVmConfig(flags.vmConfig),
+    job: {
+      ...JOB_DEFAULTS,
+      bitmap: flags.bitmap,
+      workerCount: flags.workers ?? OFFLINE_WORKER_COUNT,
+      cowBufferSizeBytes: 0,
+      rateLimitBytes: flags.rateLimit ?? JOB_DEFAULTS.rateLimitBytes,
+      onSourceError: flags.onSourceError ?? JOB_DEFAULTS.onSourceError,
+      onTargetError: flags.onTargetError ?? JOB_DEFAULTS.onTargetError,
+      targetRetries: flags.targetRetries ?? JOB_DEFAULTS.targetRetries,
+      direct: flags.direct ?? JOB_DEFAULTS.direct,
+    },
+  };
+}
+
+/** The file's name without its ending, as far as it can be the name of a disk. */
+export function diskName(source: string): string {
+  const name = basename(source.replace(/[?].*$/, "")).replace(/\.(?:qcow2?|raw|img)$/i, "");
+  return (
+    name
+      .replace(/[^A-Za-z0-9._+-]/g, "-")
+      .replace(/^[^A-Za-z0-9]+/, "")
+      .slice(0, 100) || "disk"
+  );
+}
+
+/** What a repository has no use for. Passed over in silence, it would look as if it had been heeded. */
+function refuseUseless(flags: BackupFlags): void {
+  const { targetFormat, clusterSize, verify, force, backingFile, backingFormat, compress, dryRun, sync } =
+    flags;
+  const useless = Object.entries({
+    "target-format": targetFormat,
+    "cluster-size": clusterSize,
+    force,
+    "backing-file": backingFile,
+    "backing-format": backingFormat,
+    compress,
+    "dry-run": dryRun,
+    sync: sync === "full" ? undefined : sync,
+  }).find(([, value]) => value !== undefined);
+  if (useless !== undefined) throw usageError(`--${useless[0]}`, "does not go with --repo", "leave it out");
+  if (verify === true) {
+    throw usageError("--verify", "does not go with --repo", "run repo verify afterwards");
+  }
+  if (flags.onTargetError === "ignore") {
+    throw usageError("--on-target-error", "ignore would leave gaps in the backup", "give report or stop");
+  }
+}
+
+function readVmConfig(path: string): string {
+  try {
+    const content = readFileSync(path);
+    if (content.length > MAX_VM_CONFIG_BYTES)
+      throw usageError(path, "is larger than 1 MiB", "give a smaller file");
+    return content.toString("utf8");
+  } catch (error) {
+    throw ioError("read", path, error);
+  }
+}
+
+export type { LevelChoice };

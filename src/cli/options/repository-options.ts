@@ -1,0 +1,116 @@
+// The options that say which repository, and what opens it. Secrets never stand on a command line: a key file and a
+// passphrase file are named, or the environment has them.
+import { existsSync, readFileSync } from "node:fs";
+import type { Command } from "commander";
+import { ioError } from "../../errors.js";
+import { checkKeyFile, type KeySource, MAX_KEY_FILE_BYTES } from "../../repository/format/keys.js";
+import type { Environment } from "../output/context.js";
+import { textOption, usageError } from "./options.js";
+
+export interface KeyFlags {
+  keyFile?: string;
+  passphraseFile?: string;
+}
+
+export function addKeyOptions(command: Command): Command {
+  return command
+    .addOption(textOption("--key-file <FILE>", "key of an encrypted repository (COWCATCHER_KEY_FILE)"))
+    .addOption(
+      textOption(
+        "--passphrase-file <FILE>",
+        "file with the passphrase of an encrypted repository (COWCATCHER_PASSPHRASE_FILE, COWCATCHER_PASSPHRASE)",
+      ),
+    );
+}
+
+/**
+ * What to open an encrypted repository with: options before the environment.
+ * @throws CowcatcherError USAGE for two at once or a file that is no key; NOT_FOUND, IO.
+ */
+export function keySource(
+  { keyFile, passphraseFile }: KeyFlags,
+  environment: Environment = process.env,
+): KeySource | undefined {
+  if (keyFile !== undefined && passphraseFile !== undefined) {
+    throw usageError("--key-file", "does not go with --passphrase-file", "give one of them");
+  }
+  if (keyFile !== undefined) return keyFromFile(keyFile);
+  if (passphraseFile !== undefined) return passphraseFromFile(passphraseFile);
+  const {
+    COWCATCHER_KEY_FILE: file,
+    COWCATCHER_PASSPHRASE_FILE: textFile,
+    COWCATCHER_PASSPHRASE: passphrase,
+  } = environment;
+  if (file !== undefined && file !== "") return keyFromFile(file);
+  if (textFile !== undefined && textFile !== "") return passphraseFromFile(textFile);
+  if (passphrase !== undefined && passphrase !== "") return { kind: "passphrase", passphrase };
+  return undefined;
+}
+
+export function keyFromFile(path: string): KeySource {
+  const content = readSmallFile(path);
+  checkKeyFile(path, content);
+  return { kind: "file", path, content };
+}
+
+/** The file's first line. */
+export function passphraseFromFile(path: string): KeySource {
+  const passphrase = readSmallFile(path).toString("utf8").split(/\r?\n/)[0] ?? "";
+  if (passphrase === "") throw usageError(path, "has no passphrase in its first line");
+  return { kind: "passphrase", passphrase };
+}
+
+function readSmallFile(path: string): Buffer {
+  try {
+    const content = readFileSync(path);
+    if (content.length > MAX_KEY_FILE_BYTES) throw usageError(path, "is too large for a key or a passphrase");
+    return content;
+  } catch (error) {
+    throw ioError("read", path, error);
+  }
+}
+
+/** Asked for once a repository says that it is encrypted, and for one that is not. */
+export function lazyKey(flags: KeyFlags): () => Promise<KeySource | undefined> {
+  return async () => Promise.resolve(keySource(flags));
+}
+
+export interface RepositoryArguments {
+  repository: string;
+  /** GROUP, or GROUP@TIME, as it was given. */
+  rest: string[];
+}
+
+/**
+ * Tells REPO from what follows: `REPO`, `REPO GROUP`, `REPO::GROUP`, and `GROUP` alone where --repo or COWCATCHER_REPO
+ * names the repository.
+ * @throws CowcatcherError USAGE
+ */
+export function repositoryArguments(
+  args: readonly string[],
+  repo: string | undefined,
+  environment: Environment = process.env,
+): RepositoryArguments {
+  if (repo !== undefined) return { repository: repo, rest: args.map(withoutRepository) };
+  const [first, ...others] = args;
+  const known = environment["COWCATCHER_REPO"];
+  const fallback = known === "" ? undefined : known;
+  if (first === undefined) return { repository: fallback ?? missing(), rest: [] };
+  const at = first.lastIndexOf("::");
+  if (at > 0 && !existsSync(first)) {
+    return { repository: first.slice(0, at), rest: [first, ...others].map(withoutRepository) };
+  }
+  if (at === 0) return { repository: fallback ?? missing(), rest: args.map(withoutRepository) };
+  const isName = /^[A-Za-z0-9][A-Za-z0-9._+-]*(?:@.*)?$/.test(first) && !existsSync(first);
+  if (fallback !== undefined && isName) return { repository: fallback, rest: [...args] };
+  return { repository: first, rest: others.map(withoutRepository) };
+}
+
+function withoutRepository(text: string): string {
+  const at = text.lastIndexOf("::");
+  return at < 0 ? text : text.slice(at + 2);
+}
+
+function missing(): never {
+  throw usageError("REPO", "is missing", "give a folder or s3:https://HOST/BUCKET, or set COWCATCHER_REPO");
+}
