@@ -19,6 +19,7 @@ export type ErrorCode =
   | "BUSY" // the object has a job already
   | "BUFFER_FULL" // --on-buffer-full cancel, or the spill's limit
   | "GUEST_TIMEOUT" // a guest write waited for --guest-timeout
+  | "SNAPSHOT" // another program could not keep the disk as it was
   | "CANCELLED"
   | "SERVER_ENDED" // the server that made the backup was ended by a signal or by quit
   | "WORKER" // a worker thread died

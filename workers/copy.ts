@@ -136,6 +136,7 @@ function drainerOf(
     writer,
     zeroUnitBytes: task.zeroUnitBytes,
     topOnly: task.topOnly,
+    hasForeignCaptures: task.hasForeignCaptures,
     spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
     chunkBuffer,
     onSourceError: task.onSourceError,

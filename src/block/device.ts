@@ -159,6 +159,11 @@ export interface NbdSourceDescription {
   retries: number;
   /** What reads as zeroes, where that was asked for and cannot change any more (block/extent-map.ts). */
   zeroes: { runs: SharedArrayBuffer; runCount: number } | null;
+  /**
+   * The export is a snapshot that costs its server something for as long as it is kept: what was read is discarded
+   * there, and connections stay open until the thread ends. (QEMU: a snapshot-access node, src/qemu/filter.ts.)
+   */
+  isSnapshot?: boolean | undefined;
 }
 
 /** An open RBD image, for every thread of this process (rbd/io.ts). */
@@ -218,5 +223,10 @@ export interface SourceReader {
    * lies below it (false; QEMU: bdrv_is_allocated). As fast as `extent`. Without it the image has one layer.
    */
   allocation?(offsetBytes: number, lengthBytes: number): { lengthBytes: number; allocated: boolean };
+  /**
+   * The range has been read and is not asked for again: whoever keeps its T0 content for this reader need not any
+   * more. Advice: a failure costs space and nothing else, so none is told. Without it there is nothing to let go.
+   */
+  release?(offsetBytes: number, lengthBytes: number): Completion;
   close(): void;
 }

@@ -107,6 +107,7 @@ export class ChunkCopy {
     yield STEP;
     if (this.#options.topOnly) yield* this.#leaveOutBelow(chunk);
     yield* this.#readMissing(chunk);
+    yield* this.#release(chunk);
     yield STEP;
     if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
     this.#takeSlots();
@@ -248,6 +249,19 @@ export class ChunkCopy {
     const length = this.#shared.chunkLengthBytes(chunk);
     for (const [from, to] of runsOf(this.#copied)) {
       yield* this.#readRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
+    }
+  }
+
+  /** What was read is let go at once: with a target that is slow it is the longest time until it has the data. */
+  *#release(chunk: number): Steps<void> {
+    const { reader } = this.#options;
+    if (reader.release === undefined) return;
+    const { clusterBytes, chunkBytes } = this.#shared.geometry;
+    const length = this.#shared.chunkLengthBytes(chunk);
+    for (const [from, to] of runsOf(this.#taken)) {
+      const start = from * clusterBytes;
+      const pending = reader.release(chunk * chunkBytes + start, Math.min(to * clusterBytes, length) - start);
+      if (pending) yield { kind: "promise", promise: pending };
     }
   }
 

@@ -5,7 +5,8 @@
 // the sweep. A chunk taken from the urgent ring is copied whole, pending neighbours included, so that random guest
 // writes become large target writes; only when more than half of the buffer is in use are its captured clusters
 // copied alone, so that slots come free as fast as the target allows. In a job without a buffer the guest waits
-// for exactly its clusters, so there too nothing else is taken.
+// for exactly its clusters, so there too nothing else is taken. Where another program keeps the captures (src/qemu)
+// they are drained by reading them, and no state tells which clusters have some: the chunk is copied whole.
 //
 // End. The sweep takes every chunk once and whatever state its clusters are in, so when the sweep is past the last
 // chunk nothing is left but chunks that a worker holds: a worker that finds no chunk is finished. Entries still in
@@ -32,7 +33,10 @@ import {
   type SharedState,
 } from "./shared.js";
 
-export type DrainOptions = DrainIoOptions & ChunkCopyOptions;
+export interface DrainOptions extends DrainIoOptions, ChunkCopyOptions {
+  /** Captures are kept by another program, behind the reader; what stands in the urgent ring is a hint of them. */
+  hasForeignCaptures?: boolean | undefined;
+}
 
 /**
  * One worker's walk over the chunks: urgent ones first, then the sweep. Worker threads, one instance each.
@@ -68,7 +72,8 @@ export class Drainer {
       if (urgent >= 0) {
         yield STEP;
         const used = Atomics.load(control, CTL_USED_BLOCKS);
-        yield* this.#chunkCopy.run(urgent, this.#unbuffered || used > this.#halfBufferBlocks);
+        const isPressing = this.#unbuffered || used > this.#halfBufferBlocks;
+        yield* this.#chunkCopy.run(urgent, isPressing && this.#options.hasForeignCaptures !== true);
         continue;
       }
       const next = yield* this.#nextOfSweep();
@@ -126,6 +131,8 @@ export class Drainer {
     }
     if (layers === "below") Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
     if (!hole) return;
+    const released = this.#options.reader.release?.(start, length);
+    if (released) yield { kind: "promise", promise: released };
     yield STEP;
     yield* this.#io.toTarget(() => this.#options.writer.writeZeroes(start, length));
     Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));

@@ -39,6 +39,7 @@ interface PendingCommand {
  */
 export class ControlClient {
   readonly path: string;
+  readonly #hint: string;
   readonly #socket: Socket;
   readonly #input = new JsonStream(ANSWER_LIMITS);
   readonly #pending = new Map<number, PendingCommand>();
@@ -50,8 +51,9 @@ export class ControlClient {
   #greet: (() => void) | undefined;
   #lost: CowcatcherError | undefined;
 
-  private constructor(path: string, socket: Socket) {
+  private constructor(path: string, socket: Socket, hint: string) {
     this.path = path;
+    this.#hint = hint;
     this.#socket = socket;
     socket.on("data", (chunk) => this.#receive(chunk));
     socket.on("error", (cause) => this.#lose(ioError("talk to the server", path, cause)));
@@ -59,12 +61,15 @@ export class ControlClient {
   }
 
   /**
-   * Connects and negotiates.
+   * Connects and negotiates. `hint` says what a user can do where no server answers.
    * @throws CowcatcherError NOT_FOUND or IO if nothing listens at `path`, PROTOCOL if it is no QMP server.
    */
-  static async connect(path: string, { timeoutMs = CONNECT_MS } = {}): Promise<ControlClient> {
-    const socket = await openSocket(path, timeoutMs);
-    const client = new ControlClient(path, socket);
+  static async connect(
+    path: string,
+    { timeoutMs = CONNECT_MS, hint = SERVE_HINT } = {},
+  ): Promise<ControlClient> {
+    const socket = await openSocket(path, timeoutMs, hint);
+    const client = new ControlClient(path, socket, hint);
     try {
       await client.#greeting(timeoutMs);
       await client.execute("qmp_capabilities", {}, { timeoutMs });
@@ -86,7 +91,7 @@ export class ControlClient {
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
         this.#pending.delete(id);
-        reject(silentError(this.path, `no answer to ${command}`, timeoutMs));
+        reject(silentError(this.path, `no answer to ${command}`, timeoutMs, this.#hint));
       }, timeoutMs);
       this.#pending.set(id, { resolve, reject, timer });
       this.#socket.write(`${JSON.stringify({ execute: command, arguments: args, id })}\n`);
@@ -118,7 +123,10 @@ export class ControlClient {
 
   #greeting(timeoutMs: number): Promise<void> {
     return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => reject(silentError(this.path, "no QMP greeting", timeoutMs)), timeoutMs);
+      const timer = setTimeout(
+        () => reject(silentError(this.path, "no QMP greeting", timeoutMs, this.#hint)),
+        timeoutMs,
+      );
       const forgetLoss = this.onLoss((error) => {
         clearTimeout(timer);
         reject(error);
@@ -135,7 +143,7 @@ export class ControlClient {
     this.#first = this.#first && Buffer.concat([this.#first, chunk]).subarray(0, NBD_MAGIC.length);
     if (this.#first?.length === NBD_MAGIC.length) {
       if (this.#first.equals(NBD_MAGIC)) {
-        this.#lose(protocolError(this.path, "is an NBD socket, not a control socket"));
+        this.#lose(this.#protocolError("is an NBD socket, not a control socket"));
         return;
       }
       this.#first = undefined;
@@ -143,7 +151,7 @@ export class ControlClient {
     for (const item of this.#input.push(chunk)) {
       if (this.#lost !== undefined) return;
       if ("value" in item && isJsonObject(item.value)) this.#take(item.value);
-      else this.#lose(protocolError(this.path, "error" in item ? item.error : "a message is not an object"));
+      else this.#lose(this.#protocolError("error" in item ? item.error : "a message is not an object"));
     }
   }
 
@@ -172,6 +180,10 @@ export class ControlClient {
     else pending.resolve(result);
   }
 
+  #protocolError(problem: string): CowcatcherError {
+    return new CowcatcherError({ code: "PROTOCOL", object: this.path, problem, hint: this.#hint });
+  }
+
   #lose(error: CowcatcherError): void {
     if (this.#lost !== undefined) return;
     this.#lost = error;
@@ -196,16 +208,16 @@ function readEvent(event: string, { data, timestamp }: JsonObject): ControlEvent
   return { event, data: isJsonObject(data) ? data : {}, timestampMs };
 }
 
-function openSocket(path: string, timeoutMs: number): Promise<Socket> {
+function openSocket(path: string, timeoutMs: number, hint: string): Promise<Socket> {
   return new Promise((resolve, reject) => {
     const socket = connectSocket(path);
     const timer = setTimeout(() => {
       socket.destroy();
-      reject(silentError(path, "cannot connect", timeoutMs));
+      reject(silentError(path, "cannot connect", timeoutMs, hint));
     }, timeoutMs);
     socket.once("error", (cause) => {
       clearTimeout(timer);
-      reject(connectError(path, cause));
+      reject(connectError(path, cause, hint));
     });
     socket.once("connect", () => {
       clearTimeout(timer);
@@ -215,10 +227,10 @@ function openSocket(path: string, timeoutMs: number): Promise<Socket> {
   });
 }
 
-function connectError(path: string, cause: Error): CowcatcherError {
+function connectError(path: string, cause: Error, serverHint: string): CowcatcherError {
   const { code, problem, errno } = ioError("connect", path, cause);
   const nobodyThere = errnoOf(cause) === "ENOENT" || errnoOf(cause) === "ECONNREFUSED";
-  const hint = nobodyThere ? SERVE_HINT : undefined;
+  const hint = nobodyThere ? serverHint : undefined;
   return new CowcatcherError({ code, object: path, problem, errno, hint, cause });
 }
 
@@ -231,16 +243,12 @@ function lostError(path: string): CowcatcherError {
   });
 }
 
-function silentError(path: string, what: string, timeoutMs: number): CowcatcherError {
+function silentError(path: string, what: string, timeoutMs: number, hint: string): CowcatcherError {
   return new CowcatcherError({
     code: "IO",
     object: path,
     problem: `${what} within ${timeoutMs / 1000} s`,
-    hint: SERVE_HINT,
+    hint,
     errno: "ETIMEDOUT",
   });
-}
-
-function protocolError(path: string, problem: string): CowcatcherError {
-  return new CowcatcherError({ code: "PROTOCOL", object: path, problem, hint: SERVE_HINT });
 }

@@ -118,6 +118,7 @@ const ERROR_CODES: Record<ErrorCode, true> = {
   BUSY: true,
   BUFFER_FULL: true,
   GUEST_TIMEOUT: true,
+  SNAPSHOT: true,
   CANCELLED: true,
   SERVER_ENDED: true,
   WORKER: true,

@@ -279,6 +279,10 @@ class FaultyReader implements SourceReader {
     return this.inner.allocation?.(offsetBytes, lengthBytes) ?? { lengthBytes, allocated: true };
   }
 
+  release(offsetBytes: number, lengthBytes: number): Completion {
+    return this.inner.release?.(offsetBytes, lengthBytes);
+  }
+
   close(): void {
     this.inner.close();
   }

@@ -59,6 +59,11 @@ export interface CopyRunOptions {
   live: boolean;
   /** Ends the run when it is aborted before T0. */
   signal?: AbortSignal | undefined;
+  /**
+   * Another program keeps the captures, behind connections that the threads hold (src/qemu): called when the copy is
+   * over, well or not, and awaited before the threads end and with them their connections. Never rejects.
+   */
+  beforeThreadsEnd?: (() => Promise<void>) | undefined;
   /** Before `ended` settles: a worker may still touch the shared tables and, if it was not ready yet, the buffer. */
   onLeftBehind?: (() => void) | undefined;
   /** Most workers that the source is fit for; undefined: any number. */
@@ -202,6 +207,7 @@ export class CopyRun {
       target: target.description,
       spill: this.spill === null ? null : { path: this.spill.path, fd: this.spill.fd },
       topOnly: job.sync === "top",
+      hasForeignCaptures: this.#options.beforeThreadsEnd !== undefined,
       zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
       onSourceError: job.onSourceError,
       onTargetError: job.onTargetError,
@@ -247,6 +253,7 @@ export class CopyRun {
     if (this.#consequence !== undefined) this.abort(this.#consequence);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();
+    await this.#options.beforeThreadsEnd?.();
     await Promise.all([this.#endThreads(areAlive?.every(Boolean) ?? false), this.#preparer?.stop()]);
     void all.then(() => this.spill?.close());
     if (this.#firstError) this.#settle.reject(this.#firstError);
@@ -363,6 +370,11 @@ export class CopyRun {
   setSpeed(bytesPerSecond: number): void {
     changeLimit(this.shared.counters, bytesPerSecond);
     Atomics.notify(this.shared.control, CTL_RUN);
+  }
+
+  /** Chunk numbers, each at most once in a run: what another program has captured from, to be copied next. */
+  hurry(chunk: number): void {
+    this.shared.pushUrgent(chunk);
   }
 
   #setRunState(state: number): void {

@@ -14,6 +14,7 @@ export interface CopyTask {
   target: TargetDescription;
   spill: SpillDescription | null;
   topOnly: boolean;
+  hasForeignCaptures: boolean;
   zeroUnitBytes: number;
   onSourceError: OnIoError;
   onTargetError: OnIoError;

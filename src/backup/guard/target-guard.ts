@@ -61,6 +61,21 @@ export async function refuseImageAsTarget(target: string, inUse: InUse): Promise
   }
 }
 
+/**
+ * The same for files that another program has open, known by their paths.
+ * @throws CowcatcherError USAGE, naming the target and what it would destroy
+ */
+export async function refuseFileAsTarget(target: string, paths: readonly string[]): Promise<void> {
+  if (target === NULL_TARGET_PATH || isNbdUri(target)) return;
+  const storage = await storageAt(target);
+  if (storage === null) return;
+  for (const path of paths) {
+    const part = await storageAt(path);
+    if (part === null || !overlap(storage, part)) continue;
+    throw refusal(target, "is in use by the guest", relation(target, storage, path, part));
+  }
+}
+
 async function refuseExport(target: string, inUse: InUse): Promise<void> {
   const place = await resolveExport(parseNbdUri(target));
   for (const { image, isSource } of inUse.images) {

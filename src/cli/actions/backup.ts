@@ -3,7 +3,7 @@
 import { startOfflineCopy } from "../../backup/job/offline.js";
 import type { CowcatcherError } from "../../errors.js";
 import type { KeySource } from "../../repository/format/keys.js";
-import type { BackupSettings, OfflineBackupSettings } from "../options/backup-options.js";
+import type { LiveBackupSettings, OfflineBackupSettings } from "../options/backup-options.js";
 import { type CommandContext, keepStdoutForData } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { STDIO } from "../options/options.js";
@@ -11,7 +11,7 @@ import { createProgressView } from "../progress/create-view.js";
 import type { JobInfo } from "../progress/view.js";
 import { onInterrupt } from "../signals.js";
 import { bytesOnTarget, printSummary } from "../progress/summary.js";
-import { interrupted } from "./interrupted.js";
+import { interrupted } from "./causes.js";
 import { runLive } from "./live-backup.js";
 import { MOUNTED_SOURCE, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { dataBytesOf, warnOfSpace } from "./target-space.js";
@@ -20,7 +20,7 @@ const UPDATE_MS = 200;
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
 export function runBackup(
-  settings: BackupSettings,
+  settings: OfflineBackupSettings | LiveBackupSettings,
   context: CommandContext,
   repositoryKey?: () => Promise<KeySource | undefined>,
 ): Promise<number> {

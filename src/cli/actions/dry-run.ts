@@ -12,12 +12,8 @@ import { checkCompression } from "../../image/qcow2/format/compress.js";
 import { ControlClient } from "../../qmp/client.js";
 import { resolveDestination } from "../../target/file/destination.js";
 import { formatBytes } from "../../units.js";
-import type {
-  BackupSettings,
-  JobSettings,
-  LiveBackupSettings,
-  OfflineBackupSettings,
-} from "../options/backup-options.js";
+import type { LiveBackupSettings, OfflineBackupSettings } from "../options/backup-options.js";
+import type { JobSettings } from "../options/job-settings.js";
 import { printJsonDocument, printLine, type CommandContext, type OutputSettings } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO, unsupported, usageError } from "../options/options.js";
@@ -38,7 +34,10 @@ export interface DryRunDocument {
   free: number | null;
 }
 
-export async function runDryRun(settings: BackupSettings, { output }: CommandContext): Promise<number> {
+export async function runDryRun(
+  settings: OfflineBackupSettings | LiveBackupSettings,
+  { output }: CommandContext,
+): Promise<number> {
   const documents =
     settings.mode === "offline"
       ? [await measureOffline(settings, output)]

@@ -13,7 +13,7 @@ import { bytesOnTarget, printSummary } from "../progress/summary.js";
 import type { JobInfo, JobResult, ProgressView } from "../progress/view.js";
 import { onInterrupt } from "../signals.js";
 import { formatBytes } from "../../units.js";
-import { interrupted } from "./interrupted.js";
+import { firstCause, interrupted } from "./causes.js";
 import { chooseDisk, jobIdOf, servedDisks, type ServedDisk } from "./served-disks.js";
 import { warnOfEmptySource } from "./source-warnings.js";
 import { warnOfSpace } from "./target-space.js";
@@ -176,10 +176,4 @@ async function follow(client: ControlClient, info: JobInfo, view: ProgressView):
 /** A job of sync none ends by being cancelled, by this command's signal or by somebody else. */
 function isOrderlyEnd({ info, result }: JobEnd): boolean {
   return info.snapshotOnly === true && result.error?.code === "CANCELLED";
-}
-
-/** Of a group, the failure that cancelled the others, not their cancellation. */
-function firstCause(errors: readonly (CowcatcherError | undefined)[]): CowcatcherError | undefined {
-  const present = errors.filter((error) => error !== undefined);
-  return present.find(({ code }) => code !== "CANCELLED") ?? present[0];
 }

@@ -24,12 +24,18 @@ const RBD_NOTES =
   "'@', '=' and '/' within a name. A TARGET that is not there is made, and has its name when it is complete; one that is\n" +
   "there is written in place with --force, and keeps its snapshots. --target-snapshot NAME makes the next one. With\n" +
   "--bitmap the image itself is what the backup builds on. A SOURCE that others may write is read as @SNAP only.";
+const QEMU_NOTES =
+  "With --qmp the guest runs on QEMU with its own disk files. QEMU keeps the old data, in a file in --fleece-dir of at most\n" +
+  "--cow-buffer-size and --spill-limit, and is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
+  "node's name, a device's id, the name of a -drive or a qdev path. See docs/running-guests.md. Not supported in this\n" +
+  "version: storage daemons, QEMU before 7.1, --sync top and none, bitmaps.\n";
 
 export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
     summary: "point-in-time copy of an image, or of a disk that a guest is using",
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...\n" +
+      "       cowcatcher backup [options] --qmp SOCK [--disk NAME]... TARGET...\n" +
       "       cowcatcher backup [options] SOURCE... --repo REPO --group NAME",
     notes:
       "SOURCE and TARGET are paths, NBD URIs or RBD images; TARGET may be null:, which throws the data away, or -, standard output,\n" +
@@ -44,13 +50,14 @@ export function addBackup(program: Command, run: RunCommand): void {
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
       "With --repo all SOURCEs become one backup of the group, a disk each, named by --disk or by its file; what the\n" +
       "repository has is not stored again, and each backup is a full one to whoever reads it. Not with --control yet.\n" +
+      QEMU_NOTES +
       NBD_NOTES +
       "\n" +
       RBD_NOTES,
     examples: [
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
-      "cowcatcher backup --control /run/vm1.ctl /backup/vm1.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
+      "cowcatcher backup --qmp /run/vm1.qmp --disk vd0 /backup/vm1.qcow2",
     ],
   }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
   addCommonOptions(addRepositoryBackupOptions(addBackupOptions(command))).action(
@@ -61,6 +68,10 @@ export function addBackup(program: Command, run: RunCommand): void {
           return (await import("../actions/repository-backup.js")).runRepositoryBackup(settings, context);
         }
         const settings = parseBackupSettings(args, flags);
+        if (settings.mode === "qemu")
+          return (await import("../actions/backup-qemu.js")).runQemuBackup(settings, context);
+        if (settings.mode === "qemu-cleanup")
+          return (await import("../actions/backup-qemu.js")).runQemuCleanup(settings, context);
         if (flags.dryRun === true) {
           return (await import("../actions/dry-run.js")).runDryRun(settings, context);
         }

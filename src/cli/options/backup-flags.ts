@@ -1,5 +1,6 @@
 // What commander makes of the options of `backup` and `restore`: each value parsed by itself, none checked against another.
 import type { LevelChoice } from "../../backup/job/repository-backup.js";
+import type { QemuMethod } from "../../qemu/method.js";
 import type { SyncMode } from "../../backup/options.js";
 import type { OnBufferFull, OnCbwError, OnIoError } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
@@ -27,6 +28,12 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   level?: LevelChoice;
   vmConfig?: string;
   control?: string;
+  qmp?: string;
+  qemuMethod?: QemuMethod;
+  fleeceDir?: string;
+  nbd?: string;
+  acceptGuestRisk?: boolean;
+  cleanup?: boolean;
   disk?: string[];
   backingFile?: string;
   backingFormat?: ImageFormat;

@@ -1,14 +1,23 @@
 // The options of `backup` and `restore`, from commander's loose values to typed settings. Every combination that
 // cannot mean anything is a usage error here, before a file or a socket is touched.
 import { Option, type Command } from "commander";
-import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT, type JobOptions } from "../../backup/options.js";
+import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT } from "../../backup/options.js";
 import { ON_BUFFER_FULL, ON_CBW_ERROR, ON_IO_ERROR } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
 import { absoluteName } from "../../file-names.js";
 import { MiB, formatBytes } from "../../units.js";
 import { checkCheckpointFlags, refuseCheckpointFlags } from "./checkpoint-flags.js";
+import type { JobSettings, LiveDiskSettings } from "./job-settings.js";
 import { checkBitmapFlags } from "./bitmap-flags.js";
+import {
+  addQemuOptions,
+  cleanupSettings,
+  type QemuBackupSettings,
+  type QemuCleanupSettings,
+  qemuSettings,
+  refuseQemuFlags,
+} from "./qemu-options.js";
 import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
 import {
   NULL_TARGET,
@@ -34,14 +43,6 @@ import type { BackupFlags, CopyFlags } from "./backup-flags.js";
 import { standardInput } from "./standard-input.js";
 import { targetFormatOf } from "./target-format.js";
 
-/** Job options as far as the command line can know them. */
-export type JobSettings = Omit<JobOptions, "targetFormat" | "cowBufferSizeBytes"> & {
-  /** Undefined: the source's format. */
-  targetFormat: ImageFormat | undefined;
-  /** Undefined: the default of the server that has the disk open. */
-  cowBufferSizeBytes: number | undefined;
-};
-
 export interface OfflineBackupSettings {
   mode: "offline";
   source: string;
@@ -49,12 +50,6 @@ export interface OfflineBackupSettings {
   sourceFormat: ImageFormat | undefined;
   /** Id or name of an internal snapshot of the source. */
   snapshot?: string | undefined;
-  job: JobSettings;
-}
-
-export interface LiveDiskSettings {
-  /** Undefined: the server's only disk. */
-  disk: string | undefined;
   job: JobSettings;
 }
 
@@ -66,7 +61,8 @@ export interface LiveBackupSettings {
   disks: LiveDiskSettings[];
 }
 
-export type BackupSettings = OfflineBackupSettings | LiveBackupSettings;
+export type BackupSettings =
+  OfflineBackupSettings | LiveBackupSettings | QemuBackupSettings | QemuCleanupSettings;
 
 /** `restore BACKUP TARGET`: an offline copy whose source is the backup. */
 export type RestoreSettings = OfflineBackupSettings;
@@ -91,6 +87,7 @@ export function addBackupOptions(command: Command): Command {
       "disk of a live backup, once for each TARGET (the server's only disk)",
       collectDisks,
     );
+  addQemuOptions(command);
   addFormatOptions(command)
     .addOption(compressOption())
     .addOption(syncOption())
@@ -267,6 +264,9 @@ function bitmapOption(): Option {
  * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for a vsock URI.
  */
 export function parseBackupSettings(args: readonly string[], flags: BackupFlags): BackupSettings {
+  if (flags.cleanup === true) return cleanupSettings(args, flags);
+  if (flags.qmp !== undefined) return parseQemu(args, flags, flags.qmp);
+  refuseQemuFlags(flags);
   return flags.control === undefined ? parseOffline(args, flags) : parseLive(args, flags, flags.control);
 }
 
@@ -320,13 +320,31 @@ function offlineCopy(
   };
 }
 
+function parseQemu(targets: readonly string[], flags: BackupFlags, qmp: string): QemuBackupSettings {
+  refuseCheckpointFlags(flags);
+  if (flags.dryRun === true) {
+    throw usageError("--dry-run", "does not go with --qmp", "give the disk's image as SOURCE");
+  }
+  return qemuSettings(qmp, diskSettings(targets, flags, "--qmp"), flags);
+}
+
 function parseLive(targets: readonly string[], flags: BackupFlags, control: string): LiveBackupSettings {
+  if (flags.bitmap !== undefined || flags.bitmapMode !== undefined || flags.sync === "incremental") {
+    throw unsupported("--bitmap", "dirty bitmaps do not go with --control", "leave it out");
+  }
+  if (flags.sync === "none") checkSnapshotFlags(targets, flags);
+  for (const target of targets) checkCheckpointFlags(target, flags);
+  return { mode: "live", control: absoluteName(control), disks: diskSettings(targets, flags, "--control") };
+}
+
+/** A disk for each target, of whoever has them open: that which `option` names. */
+function diskSettings(targets: readonly string[], flags: BackupFlags, option: string): LiveDiskSettings[] {
   const names = flags.disk ?? [];
   if (flags.sourceFormat !== undefined) {
-    throw usageError("--source-format", "does not go with --control", "the server has opened the source");
+    throw usageError("--source-format", `does not go with ${option}`, "the server has opened the source");
   }
   if (flags.snapshot !== undefined) {
-    throw usageError("--snapshot", "does not go with --control", "give the disk's image as SOURCE");
+    throw usageError("--snapshot", `does not go with ${option}`, "give the disk's image as SOURCE");
   }
   if (targets.length === 0) throw usageError("TARGET", "is missing", "give one for each --disk");
   if (names.length === 0 && targets.length > 1) {
@@ -340,18 +358,12 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
     );
   }
   refuseRepeated("--disk", names);
-  if (flags.bitmap !== undefined || flags.bitmapMode !== undefined || flags.sync === "incremental") {
-    throw unsupported("--bitmap", "dirty bitmaps do not go with --control", "leave it out");
-  }
-  for (const target of targets) checkCheckpointFlags(target, flags);
   const paths = targets.map((target) => localPath(target));
   refuseRepeated(
     "TARGET",
     paths.filter((path) => path !== NULL_TARGET),
   );
-  if (flags.sync === "none") checkSnapshotFlags(paths, flags);
-  const disks = paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
-  return { mode: "live", control: absoluteName(control), disks };
+  return paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
 }
 
 function counted(count: number, noun: string): string {

@@ -1,6 +1,6 @@
 // Exit codes, in one place: what each number means, for which command, and which one an error leads to.
 import { NO_CHECKS } from "../../block/format.js";
-import type { CowcatcherError } from "../../errors.js";
+import type { CowcatcherError, ErrorCode } from "../../errors.js";
 
 export const EXIT = {
   done: 0,
@@ -10,6 +10,7 @@ export const EXIT = {
   verifyDifference: 4,
   wrongKey: 11,
   noBasis: 12,
+  snapshotBroken: 13,
   interruptedBySighup: 129,
   interruptedBySigint: 130,
   interruptedBySigterm: 143,
@@ -71,8 +72,17 @@ const COPY: readonly ExitMeaning[] = [
   [EXIT.interruptedBySigterm, "interrupted by SIGTERM; an unfinished file is removed"],
 ];
 
+const BACKUP: readonly ExitMeaning[] = [
+  ...COPY,
+  [EXIT.noBasis, "what it builds on is missing: the checkpoint of --since"],
+  [
+    EXIT.snapshotBroken,
+    "the guest's old data could not be kept (buffer or spill at its limit, guest's time limit)",
+  ],
+];
+
 const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
-  backup: [...COPY, [EXIT.noBasis, "what it builds on is missing: the checkpoint of --since"]],
+  backup: BACKUP,
   restore: COPY,
   serve: [
     [EXIT.done, "ended by SIGINT or SIGTERM, in good order"],
@@ -118,6 +128,9 @@ export function exitCodesHelp(command: CommandName): string {
   return ["Exit codes:", ...lines].join("\n");
 }
 
+/** The disk could not be kept as it was at T0. */
+const SNAPSHOT_CODES: ReadonlySet<ErrorCode> = new Set(["BUFFER_FULL", "GUEST_TIMEOUT", "SNAPSHOT"]);
+
 /** The exit code of a command that ended with `error`; `undefined` for the command where none was recognised. */
 export function exitCodeOfError(command: CommandName | undefined, error: CowcatcherError): number {
   // A script takes check's 2 for a corrupt image, so a mistyped option must not lead to it.
@@ -126,5 +139,6 @@ export function exitCodeOfError(command: CommandName | undefined, error: Cowcatc
   if (error.code === "VERIFY") return EXIT.verifyDifference;
   if (error.code === "NO_BASIS") return EXIT.noBasis;
   if (error.code === "KEY") return EXIT.wrongKey;
+  if (SNAPSHOT_CODES.has(error.code)) return EXIT.snapshotBroken;
   return error.code === "USAGE" ? EXIT.usage : EXIT.failed;
 }

@@ -6,7 +6,7 @@ import { formatBytes, formatDuration } from "../../units.js";
 import { printJsonLine, printLine, type OutputSettings } from "../output/context.js";
 import { packageVersion } from "../version.js";
 import { now } from "./json.js";
-import type { JobInfo } from "./view.js";
+import type { JobInfo, QemuFacts } from "./view.js";
 
 /** Of st_blocks (stat(2)). */
 const STAT_BLOCK_BYTES = 512;
@@ -48,6 +48,10 @@ export interface SummaryMessage {
   bitmap_action?: BasisInfo["bitmapAction"];
   /** Why a full one was made although less was asked for, or no checkpoint. */
   bitmap_reason?: string;
+  /** Of a guest that QEMU runs. */
+  method?: string;
+  method_reason?: string;
+  guest_stopped_ms?: number;
 }
 
 export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: BasisInfo): SummaryMessage {
@@ -76,7 +80,12 @@ export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: Bas
     verified: info.verify === true,
     ...(basis && { level: basis.level, bitmap_action: basis.bitmapAction }),
     ...(basis?.reason !== undefined && { bitmap_reason: basis.reason }),
+    ...(info.qemu === undefined ? {} : qemuMembers(info.qemu)),
   };
+}
+
+function qemuMembers({ method, reason, stoppedMs }: QemuFacts) {
+  return { method, method_reason: reason, guest_stopped_ms: Math.round(stoppedMs * 10) / 10 };
 }
 
 export function summaryLines(info: JobInfo, progress: JobProgress, basis?: BasisInfo): string[] {
@@ -91,6 +100,7 @@ export function summaryLines(info: JobInfo, progress: JobProgress, basis?: Basis
   if (basis?.level === "incremental") lines.push("  incremental: what has changed since the checkpoint");
   if (basis?.reason !== undefined) lines.push(`  ${basis.level}: ${basis.reason}`);
   if (info.live) lines.push(captureLine(progress));
+  if (info.qemu !== undefined) lines.push(qemuLine(info.qemu));
   if (progress.ignoredErrorCount > 0) {
     lines.push(`  ${counted(progress.ignoredErrorCount, "error")} ignored as asked: the backup has gaps`);
   }
@@ -110,6 +120,11 @@ export function printSummary(
   }
   if (output.quiet) return;
   for (const line of summaryLines(info, progress, basis)) printLine(output, line);
+}
+
+function qemuLine({ method, reason, stoppedMs }: QemuFacts): string {
+  const stopped = stoppedMs === 0 ? "" : `; the guest stood still for ${formatDuration(stoppedMs)}`;
+  return `  method ${method}: ${reason}${stopped}`;
 }
 
 function captureLine(progress: JobProgress): string {

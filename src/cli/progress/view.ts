@@ -26,8 +26,18 @@ export interface JobInfo {
   verify?: boolean;
   /** Nothing is copied (sync none): no time left, no rate, and cancelling is the orderly end. */
   snapshotOnly?: boolean;
+  /** Of a backup of a guest that QEMU runs. */
+  qemu?: QemuFacts | undefined;
   /** Name of the export of the disk's T0 view, where there is one. */
   snapshotExport?: string | undefined;
+}
+
+/** How QEMU was had to keep the disk as it was. */
+export interface QemuFacts {
+  method: string;
+  reason: string;
+  /** How long the guest stood still for T0, in ms. */
+  stoppedMs: number;
 }
 
 export interface JobResult {

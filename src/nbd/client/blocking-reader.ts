@@ -15,12 +15,14 @@
 
 import type { Socket } from "node:net";
 import { EAGAIN, EINTR, libc, type Libc } from "../../native/libc.js";
-import { roundDown } from "../../units.js";
+import { roundDown, roundUp } from "../../units.js";
 import { PIECE_BYTES } from "./io.js";
 import { openConnection } from "./client.js";
 import {
   NBD_CMD_DISC,
   NBD_CMD_READ,
+  NBD_CMD_TRIM,
+  NBD_FLAG_SEND_TRIM,
   NBD_REPLY_FLAG_DONE,
   NBD_REPLY_TYPE_NONE,
   NBD_REPLY_TYPE_OFFSET_DATA,
@@ -75,6 +77,9 @@ export class BlockingReader {
   readonly #minimumBlockBytes: number;
   readonly #pieceBytes: number;
   readonly #isCancelled: () => boolean;
+  readonly #staysOpen: boolean;
+  readonly #canTrim: boolean;
+  #isBroken = false;
   readonly #requests = new DataView(new ArrayBuffer(PIECES_IN_FLIGHT * REQUEST_HEADER_BYTES));
   readonly #staging = new DataView(new ArrayBuffer(STAGING_BYTES + HOLE_BYTES));
   #staged = 0;
@@ -93,6 +98,7 @@ export class BlockingReader {
     fd: number,
     { structured, info }: Awaited<ReturnType<typeof openConnection>>,
     isCancelled: () => boolean,
+    staysOpen: boolean,
   ) {
     this.#libc = native;
     this.#socket = socket;
@@ -101,11 +107,14 @@ export class BlockingReader {
     this.#minimumBlockBytes = info.minimumBlockBytes;
     this.#pieceBytes = roundDown(Math.min(PIECE_BYTES, info.maximumPayloadBytes), info.minimumBlockBytes);
     this.#isCancelled = isCancelled;
+    this.#staysOpen = staysOpen;
+    this.#canTrim = (info.transmissionFlags & NBD_FLAG_SEND_TRIM) !== 0;
   }
 
   /**
    * A connection to the export of `sizeBytes`. Null: this is no place for it (no native calls, TCP, TLS, blocks
    * larger than a piece, another export).
+   * @param staysOpen it is not this side that hangs up, whatever happens
    * @throws CowcatcherError as NbdClient.connect
    */
   static async open(
@@ -113,6 +122,7 @@ export class BlockingReader {
     name: string,
     sizeBytes: number,
     isCancelled: () => boolean,
+    staysOpen = false,
   ): Promise<BlockingReader | null> {
     if (libc === null || !isForBlocking(address)) return null;
     const connection = await openConnection(address, name, { isCancelled, structured: true, contexts: [] });
@@ -124,13 +134,13 @@ export class BlockingReader {
       return null;
     }
     libc.makeBlocking(fd, TIMEOUT_MS);
-    return new BlockingReader(libc, socket, fd, connection, isCancelled);
+    return new BlockingReader(libc, socket, fd, connection, isCancelled, staysOpen);
   }
 
   /** True: the buffer has the range. False: this connection is closed now, and nothing is known. */
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): boolean {
     // Its descriptor may be another file's by now.
-    if (this.#socket.destroyed) return false;
+    if (this.#isBroken || this.#socket.destroyed) return false;
     const unit = this.#minimumBlockBytes;
     const end = offsetBytes + lengthBytes;
     const isAligned = offsetBytes % unit === 0 && end % unit === 0;
@@ -146,7 +156,8 @@ export class BlockingReader {
       }
       this.#hasError = false;
       if (!this.#send(count) || !this.#receiveAll(count, buffer, bufferOffset + start - offsetBytes)) {
-        this.#socket.destroy();
+        this.#isBroken = true;
+        if (!this.#staysOpen) this.#socket.destroy();
         return false;
       }
       if (this.#hasError) break;
@@ -156,9 +167,31 @@ export class BlockingReader {
     return false;
   }
 
+  /** Discards the whole blocks of the range. False: it is not known to be done. */
+  trim(offsetBytes: number, lengthBytes: number): boolean {
+    if (!this.#canTrim || this.#isBroken || this.#socket.destroyed) return false;
+    const unit = this.#minimumBlockBytes;
+    const start = roundUp(offsetBytes, unit);
+    const end = roundDown(offsetBytes + lengthBytes, unit);
+    if (end <= start) return true;
+    this.#putRequest(0, start, end - start, NBD_CMD_TRIM);
+    // Answered without structure whatever was negotiated: only an error has one (and is 20 bytes at least).
+    if (this.#send(1) && this.#stage(SIMPLE_REPLY_BYTES, SIMPLE_REPLY_BYTES)) {
+      const view = this.#staging;
+      const isOurs = view.getUint32(8) === this.#round && view.getUint32(12) === 0;
+      const isAnswered = view.getUint32(0) === NBD_SIMPLE_REPLY_MAGIC && view.getUint32(4) === 0;
+      this.#unstage(SIMPLE_REPLY_BYTES);
+      this.#round = (this.#round + 1) >>> 0;
+      if (isOurs && isAnswered) return true;
+    }
+    this.close();
+    return false;
+  }
+
   /** Says goodbye. Nothing may be in flight. */
   close(): void {
-    if (this.#socket.destroyed) return;
+    this.#isBroken = true;
+    if (this.#socket.destroyed || this.#staysOpen) return;
     const goodbye = new DataView(new ArrayBuffer(REQUEST_HEADER_BYTES));
     goodbye.setUint32(0, NBD_REQUEST_MAGIC);
     goodbye.setUint16(6, NBD_CMD_DISC);
@@ -166,12 +199,12 @@ export class BlockingReader {
     this.#socket.destroy();
   }
 
-  #putRequest(index: number, offsetBytes: number, lengthBytes: number): void {
+  #putRequest(index: number, offsetBytes: number, lengthBytes: number, command = NBD_CMD_READ): void {
     const view = this.#requests;
     const at = index * REQUEST_HEADER_BYTES;
     view.setUint32(at, NBD_REQUEST_MAGIC);
     view.setUint16(at + 4, 0);
-    view.setUint16(at + 6, NBD_CMD_READ);
+    view.setUint16(at + 6, command);
     view.setUint32(at + 8, this.#round);
     view.setUint32(at + 12, index);
     writeUint64(view, at + 16, offsetBytes);
@@ -279,11 +312,12 @@ export class BlockingReader {
   }
 
   /** Sees to it that the staging holds so many bytes; of the header after it, no more than fits may be there too. */
-  #stage(byteCount: number): boolean {
+  #stage(byteCount: number, mostBytes?: number): boolean {
     const startMs = performance.now();
     while (this.#staged < byteCount) {
       // Not past the shortest reply that may follow: payload is not to land here.
-      const most = Math.max(byteCount, this.#structured ? STRUCTURED_REPLY_HEADER_BYTES : SIMPLE_REPLY_BYTES);
+      const header = this.#structured ? STRUCTURED_REPLY_HEADER_BYTES : SIMPLE_REPLY_BYTES;
+      const most = mostBytes ?? Math.max(byteCount, header);
       const got = this.#libc.receive(this.#fd, this.#staging.buffer, this.#staged, most - this.#staged);
       if (got > 0) this.#staged += got;
       else if (!this.#mayWait(got, startMs)) return false;

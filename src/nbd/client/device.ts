@@ -56,7 +56,9 @@ interface Handover {
  */
 export async function openNbdImage(uri: string, options: OpenNbdOptions): Promise<NbdImage> {
   const { bitmap, isCancelled = () => false } = options;
-  const contexts = [NBD_META_BASE_ALLOCATION, ...(bitmap === undefined ? [] : [dirtyBitmapContext(bitmap)])];
+  // One of them: where a snapshot-access export of QEMU's refuses what lies outside the bitmap, QEMU 7.2 answers a
+  // request for both twice, once with the error and once with the bitmap (nbd/server.c, NBD_CMD_BLOCK_STATUS).
+  const contexts = [bitmap === undefined ? NBD_META_BASE_ALLOCATION : dirtyBitmapContext(bitmap)];
   const session = new NbdSession({ uri, retries: SOURCE_RETRIES, contexts, isCancelled });
   const client = await session.client();
   try {

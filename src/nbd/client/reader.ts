@@ -11,7 +11,7 @@
 
 import type { Completion, NbdSourceDescription, SourceReader } from "../../block/device.js";
 import { BlockingReader } from "./blocking-reader.js";
-import { readRange } from "./io.js";
+import { readRange, trimRange } from "./io.js";
 import { NbdSession } from "./session.js";
 import { ExtentReader } from "../../block/extent-map.js";
 import { parseNbdUri } from "../wire/uri.js";
@@ -26,6 +26,7 @@ export class NbdSourceReader implements SourceReader {
   readonly #session: NbdSession;
   readonly #zeroes: ExtentReader | null;
   readonly #isCancelled: () => boolean;
+  readonly #isSnapshot: boolean;
   #blocking: BlockingReader | null | undefined;
   #opening: Promise<void> | undefined;
   #isClosed = false;
@@ -35,7 +36,8 @@ export class NbdSourceReader implements SourceReader {
    * @param mayBlock the thread waits for no other server meanwhile
    */
   constructor(description: NbdSourceDescription, isCancelled: () => boolean, mayBlock: boolean) {
-    const { uri, sizeBytes, retries, zeroes } = description;
+    const { uri, sizeBytes, retries, zeroes, isSnapshot = false } = description;
+    this.#isSnapshot = isSnapshot;
     this.sizeBytes = sizeBytes;
     this.#uri = uri;
     this.#isCancelled = isCancelled;
@@ -61,6 +63,7 @@ export class NbdSourceReader implements SourceReader {
       this.#uri,
       this.sizeBytes,
       this.#isCancelled,
+      this.#isSnapshot,
     ).then(
       (reader) => {
         this.#blocking = reader;
@@ -80,8 +83,21 @@ export class NbdSourceReader implements SourceReader {
     return { lengthBytes: extent.lengthBytes, zero: extent.flag };
   }
 
+  /** Discards the range of a snapshot that is kept for this reader alone. */
+  release(offsetBytes: number, lengthBytes: number): Completion {
+    if (!this.#isSnapshot) return undefined;
+    if (this.#blocking?.trim(offsetBytes, lengthBytes) === true) return undefined;
+    return this.#session
+      .run(async (client) => {
+        if (client.canTrim) await trimRange(client, offsetBytes, lengthBytes);
+      })
+      .catch(() => undefined);
+  }
+
   close(): void {
     this.#isClosed = true;
+    // Whoever keeps the snapshot takes it away first; then it is the server that hangs up.
+    if (this.#isSnapshot) return;
     this.#blocking?.close();
     void this.#session.close();
   }

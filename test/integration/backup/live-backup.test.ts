@@ -241,7 +241,7 @@ describe("a limit", () => {
     await backup.started();
     guest.run();
     const { code, stderr } = await backup.end();
-    expect(code).toBe(1);
+    expect(code).toBe(13);
     await guest.progress(20);
     const { longestMs } = await guest.pause();
     expect(await guest.verify()).toBe("same");
@@ -256,7 +256,7 @@ describe("a limit", () => {
       ...["--cow-buffer-size", "64K", "--on-buffer-full", "cancel", "--rate-limit", "1M"],
     ]);
     expect(stderr).toMatch(
-      /^cowcatcher: \S+: the copy-before-write buffer is full \(.*--cow-buffer-size.*\)\n$/,
+      /^cowcatcher: \S+: the copy-before-write buffer is full \(.*--cow-buffer-size.*\)\n$/m,
     );
   });
 
@@ -264,7 +264,7 @@ describe("a limit", () => {
     const { stderr } = await brokenBackup([
       ...["--cow-buffer-size", "64K", "--spill-limit", "1M", "--rate-limit", "1M"],
     ]);
-    expect(stderr).toMatch(/^cowcatcher: \S+: the spill file has reached its limit of 1048576 bytes.*\n$/);
+    expect(stderr).toMatch(/^cowcatcher: \S+: the spill file has reached its limit of 1048576 bytes.*\n$/m);
   });
 
   it("of the guest's wait ends the backup", async () => {
@@ -272,7 +272,7 @@ describe("a limit", () => {
       ["--cow-buffer-size", "64K", "--on-buffer-full", "wait", "--guest-timeout", "300ms"],
       { COWCATCHER_FAULTS: "target-write:delay=600s" },
     );
-    expect(stderr).toMatch(/^cowcatcher: \S+: a guest write waited longer than 300 ms for the backup.*\n$/);
+    expect(stderr).toMatch(/^cowcatcher: \S+: a guest write waited longer than 300 ms for the backup.*\n$/m);
     expect(longestMs).toBeGreaterThan(290);
     expect(longestMs).toBeLessThan(STALL_MS_MAX);
   });

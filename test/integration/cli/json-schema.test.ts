@@ -1,13 +1,12 @@
 // docs/schema holds for what every command that takes --json prints, each run for real, in success and in failure.
-import { Validator, type Schema } from "@cfworker/json-schema";
 import * as fs from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { COMMAND_NAMES } from "../../../src/cli/output/exit-codes.js";
 import { cowcatcher, run } from "../../support/cli.js";
+import { expectSchema } from "../../support/json-schema.js";
 import { scratchFolder, Server, stopAll } from "../../support/server.js";
 
-const SCHEMAS = "docs/schema";
 let folder: string;
 let server: Server;
 const at = (name: string): string => join(folder, name);
@@ -35,11 +34,7 @@ beforeAll(async () => {
 
 afterAll(stopAll);
 
-function check(name: string, value: unknown): void {
-  const schema = JSON.parse(fs.readFileSync(join(SCHEMAS, `${name}.json`), "utf8")) as Schema;
-  const { valid, errors } = new Validator(schema, "2020-12", false).validate(value);
-  expect(valid, `${JSON.stringify(value)}\n${JSON.stringify(errors, null, 1)}`).toBe(true);
-}
+const check = expectSchema;
 
 const linesOf = (stdout: string): unknown[] =>
   stdout

@@ -119,7 +119,7 @@ describe("backup --sync none", () => {
     const reader = await Reader.start(server.uri("disk-snapshot"));
     guest.run();
     const { code, stderr } = await backup.end();
-    expect(code).toBe(1);
+    expect(code).toBe(13);
     expect(stderr).toContain("the copy-before-write buffer is full");
     await reader.refusal();
     await guest.progress(50);

@@ -9,9 +9,9 @@ import {
   parseBackupSettings,
   parseRestoreSettings,
   type BackupSettings,
-  type JobSettings,
   type RestoreSettings,
 } from "../../../src/cli/options/backup-options.js";
+import type { JobSettings } from "../../../src/cli/options/job-settings.js";
 import {
   formatByExtension,
   absoluteImage,

@@ -1,4 +1,4 @@
-// What a command says that a signal has ended: what has become of its targets, and of them alone.
+// Why a command that copies has ended. Of one that a signal ended: what has become of its targets, and of them alone.
 import { statSync } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
@@ -27,4 +27,10 @@ function remainsOf(target: string): string | undefined {
     return "the device holds a part of the copy";
   }
   return "the unfinished file was removed";
+}
+
+/** Of a group, the failure that cancelled the others, not their cancellation. */
+export function firstCause(errors: readonly (CowcatcherError | undefined)[]): CowcatcherError | undefined {
+  const present = errors.filter((error) => error !== undefined);
+  return present.find(({ code }) => code !== "CANCELLED") ?? present[0];
 }

@@ -1,0 +1,111 @@
+// `backup --qmp`: disks of a guest that QEMU runs, copied in this process.
+import { startQemuBackup, type QemuBackup, type QemuDiskBackup } from "../../qemu/backup.js";
+import { cleanUp } from "../../qemu/cleanup.js";
+import { type CowcatcherError, toCowcatcherError } from "../../errors.js";
+import type { QemuBackupSettings, QemuCleanupSettings } from "../options/qemu-options.js";
+import { type CommandContext, printJsonDocument, printLine } from "../output/context.js";
+import { EXIT } from "../output/exit-codes.js";
+import { createProgressView } from "../progress/create-view.js";
+import { bytesOnTarget, printSummary } from "../progress/summary.js";
+import type { JobInfo, ProgressView } from "../progress/view.js";
+import { onInterrupt } from "../signals.js";
+import { firstCause, interrupted } from "./causes.js";
+import { JOB_DEFAULTS } from "../../backup/options.js";
+
+const UPDATE_MS = 200;
+
+/** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
+export async function runQemuBackup(settings: QemuBackupSettings, context: CommandContext): Promise<number> {
+  const view = await createProgressView(context.output);
+  let backup: QemuBackup | undefined;
+  const targets = settings.disks.map(({ job }) => job.target);
+  const interruption = (): CowcatcherError =>
+    interrupted(context.interruptedBy ?? "a signal", context, targets);
+  const removeHandlers = onInterrupt(context, {
+    onFirst: () => backup?.cancel(interruption()),
+    onSecond: () => backup?.abortSync(),
+  });
+  try {
+    try {
+      backup = await startQemuBackup({
+        ...settings,
+        disks: settings.disks.map(({ disk, job }) => ({
+          name: disk,
+          job: { ...job, cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes },
+        })),
+        isCancelled: () => context.interruptedBy !== undefined,
+        onStopped: (error) => backup?.cancel(error),
+      });
+    } catch (error) {
+      throw context.interruptedBy === undefined ? error : interruption();
+    }
+    if (context.interruptedBy !== undefined) backup.cancel(interruption());
+    const running = backup;
+    const infos = running.disks.map((disk) => infoOf(disk, running));
+    const errors = await Promise.all(running.disks.map((disk, i) => follow(disk, infos[i], view)));
+    view.stop();
+    const failed = firstCause(errors);
+    await running.over.catch((error: unknown) => {
+      if (failed === undefined) throw error;
+      context.logger.error({ err: error }, "something is left in QEMU");
+    });
+    if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
+    const results = running.disks.map((disk) => disk.progress());
+    for (const [i, progress] of results.entries()) {
+      const info = infos[i];
+      printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, progress);
+    }
+    return results.some(({ ignoredErrorCount }) => ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
+  } finally {
+    view.stop();
+    removeHandlers();
+  }
+}
+
+function infoOf({ disk, job, totalBytes }: QemuDiskBackup, { choice, stoppedMs, t0Ms }: QemuBackup): JobInfo {
+  return {
+    jobId: `backup-${disk}`,
+    disk,
+    target: job.target,
+    totalBytes,
+    live: true,
+    t0: new Date(t0Ms).toISOString(),
+    targetFormat: job.targetFormat,
+    verify: job.verify,
+    qemu: { method: choice.method, reason: choice.reason, stoppedMs },
+  };
+}
+
+async function follow(
+  disk: QemuDiskBackup,
+  info: JobInfo,
+  view: ProgressView,
+): Promise<CowcatcherError | undefined> {
+  view.start(info);
+  const timer = setInterval(() => view.update(info.jobId, disk.progress()), UPDATE_MS);
+  let error: CowcatcherError | undefined;
+  try {
+    await disk.ended;
+  } catch (cause) {
+    error = toCowcatcherError(cause, disk.disk);
+  }
+  clearInterval(timer);
+  const progress = disk.progress();
+  view.update(info.jobId, progress);
+  view.finish(info.jobId, { progress, error });
+  return error;
+}
+
+/** `backup --qmp SOCK --cleanup` */
+export async function runQemuCleanup(
+  { monitor, fleeceDir }: QemuCleanupSettings,
+  { output }: CommandContext,
+): Promise<number> {
+  const removed = await cleanUp(monitor, fleeceDir);
+  if (output.json) printJsonDocument(output, { removed });
+  else if (!output.quiet) {
+    if (removed.length === 0) printLine(output, `${monitor}: nothing was left`);
+    for (const name of removed) printLine(output, `${monitor}: removed ${name}`);
+  }
+  return EXIT.done;
+}

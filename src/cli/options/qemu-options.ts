@@ -1,0 +1,123 @@
+// The options of `backup --qmp`: disks of a guest that QEMU runs, and what goes with them.
+import { Option, type Command } from "commander";
+import { JOB_DEFAULTS } from "../../backup/options.js";
+import { absoluteName } from "../../file-names.js";
+import type { QemuBackupRequest, ServerAddress } from "../../qemu/backup.js";
+import { QEMU_METHODS } from "../../qemu/method.js";
+import type { BackupFlags } from "./backup-flags.js";
+import type { LiveDiskSettings } from "./job-settings.js";
+import { choiceOption, listWords, textOption, unsupported, usageError } from "./options.js";
+
+/** A file system on a disk, by the hierarchy standard: /tmp may be memory, which old data would fill. */
+const FLEECE_DIR = "/var/tmp";
+const MAX_PORT = 65_535;
+
+export type QemuBackupSettings = {
+  mode: "qemu";
+  disks: LiveDiskSettings[];
+} & Pick<QemuBackupRequest, "monitor" | "method" | "fleeceDir" | "server" | "acceptGuestRisk">;
+
+export interface QemuCleanupSettings {
+  mode: "qemu-cleanup";
+  monitor: string;
+  fleeceDir: string;
+}
+
+export function addQemuOptions(command: Command): Command {
+  return command
+    .addOption(textOption("--qmp <SOCK>", "QMP socket of the QEMU that runs the guest: a live backup"))
+    .addOption(
+      choiceOption(
+        "--qemu-method <METHOD>",
+        `${listWords(QEMU_METHODS)}: how QEMU keeps old data (auto)`,
+        QEMU_METHODS,
+      ),
+    )
+    .addOption(
+      textOption("--fleece-dir <DIR>", `folder for old data that QEMU keeps, and its socket (${FLEECE_DIR})`),
+    )
+    .addOption(
+      textOption(
+        "--nbd <ADDRESS>",
+        "where QEMU's NBD server listens, if it runs already: a path or HOST:PORT",
+      ),
+    )
+    .option("--accept-guest-risk", "also where the guest would be harmed if this process were killed")
+    .addOption(
+      new Option("--cleanup", "with --qmp: remove what an earlier run left in QEMU, and nothing else"),
+    );
+}
+
+/** What is about a QEMU and means nothing elsewhere. @throws CowcatcherError USAGE */
+export function refuseQemuFlags(flags: BackupFlags): void {
+  const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup } = flags;
+  const ofQemu = {
+    "qemu-method": qemuMethod,
+    "fleece-dir": fleeceDir,
+    nbd,
+    "accept-guest-risk": acceptGuestRisk,
+    cleanup,
+  };
+  const useless = Object.entries(ofQemu).find(([, value]) => value !== undefined);
+  if (useless !== undefined) throw usageError(`--${useless[0]}`, "needs --qmp", "give QEMU's QMP socket");
+}
+
+/** @throws CowcatcherError USAGE for what cannot mean anything, UNSUPPORTED for what QEMU cannot do */
+export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: BackupFlags): QemuBackupSettings {
+  checkQemuFlags(flags);
+  return {
+    mode: "qemu",
+    disks,
+    monitor: absoluteName(qmp),
+    method: flags.qemuMethod ?? "auto",
+    fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
+    server: flags.nbd === undefined ? undefined : parseServer(flags.nbd),
+    acceptGuestRisk: flags.acceptGuestRisk ?? false,
+  };
+}
+
+/** @throws CowcatcherError USAGE for anything besides */
+export function cleanupSettings(
+  args: readonly string[],
+  { qmp, fleeceDir, disk, control }: BackupFlags,
+): QemuCleanupSettings {
+  if (qmp === undefined || control !== undefined)
+    throw usageError("--cleanup", "needs --qmp", "give QEMU's QMP socket");
+  if (args[0] !== undefined) throw usageError(args[0], "does not go with --cleanup", "leave it out");
+  if (disk !== undefined) throw usageError("--disk", "does not go with --cleanup", "leave it out");
+  return {
+    mode: "qemu-cleanup",
+    monitor: absoluteName(qmp),
+    fleeceDir: absoluteName(fleeceDir ?? FLEECE_DIR),
+  };
+}
+
+function checkQemuFlags(flags: BackupFlags): void {
+  const { onBufferFull, spillDir, cowBufferSize, sync, bitmap, bitmapMode } = flags;
+  if (flags.control !== undefined)
+    throw usageError("--qmp", "does not go with --control", "give one of them");
+  if (spillDir !== undefined) throw usageError("--spill-dir", "does not go with --qmp", "give --fleece-dir");
+  if (onBufferFull === "wait") {
+    const problem = "'wait': QEMU cannot make the guest's writes wait for room";
+    throw unsupported("--on-buffer-full", problem, "give spill or cancel");
+  }
+  if (cowBufferSize === 0) {
+    throw unsupported("--cow-buffer-size", "0: QEMU keeps old data in a file in any case", "give a size");
+  }
+  if (sync !== undefined && sync !== JOB_DEFAULTS.sync) {
+    throw unsupported("--sync", `${sync} does not go with --qmp`, "leave it out");
+  }
+  if (bitmap !== undefined || bitmapMode !== undefined) {
+    throw unsupported("--bitmap", "dirty bitmaps do not go with --qmp", "leave it out");
+  }
+}
+
+/** @throws CowcatcherError USAGE */
+function parseServer(text: string): ServerAddress {
+  if (text.includes("/")) return { path: absoluteName(text) };
+  const [, host, port] = /^(.+):(\d+)$/.exec(text) ?? [];
+  if (host === undefined || port === undefined || Number(port) < 1 || Number(port) > MAX_PORT) {
+    throw usageError("--nbd", `'${text}' is no address`, "give a path with a slash in it, or HOST:PORT");
+  }
+  return { host: host.replace(/^\[(.*)\]$/, "$1"), port: Number(port) };
+}

@@ -1,0 +1,305 @@
+// A backup of disks that a running QEMU has: from its monitor's socket to complete targets. Main thread.
+//
+//   look at QEMU, choose disks ──► targets, workers, fleecing files ──► T0 (filter.ts) ──► copy ──► QEMU as it was
+//                                                                                            └─► targets get their names
+//
+// Everything that takes time is done before T0, and QEMU is left as soon as a disk is read: what is still to be done
+// for its target (tables, sync, --verify) costs the guest nothing.
+//
+// Disks of one backup are a group: the first failure ends the others, unless they have their names already.
+
+import type { JobOptions } from "../backup/options.js";
+import type { JobProgress } from "../backup/progress.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
+import type { ImageFormat } from "../block/format.js";
+import { gatherZeroes } from "../nbd/client/extent-map.js";
+import { NbdClient } from "../nbd/client/client.js";
+import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
+import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
+import { cleanUpDead } from "./cleanup.js";
+import { DiskCopy } from "./disk-copy.js";
+import { addFleeceNodes, exportSnapshots, insertFilters, startServer } from "./filter.js";
+import { findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
+import { chooseMethod, type MethodChoice, type QemuMethod } from "./method.js";
+import { QemuMonitor, type Visit } from "./monitor.js";
+import { partName, runName } from "./names.js";
+import { RunFolder } from "./run-folder.js";
+import { UndoStack } from "./undo.js";
+
+/** How often the fleecing files are looked at. */
+const LOOK_MS = 50;
+
+export interface QemuDiskRequest {
+  /** Node, device or qdev path; undefined: the only disk. */
+  name: string | undefined;
+  /** targetFormat undefined: the disk's. */
+  job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
+}
+
+/** Where a server listens. */
+export type ServerAddress = { path: string } | { host: string; port: number };
+
+export interface QemuBackupRequest {
+  /** QEMU's QMP socket. */
+  monitor: string;
+  disks: readonly QemuDiskRequest[];
+  method: QemuMethod;
+  /** Where fleecing files and QEMU's socket for us go. */
+  fleeceDir: string;
+  /** Of QEMU's NBD server where it runs already; undefined: it is started. */
+  server: ServerAddress | undefined;
+  acceptGuestRisk: boolean;
+  isCancelled: () => boolean;
+  onStopped: (error: CowcatcherError) => void;
+}
+
+export interface QemuDiskBackup {
+  readonly disk: string;
+  readonly job: JobOptions;
+  readonly totalBytes: number;
+  progress(): JobProgress;
+  /** The target has its name. Rejects with the first cause; of a group, some with CANCELLED. */
+  readonly ended: Promise<void>;
+}
+
+export interface QemuBackup {
+  readonly disks: readonly QemuDiskBackup[];
+  readonly choice: MethodChoice;
+  /** How long the guest was stopped for T0, in ms. */
+  readonly stoppedMs: number;
+  /** The instant that all disks' backups show, in milliseconds since 1970 UTC. */
+  readonly t0Ms: number;
+  cancel(error: CowcatcherError): void;
+  /** The process ends now: removes unfinished targets. What QEMU has of ours stays for the next run to remove. */
+  abortSync(): void;
+  /** All has ended, well or not, and QEMU is as it was. @throws CowcatcherError naming what is left there */
+  readonly over: Promise<void>;
+}
+
+/** Returns after T0. @throws CowcatcherError: QEMU is as it was, and nothing is left */
+export async function startQemuBackup(request: QemuBackupRequest): Promise<QemuBackup> {
+  const backup = new RunningBackup(request);
+  try {
+    await backup.start();
+  } catch (error) {
+    await backup.giveUp();
+    throw error;
+  }
+  return backup;
+}
+
+class RunningBackup implements QemuBackup {
+  readonly #request: QemuBackupRequest;
+  readonly #monitor: QemuMonitor;
+  readonly #run = runName();
+  #copies: DiskCopy[] = [];
+  #folder: RunFolder | undefined;
+  /** What the disks have in common: the server. */
+  readonly #undo = new UndoStack();
+  /** Our own connections, which stay until the exports are gone. */
+  readonly #clients: NbdClient[] = [];
+  readonly #notUndone: string[] = [];
+  #timer: NodeJS.Timeout | undefined;
+  disks: readonly QemuDiskBackup[] = [];
+  choice: MethodChoice = { method: "filter", reason: "" };
+  stoppedMs = 0;
+  t0Ms = 0;
+  over: Promise<void> = Promise.resolve();
+
+  constructor(request: QemuBackupRequest) {
+    this.#request = request;
+    this.#monitor = new QemuMonitor(request.monitor);
+  }
+
+  async start(): Promise<void> {
+    const { monitor, fleeceDir } = this.#request;
+    const { graph, disks } = await this.#monitor.visit((visit) => this.#lookAround(visit));
+    this.choice = chooseMethod(graph, disks, this.#request);
+    this.#folder = await RunFolder.create(fleeceDir, monitor);
+    await this.#prepareAll(graph, disks, this.#folder);
+    this.#throwIfCancelled();
+    await this.#monitor.visit((visit) => this.#takeOver(visit));
+    await this.#beginAll();
+    this.disks = this.#copies.map((copy) => ({
+      disk: copy.disk.name,
+      job: copy.job,
+      totalBytes: copy.disk.node.sizeBytes,
+      progress: () => copy.progress(),
+      ended: this.#finish(copy),
+    }));
+    for (const { ended } of this.disks) ended.catch(() => undefined);
+    this.over = this.#end();
+    this.over.catch(() => undefined);
+    this.#timer = setInterval(() => this.#look(), LOOK_MS);
+  }
+
+  async #lookAround(visit: Visit): Promise<{ graph: QemuGraph; disks: QemuDisk[] }> {
+    await cleanUpDead(visit);
+    const graph = await readGraph(visit);
+    const disks: QemuDisk[] = [];
+    for (const { name } of this.#request.disks) disks.push(await findDisk(visit, graph, name));
+    for (const [index, { name, node }] of disks.entries()) {
+      const isTwice = disks.findIndex((other) => other.node.name === node.name) !== index;
+      if (isTwice) throw busy(name, "is given twice, under two names", "name each disk once");
+    }
+    return { graph, disks };
+  }
+
+  /** One after another: each starts threads, and the guest is to go on meanwhile. */
+  async #prepareAll(graph: QemuGraph, disks: readonly QemuDisk[], folder: RunFolder): Promise<void> {
+    const filesInUse = [...graph.nodes.values()].map(({ filename }) => filename);
+    for (const [index, disk] of disks.entries()) {
+      const given = this.#request.disks[index]?.job;
+      if (given === undefined) continue;
+      const format = disk.node.driver === "qcow2" ? "qcow2" : "raw";
+      this.#copies.push(
+        await DiskCopy.prepare({
+          disk,
+          index,
+          job: { ...given, targetFormat: given.targetFormat ?? format },
+          folder,
+          filesInUse,
+          isCancelled: this.#request.isCancelled,
+          onStopped: this.#request.onStopped,
+          leaveQemu: (copy) => this.#leave(copy),
+        }),
+      );
+    }
+  }
+
+  /** T0. What fails here is undone in the same visit. */
+  async #takeOver(visit: Visit): Promise<void> {
+    const { server } = this.#request;
+    const [first] = this.#copies;
+    if (first === undefined || this.#folder === undefined) return;
+    try {
+      if (server === undefined) await startServer(visit, this.#folder.socket, this.#undo);
+      await addFleeceNodes(visit, this.#run, this.#copies);
+      const times = await insertFilters(visit, this.#run, this.#copies, first.job);
+      this.stoppedMs = times.stoppedMs;
+      this.t0Ms = times.t0Ms;
+      await exportSnapshots(visit, this.#run, this.#copies);
+    } catch (error) {
+      for (const { undo } of this.#copies) this.#notUndone.push(...(await undo.run(visit)));
+      this.#notUndone.push(...(await this.#undo.run(visit)));
+      throw error;
+    }
+  }
+
+  async #beginAll(): Promise<void> {
+    await Promise.all(
+      this.#copies.map(async (copy) => {
+        const uri = formatNbdUri(this.#exportOf(copy));
+        const client = await NbdClient.connect(uri, {
+          contexts: [NBD_META_BASE_ALLOCATION],
+          isCancelled: this.#request.isCancelled,
+        });
+        this.#clients.push(client);
+        copy.begin(uri, await gatherZeroes(client));
+      }),
+    );
+  }
+
+  #exportOf({ index }: DiskCopy): NbdAddress {
+    const place = this.#request.server ?? { path: this.#folder?.socket ?? "" };
+    return { ...place, exportName: partName(this.#run, index, "exp") };
+  }
+
+  #look(): void {
+    for (const copy of this.#copies) copy.look();
+  }
+
+  /** QEMU becomes what it was for this disk. Never rejects. */
+  async #leave({ undo }: DiskCopy): Promise<void> {
+    if (undo.isEmpty) return;
+    await this.#undoBy(undo);
+  }
+
+  async #undoBy(undo: UndoStack): Promise<void> {
+    try {
+      this.#notUndone.push(...(await this.#monitor.visit((visit) => undo.run(visit))));
+    } catch (error) {
+      const { code, problem } = toCowcatcherError(error);
+      // Nobody listens there any more: with QEMU all of it is gone.
+      if (code !== "NOT_FOUND" && !/ECONNREFUSED|refused/.test(problem)) this.#notUndone.push(problem);
+    }
+  }
+
+  async #finish(copy: DiskCopy): Promise<void> {
+    try {
+      await copy.finish();
+    } catch (error) {
+      const cause = toCowcatcherError(error, copy.disk.name);
+      for (const other of this.#copies) {
+        if (other !== copy) other.cancel(groupFailed(other.disk.name, copy.disk.name));
+      }
+      throw cause;
+    }
+  }
+
+  async #end(): Promise<void> {
+    await Promise.allSettled(this.disks.map(({ ended }) => ended));
+    clearInterval(this.#timer);
+    await this.#leaveNothing();
+    const [first] = this.#notUndone;
+    if (first !== undefined) throw notUndone(this.#request.monitor, this.#notUndone);
+  }
+
+  async #leaveNothing(): Promise<void> {
+    if (!this.#undo.isEmpty) await this.#undoBy(this.#undo);
+    for (const client of this.#clients) client.destroy();
+    await this.#folder
+      ?.remove()
+      .catch((error: unknown) => this.#notUndone.push(toCowcatcherError(error).message));
+  }
+
+  /** The start has failed. Never rejects. */
+  async giveUp(): Promise<void> {
+    const error = new CowcatcherError({
+      code: "CANCELLED",
+      object: this.#request.monitor,
+      problem: "the start failed",
+    });
+    for (const copy of this.#copies) copy.cancel(error);
+    for (const copy of this.#copies) await copy.finish().catch(() => undefined);
+    await this.#leaveNothing();
+  }
+
+  #throwIfCancelled(): void {
+    if (!this.#request.isCancelled()) return;
+    throw new CowcatcherError({
+      code: "CANCELLED",
+      object: this.#request.monitor,
+      problem: "given up, as asked",
+    });
+  }
+
+  cancel(error: CowcatcherError): void {
+    for (const copy of this.#copies) copy.cancel(error);
+  }
+
+  abortSync(): void {
+    for (const copy of this.#copies) copy.abortSync();
+  }
+}
+
+function busy(object: string, problem: string, hint: string): CowcatcherError {
+  return new CowcatcherError({ code: "USAGE", object, problem, hint });
+}
+
+function groupFailed(disk: string, cause: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "CANCELLED",
+    object: disk,
+    problem: `ended, as the backup of ${cause} has failed`,
+  });
+}
+
+function notUndone(object: string, steps: readonly string[]): CowcatcherError {
+  return new CowcatcherError({
+    code: "IO",
+    object,
+    problem: `something is left in QEMU: ${steps.join("; ")}`,
+    hint: `run: cowcatcher backup --qmp ${object} --cleanup`,
+  });
+}

@@ -1,0 +1,101 @@
+// What runs that died have left in a QEMU, found by its name and by who is still alive, and undone: exports first, then jobs,
+// then nodes from the top down. Nothing without a name of ours is touched, and nothing of a run that goes on.
+
+import { toCowcatcherError } from "../errors.js";
+import type { QemuGraph } from "./graph.js";
+import { readGraph } from "./graph.js";
+import { deleteExport } from "./filter.js";
+import { QemuMonitor, type Visit } from "./monitor.js";
+import { isAlive, runOf } from "./names.js";
+import { removeDeadFolders } from "./run-folder.js";
+import { removing } from "./undo.js";
+
+export interface Leftovers {
+  exports: readonly string[];
+  nodes: readonly string[];
+}
+
+const isDead = (name: string): boolean => {
+  const run = runOf(name);
+  return run !== undefined && !isAlive(run);
+};
+
+/** @throws CowcatcherError */
+export async function findLeftovers(visit: Visit): Promise<Leftovers> {
+  const [graph, exports] = [await readGraph(visit), await visit.list("query-block-exports")];
+  return {
+    exports: exports.map(({ id }) => String(id)).filter(isDead),
+    nodes: [...graph.nodes.keys()].filter(isDead),
+  };
+}
+
+/**
+ * Removes what dead runs left; the names of what it removed.
+ * @throws CowcatcherError where QEMU refuses: the error names the step
+ */
+export async function cleanUpDead(visit: Visit): Promise<string[]> {
+  const { exports } = await findLeftovers(visit);
+  for (const id of exports) await deleteExport(visit, id);
+  const removed = [...exports];
+  const graph = await readGraph(visit);
+  const dead = [...graph.nodes.keys()].filter(isDead);
+  // What stands above a filter uses it, and a device's disk cannot be written past a filter in use.
+  const above = await removeNodes(visit, dead);
+  await giveBackDevices(visit, graph, dead);
+  const rest = await removeNodes(visit, above.left);
+  if (rest.failure !== undefined) throw toCowcatcherError(rest.failure, visit.path);
+  removed.push(...above.removed, ...rest.removed);
+  if (exports.length > 0 && (await visit.list("query-block-exports")).length === 0) {
+    await removing(visit.execute("nbd-server-stop"));
+  }
+  return removed;
+}
+
+/** A device that stands on a node of ours gets what is below it. */
+async function giveBackDevices(visit: Visit, graph: QemuGraph, dead: readonly string[]): Promise<void> {
+  for (const { node, qdev } of graph.devices) {
+    if (node === undefined || qdev === undefined || !dead.includes(node)) continue;
+    const below = graph.edges.find(({ parent, role }) => parent === node && role === "file")?.child;
+    if (below === undefined) continue;
+    await visit.execute("qom-set", { path: qdev, property: "drive", value: below });
+  }
+}
+
+interface Removal {
+  removed: string[];
+  left: string[];
+  /** Why the last of those that are left is. */
+  failure: unknown;
+}
+
+/** Parents go before what they stand on: a node that is in use is tried again after the others. */
+async function removeNodes(visit: Visit, names: readonly string[]): Promise<Removal> {
+  let left = [...names];
+  const removed: string[] = [];
+  let failure: unknown;
+  for (let before = Infinity; left.length > 0 && left.length < before;) {
+    before = left.length;
+    const still: string[] = [];
+    for (const name of left) {
+      try {
+        await removing(visit.execute("blockdev-del", { "node-name": name }));
+        removed.push(name);
+      } catch (error) {
+        failure = error;
+        still.push(name);
+      }
+    }
+    left = still;
+  }
+  return { removed, left, failure: left.length === 0 ? undefined : failure };
+}
+
+/**
+ * Removes what dead runs left in the QEMU at `monitor`, and their folders in `directory`. Returns what it removed.
+ * @throws CowcatcherError as cleanUpDead, and as QemuMonitor.visit
+ */
+export async function cleanUp(monitor: string, directory: string): Promise<string[]> {
+  const removed = await new QemuMonitor(monitor).visit(cleanUpDead);
+  await removeDeadFolders(directory);
+  return removed;
+}

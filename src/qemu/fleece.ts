@@ -1,0 +1,75 @@
+// One disk's fleecing file, as seen from outside: how large it is, and which chunks QEMU has captured from. Main thread.
+//
+// The file is QEMU's: its copy-before-write node writes clusters of T0 into it, and punches out what the workers
+// discard. What is asked here is the file system: st_blocks for the size, SEEK_DATA for the order in which workers
+// should read. On some file systems (tmpfs) captured zeroes are allocated and yet no data for SEEK_DATA: they are
+// read when the sweep comes to them. Nothing depends on it that the backup shows; the snapshot itself knows what it is.
+//
+// Growth between two looks cannot be seen and must not pass the limit either: what the file grew by since the last
+// look is taken as what it may grow by until the next.
+
+import { closeSync, fstatSync } from "node:fs";
+import { libc } from "../native/libc.js";
+import type { Geometry } from "../cow/geometry.js";
+
+const STAT_BLOCK_BYTES = 512;
+/** Of one look: a file with more pieces is looked at further next time. */
+const RUNS_PER_LOOK = 4096;
+
+export class Fleece {
+  readonly path: string;
+  readonly #fd: number;
+  readonly #geometry: Geometry;
+  /** By chunk: it stands in the urgent ring already, or has. */
+  readonly #told: Uint8Array;
+  #lookFrom = 0;
+  usedBytes = 0;
+  usedBytesMax = 0;
+  /** Bytes that QEMU has captured, as far as looks can tell: what was captured and discarded between two is not seen. */
+  capturedBytes = 0;
+  /** What usedBytes may be at the next look. */
+  expectedBytes = 0;
+
+  constructor({ path, fd }: { path: string; fd: number }, geometry: Geometry) {
+    this.path = path;
+    this.#fd = fd;
+    this.#geometry = geometry;
+    this.#told = new Uint8Array(geometry.chunkCount);
+  }
+
+  /** Notes the file's size, and tells of chunks that have data in it, each once. Synchronous: some system calls. */
+  look(tell: (chunk: number) => void): void {
+    const usedBytes = fstatSync(this.#fd).blocks * STAT_BLOCK_BYTES;
+    const growth = Math.max(0, usedBytes - this.usedBytes);
+    this.capturedBytes += growth;
+    this.usedBytes = usedBytes;
+    this.usedBytesMax = Math.max(this.usedBytesMax, usedBytes);
+    this.expectedBytes = usedBytes + growth;
+    if (usedBytes > 0) this.#findCaptured(tell);
+  }
+
+  #findCaptured(tell: (chunk: number) => void): void {
+    if (libc === null) return;
+    const { chunkBytes, chunkCount } = this.#geometry;
+    let at = this.#lookFrom;
+    for (let i = 0; i < RUNS_PER_LOOK; i++) {
+      const start = libc.seekData(this.#fd, at);
+      if (start < 0) {
+        at = 0;
+        break;
+      }
+      const chunk = Math.floor(start / chunkBytes);
+      if (chunk >= chunkCount) break;
+      if (this.#told[chunk] === 0) {
+        this.#told[chunk] = 1;
+        tell(chunk);
+      }
+      at = (chunk + 1) * chunkBytes;
+    }
+    this.#lookFrom = at;
+  }
+
+  close(): void {
+    closeSync(this.#fd);
+  }
+}
