@@ -96,6 +96,12 @@ export interface DiskInfo {
   tracking?: TrackingInfo | undefined;
 }
 
+/** A checkpoint without a backup: the T0 of a start is remembered under this name. */
+export interface MarkRequest {
+  disk: string;
+  name: string;
+}
+
 export type JobStatusListener = (job: BackupJob, status: JobStatus) => void;
 
 export interface JobHost {
@@ -110,7 +116,10 @@ export interface JobHost {
    * @throws CowcatcherError: NOT_FOUND (disk), BUSY (disk or id in use), EXISTS, IO, CANCELLED, … Nothing is left behind
    *   then, but for what a hanging system call has yet to yield: that goes when it returns.
    */
-  startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]>;
+  startBackups(
+    requests: readonly BackupRequest[],
+    marks?: readonly MarkRequest[],
+  ): Promise<readonly BackupJob[]>;
   /** Forgets a concluded job. */
   dismiss(id: string): void;
   /** How much has changed since the disk's checkpoint, in bytes. @throws CowcatcherError NOT_FOUND, IO */

@@ -111,10 +111,8 @@ export function backupFromArguments(
   defaults: Partial<JobOptions>,
 ): BackupStart {
   refuseUnsupported(args);
-  const disk = disks.find((candidate) => candidate.name === args.device);
-  if (disk === undefined) {
-    throw genericError(`Cannot find device='${args.device}' nor node-name='${args.device}'`);
-  }
+  const disk = diskOf(args.device, disks);
+  refuseBitmap(args, disk);
   const id = args["job-id"] ?? disk.name;
   // QEMU's rule for ids (util/id.c): a letter, then letters, digits, '-', '.' and '_'.
   if (!/^[A-Za-z][A-Za-z0-9._-]*$/.test(id)) throw genericError(`Invalid job ID '${id}'`);
@@ -122,6 +120,44 @@ export function backupFromArguments(
     request: { id, disk: disk.name, options: optionsFrom(args, disk, defaults) },
     autoDismiss: args["auto-dismiss"] ?? true,
   };
+}
+
+/** @throws QmpError GenericError where there is none. */
+export function diskOf(device: string, disks: readonly DiskInfo[]): DiskInfo {
+  const disk = disks.find(({ name }) => name === device);
+  if (disk === undefined) throw genericError(`Cannot find device='${device}' nor node-name='${device}'`);
+  return disk;
+}
+
+export function isByBitmap({ sync }: { sync: string }): boolean {
+  return sync === "incremental" || sync === "bitmap";
+}
+
+/** The rules of QEMU's do_backup_common (blockdev.c), in its words. */
+function refuseBitmap(args: DriveBackupArguments, { tracking }: DiskInfo): void {
+  const { sync, bitmap, "bitmap-mode": mode } = args;
+  if (isByBitmap(args) && bitmap === undefined) {
+    throw genericError(`must provide a valid bitmap name for '${sync}' sync mode`);
+  }
+  if (sync === "incremental" && mode !== undefined && mode !== "on-success") {
+    throw genericError(`Bitmap sync mode must be 'on-success' when using sync mode 'incremental'`);
+  }
+  if (bitmap === undefined) {
+    if (mode !== undefined) throw genericError("Cannot specify bitmap sync mode without a bitmap");
+    return;
+  }
+  if (tracking?.checkpoints.some(({ name }) => name === bitmap) !== true) {
+    throw genericError(`Bitmap '${bitmap}' could not be found`);
+  }
+  if (!isByBitmap(args)) throw notSupported(`Parameter 'bitmap' with sync mode '${sync}'`);
+  if (sync === "bitmap" && mode === undefined) {
+    throw genericError("Bitmap sync mode must be given when providing a bitmap");
+  }
+  if (mode === "always") throw notSupported("Bitmap mode 'always'");
+  if (args["x-since"] !== undefined || args["x-checkpoint"] !== undefined) {
+    throw genericError("'x-since' and 'x-checkpoint' do not go with 'bitmap'");
+  }
+  if (args["x-verify"] === true) throw notSupported(`'x-verify' with sync mode '${sync}'`);
 }
 
 function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Partial<JobOptions>): JobOptions {
@@ -145,10 +181,10 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     backingFile: args["x-backing-file"],
     backingFormat: args["x-backing-format"],
     compression: compressionFrom(args),
-    checkpoint: args["x-checkpoint"],
-    since: args["x-since"],
+    checkpoint: args["x-checkpoint"] ?? (args["bitmap-mode"] === "never" ? undefined : args.bitmap),
+    since: args["x-since"] ?? args.bitmap,
     sinceOrFull: args["x-since-or-full"],
-    sync: SYNC_MODES.find((mode) => mode === args.sync),
+    sync: isByBitmap(args) ? "full" : SYNC_MODES.find((mode) => mode === args.sync),
   };
   const present = Object.entries(given).filter(([, value]) => value !== undefined);
   refuseIncremental(args, disk);
@@ -219,12 +255,9 @@ function ioPolicy(policy: (typeof ON_ERROR)[number] | undefined): OnIoError | un
 }
 
 function refuseUnsupported(args: DriveBackupArguments): void {
-  if (!SYNC_MODES.some((mode) => mode === args.sync)) throw notSupported(`Sync mode '${args.sync}'`);
-  if (args.bitmap !== undefined) throw notSupported("Parameter 'bitmap'");
-  if (args["bitmap-mode"] !== undefined) throw notSupported("Parameter 'bitmap-mode'");
   if (args["discard-source"] === true) throw notSupported("'discard-source'");
-  // An NBD export exists; QEMU asks for this mode there. An RBD image may: x-force says that it is to be written.
-  if (args.mode === "existing" && !isNbdUri(args.target)) throw notSupported("Mode 'existing'");
+  // An RBD image may exist or not: x-force says that it is to be written.
+  if (args.mode === "existing" && isRbdAddress(args.target)) throw notSupported("Mode 'existing'");
   if (args["x-target-snapshot"] !== undefined && !isRbdAddress(args.target)) {
     throw notSupported("'x-target-snapshot' of a target that is no RBD image");
   }

@@ -3,18 +3,23 @@
 
 import { userInfo } from "node:os";
 import { CowcatcherError } from "../errors.js";
-import { backupFromArguments, BACKUP_COMMON, DRIVE_BACKUP } from "./backup-arguments.js";
+import type { MarkRequest } from "../backup/host.js";
+import { addMark, BITMAP_SCHEMAS, clearMark, removeBitmap, requireBitmap } from "./bitmap-commands.js";
+import { existingTarget } from "./existing-target.js";
+import { backupFromArguments, BACKUP_COMMON, diskOf, DRIVE_BACKUP } from "./backup-arguments.js";
 import type { BackupStart, DriveBackupArguments } from "./backup-arguments.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
-import { QmpError, genericError, notSupported } from "../qmp/protocol.js";
+import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { anyObject, checkMembers, fileName, list, object, oneOf, optional } from "../qmp/schema.js";
+import { anyObject, checkMembers, list, object, oneOf, optional, string } from "../qmp/schema.js";
+import type { Arguments } from "../qmp/schema.js";
 
 /** The disks of one machine, with room; a longer list is somebody's mistake. */
 const ACTION_COUNT_MAX = 256;
 
-const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: fileName };
+const BLOCKDEV_BACKUP = { ...BACKUP_COMMON, target: string };
+type BlockdevBackupArguments = Arguments<typeof BLOCKDEV_BACKUP>;
 
 const ACTION_TYPES = [
   "abort",
@@ -36,20 +41,38 @@ const TRANSACTION = {
   properties: optional(object({ "completion-mode": optional(oneOf(["individual", "grouped"])) })),
 };
 
-function refuseBlockdevBackup(): QmpError {
-  return new QmpError(
-    "GenericError",
-    "blockdev-backup is not supported by this version: name the target's file with drive-backup",
-    { code: "UNSUPPORTED" },
-  );
+async function prepareDrive(args: DriveBackupArguments, context: CommandContext): Promise<BackupStart> {
+  const start = backupFromArguments(args, context.host.disks(), context.jobDefaults);
+  return args.mode === "existing" ? intoExisting(start, args, context) : start;
 }
 
-function prepare(args: DriveBackupArguments, { host, jobDefaults }: CommandContext): BackupStart {
-  return backupFromArguments(args, host.disks(), jobDefaults);
+/** The node is a place that exists. Whatever a backup can write to is drive-backup's target, too. */
+async function prepareBlockdev(args: BlockdevBackupArguments, context: CommandContext): Promise<BackupStart> {
+  const { host, targets, jobDefaults } = context;
+  const disk = diskOf(args.device, host.disks());
+  const node = targets.get(args.target);
+  if (node === undefined) {
+    if (args.target === disk.name) throw genericError("Source and target cannot be the same");
+    throw genericError(`Cannot find device='${args.target}' nor node-name='${args.target}'`);
+  }
+  const drive = { ...args, target: node.path, format: node.format };
+  return intoExisting(backupFromArguments(drive, host.disks(), jobDefaults), args, context);
+}
+
+async function intoExisting(
+  { request, ...start }: BackupStart,
+  args: Pick<DriveBackupArguments, "sync" | "device">,
+  { host }: CommandContext,
+): Promise<BackupStart> {
+  const { target, targetFormat } = request.options;
+  const disk = diskOf(args.device, host.disks());
+  const existing = await existingTarget(target, targetFormat, disk, args.sync !== "full");
+  return { ...start, request: { ...request, options: { ...request.options, ...existing } } };
 }
 
 async function start(
   starts: readonly BackupStart[],
+  marks: readonly MarkRequest[],
   grouped: boolean,
   context: CommandContext,
 ): Promise<void> {
@@ -61,7 +84,10 @@ async function start(
   );
   let worked = false;
   try {
-    await host.startBackups(starts.map(({ request }) => request));
+    await host.startBackups(
+      starts.map(({ request }) => request),
+      marks,
+    );
     worked = true;
   } catch (error) {
     throw namingUser(error);
@@ -92,13 +118,39 @@ function userName(): string {
   }
 }
 
-function prepareAction(type: string, data: JsonObject, path: string, context: CommandContext): BackupStart {
+/** What is left to do of a transaction once all of it is known to be right. */
+interface Plan {
+  starts: BackupStart[];
+  marks: MarkRequest[];
+  removals: Arguments<(typeof BITMAP_SCHEMAS)["block-dirty-bitmap-remove"]>[];
+}
+
+async function prepareAction(
+  plan: Plan,
+  type: string,
+  data: JsonObject,
+  path: string,
+  context: CommandContext,
+): Promise<void> {
   switch (type) {
     case "drive-backup":
-      return prepare(checkMembers(data, DRIVE_BACKUP, path), context);
+      plan.starts.push(await prepareDrive(checkMembers(data, DRIVE_BACKUP, path), context));
+      return;
     case "blockdev-backup":
-      checkMembers(data, BLOCKDEV_BACKUP, path);
-      throw refuseBlockdevBackup();
+      plan.starts.push(await prepareBlockdev(checkMembers(data, BLOCKDEV_BACKUP, path), context));
+      return;
+    case "block-dirty-bitmap-add":
+      plan.marks.push(addMark(checkMembers(data, BITMAP_SCHEMAS[type], path), context));
+      return;
+    case "block-dirty-bitmap-clear":
+      plan.marks.push(clearMark(checkMembers(data, BITMAP_SCHEMAS[type], path), context));
+      return;
+    case "block-dirty-bitmap-remove": {
+      const removal = checkMembers(data, BITMAP_SCHEMAS[type], path);
+      requireBitmap(removal, context);
+      plan.removals.push(removal);
+      return;
+    }
     case "abort":
       checkMembers(data, {}, path);
       throw genericError("Transaction aborted using Abort action");
@@ -109,20 +161,25 @@ function prepareAction(type: string, data: JsonObject, path: string, context: Co
 
 export const BACKUP_COMMANDS: Record<string, Command> = {
   "drive-backup": command(DRIVE_BACKUP, async (args, context) => {
-    await start([prepare(args, context)], false, context);
+    await start([await prepareDrive(args, context)], [], false, context);
     return {};
   }),
-  "blockdev-backup": command(BLOCKDEV_BACKUP, () => {
-    throw refuseBlockdevBackup();
+  "blockdev-backup": command(BLOCKDEV_BACKUP, async (args, context) => {
+    await start([await prepareBlockdev(args, context)], [], false, context);
+    return {};
   }),
   transaction: command(TRANSACTION, async ({ actions, properties }, context) => {
     if (actions.length > ACTION_COUNT_MAX) {
       throw genericError(`A transaction has at most ${ACTION_COUNT_MAX} actions`);
     }
-    const starts = actions.map(({ type, data }, index) =>
-      prepareAction(type, data, `actions[${index}].data`, context),
-    );
-    if (starts.length > 0) await start(starts, properties?.["completion-mode"] === "grouped", context);
+    const plan: Plan = { starts: [], marks: [], removals: [] };
+    for (const [index, { type, data }] of actions.entries()) {
+      await prepareAction(plan, type, data, `actions[${index}].data`, context);
+    }
+    const grouped = properties?.["completion-mode"] === "grouped";
+    if (plan.starts.length > 0 || plan.marks.length > 0)
+      await start(plan.starts, plan.marks, grouped, context);
+    for (const removal of plan.removals) await removeBitmap(removal, context);
     return {};
   }),
 };

@@ -3,6 +3,7 @@
 import type { Logger } from "../log.js";
 import type { JobHost } from "../backup/host.js";
 import type { JobOptions } from "../backup/options.js";
+import type { TargetNodes } from "./target-nodes.js";
 import type { JobMonitor } from "./job-monitor.js";
 import { checkMembers } from "../qmp/schema.js";
 import type { Arguments, Members } from "../qmp/schema.js";
@@ -11,6 +12,7 @@ import type { JsonObject } from "../qmp/protocol.js";
 export interface CommandContext {
   readonly host: JobHost;
   readonly monitor: JobMonitor;
+  readonly targets: TargetNodes;
   /** What the server was started with for its jobs, over JOB_DEFAULTS. */
   readonly jobDefaults: Partial<JobOptions>;
   readonly version: string;

@@ -2,7 +2,9 @@
 
 import { resolve } from "node:path";
 import { isNbdUri } from "../nbd/wire/uri.js";
+import { isRbdAddress } from "../rbd/address.js";
 import type { DiskInfo, JobHost } from "../backup/host.js";
+import { BITMAP_COMMANDS, bitmapsOf } from "./bitmap-commands.js";
 import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
@@ -10,7 +12,7 @@ import { CHECKPOINT_COMMANDS, trackingToWire } from "./checkpoint-commands.js";
 import { JOB_COMMANDS } from "./job-commands.js";
 import { DIALECT_VERSION, QmpError } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { boolean, optional } from "../qmp/schema.js";
+import { boolean, optional, string } from "../qmp/schema.js";
 
 /** VersionInfo: the dialect that is spoken, and who speaks it. */
 export function versionInfo(version: string): JsonObject {
@@ -24,7 +26,7 @@ export function versionInfo(version: string): JsonObject {
 function nodeInfo({ name, path, format, sizeBytes, readOnly, tracking }: DiskInfo): JsonObject {
   return {
     "node-name": name,
-    file: path,
+    file: absolute(path),
     drv: format,
     ro: readOnly,
     encrypted: false,
@@ -38,26 +40,42 @@ function nodeInfo({ name, path, format, sizeBytes, readOnly, tracking }: DiskInf
     write_threshold: 0,
     backing_file_depth: 0,
     cache: { writeback: true, direct: false, "no-flush": false },
-    image: { filename: path, format, "virtual-size": sizeBytes },
+    image: { filename: absolute(path), format, "virtual-size": sizeBytes },
     "x-cowcatcher": tracking === undefined ? undefined : { tracking: trackingToWire(tracking) },
   };
 }
 
 /** `nodeInfo`, and what a client that makes backups wants to know besides. */
-async function nodeInfoWithMore(host: JobHost, disk: DiskInfo): Promise<JsonObject> {
-  const allocated = await host.allocatedBytes?.(disk.name);
+async function nodeInfoWithMore(disk: DiskInfo, context: CommandContext): Promise<JsonObject> {
+  const allocated = await context.host.allocatedBytes?.(disk.name);
   return {
     ...nodeInfo(disk),
+    "dirty-bitmaps": await bitmapsOf(disk, context),
     "x-cowcatcher": {
-      path: isNbdUri(disk.path) ? disk.path : resolve(disk.path),
+      path: absolute(disk.path),
       allocated,
       "job-count": disk.jobCount ?? 0,
+      ...(disk.tracking && { tracking: trackingToWire(disk.tracking) }),
     },
   };
 }
 
-function blockInfo(disk: DiskInfo): JsonObject {
-  return { device: disk.name, type: "unknown", removable: false, locked: false, inserted: nodeInfo(disk) };
+function absolute(path: string): string {
+  return isNbdUri(path) || isRbdAddress(path) ? path : resolve(path);
+}
+
+/** QEMU shows the bitmaps in both places. */
+async function blockInfo(disk: DiskInfo, context: CommandContext): Promise<JsonObject> {
+  const bitmaps = await bitmapsOf(disk, context);
+  return {
+    device: disk.name,
+    qdev: disk.name,
+    type: "unknown",
+    removable: false,
+    locked: false,
+    inserted: { ...nodeInfo(disk), "dirty-bitmaps": bitmaps },
+    "dirty-bitmaps": bitmaps,
+  };
 }
 
 function exportInfo({ name }: DiskInfo): JsonObject {
@@ -77,10 +95,31 @@ const QUERY_COMMANDS: Record<string, Command> = {
   "query-commands": command({}, () => COMMAND_NAMES.map((name) => ({ name }))),
   "query-status": command({}, () => ({ status: "running", running: true })),
   // Without backing chains in the answer, `flat` makes no difference.
-  "query-named-block-nodes": command({ flat: optional(boolean) }, (_args, { host }) =>
-    Promise.all(host.disks().map((disk) => nodeInfoWithMore(host, disk))),
+  "query-named-block-nodes": command({ flat: optional(boolean) }, (_args, context) =>
+    Promise.all(context.host.disks().map((disk) => nodeInfoWithMore(disk, context))),
   ),
-  "query-block": command({}, (_args, { host }) => host.disks().map(blockInfo)),
+  "query-block": command({}, (_args, context) =>
+    Promise.all(context.host.disks().map((disk) => blockInfo(disk, context))),
+  ),
+  // Of the machine, which is not here: as QEMU answers for one without a name, a TPM and acceleration.
+  "query-name": command({}, () => ({})),
+  "query-uuid": command({}, () => ({ UUID: "00000000-0000-0000-0000-000000000000" })),
+  "query-kvm": command({}, () => ({ enabled: false, present: false })),
+  "query-tpm": command({}, () => []),
+  // Places for blockdev-backup to write to. query-named-block-nodes has the server's disks alone.
+  "blockdev-add": {
+    execute: async (args, { host, targets }) => {
+      await targets.add(
+        args,
+        host.disks().map(({ name }) => name),
+      );
+      return {};
+    },
+  },
+  "blockdev-del": command({ "node-name": string }, ({ "node-name": name }, { host, targets }) => {
+    targets.remove(name, host.jobs());
+    return {};
+  }),
   "query-block-exports": command({}, (_args, { host }) => [
     ...host.disks().map(exportInfo),
     ...snapshotExports(host),
@@ -94,7 +133,13 @@ const QUERY_COMMANDS: Record<string, Command> = {
 };
 
 const COMMANDS = new Map<string, Command>(
-  Object.entries({ ...QUERY_COMMANDS, ...JOB_COMMANDS, ...BACKUP_COMMANDS, ...CHECKPOINT_COMMANDS }),
+  Object.entries({
+    ...QUERY_COMMANDS,
+    ...JOB_COMMANDS,
+    ...BACKUP_COMMANDS,
+    ...BITMAP_COMMANDS,
+    ...CHECKPOINT_COMMANDS,
+  }),
 );
 
 /** Belongs to the connection, which alone knows whether it has negotiated. */

@@ -12,6 +12,7 @@ import type { CommandContext } from "./command.js";
 import { ControlConnection } from "./connection.js";
 import { JobMonitor } from "./job-monitor.js";
 import type { JsonObject } from "../qmp/protocol.js";
+import { TargetNodes } from "./target-nodes.js";
 import { listenAtPath, type UnixSocketOptions } from "../unix-socket.js";
 
 /** Each may hold REQUEST_LIMITS.maxBytes of input and OUTPUT_BYTES_MAX of output. */
@@ -38,7 +39,14 @@ export class ControlServer {
   constructor({ host, logger, jobDefaults = {}, version = "unknown" }: ControlServerSettings) {
     this.#logger = logger;
     this.#monitor = new JobMonitor(host, (event, data) => this.#broadcast(event, data), logger);
-    this.#context = { host, monitor: this.#monitor, jobDefaults, version, logger };
+    this.#context = {
+      host,
+      monitor: this.#monitor,
+      targets: new TargetNodes(),
+      jobDefaults,
+      version,
+      logger,
+    };
     this.#server = createServer((socket) => this.#accept(socket));
   }
 

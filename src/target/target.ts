@@ -20,6 +20,8 @@ export interface TargetOptions {
   compression?: Compression | undefined;
   /** A raw TARGET that holds an older state of the disk: an existing file is written as it stands, and keeps its name. */
   inPlace?: boolean | undefined;
+  /** Only what has changed is written: zeroes must be said, whatever the target shows where nothing is. */
+  isPart?: boolean | undefined;
   /** Replace an existing file. */
   force: boolean;
   /** O_DIRECT for the data. */
@@ -89,7 +91,8 @@ export interface Qcow2TargetDescription {
   sizeBytes: number;
   direct: boolean;
   clusterBits: number;
-  hasBacking: boolean;
+  /** Where nothing is written it shows something else than zeroes: its backing file, or what it is laid upon later. */
+  showsOther: boolean;
   /** As in RawTargetDescription; where false, L2 tables are zeroed when they are allocated. */
   startsZeroed: boolean;
   /** Layout: see target/qcow2/layout.ts. Next free host cluster, and the place of each L2 table. */

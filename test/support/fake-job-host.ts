@@ -5,6 +5,7 @@ import type {
   BackupRequest,
   DiskInfo,
   JobHost,
+  MarkRequest,
   JobStatus,
   JobStatusListener,
 } from "../../src/backup/host.js";
@@ -76,11 +77,23 @@ export class FakeJobHost implements JobHost {
     format: "raw",
     sizeBytes: 4096,
     readOnly: false,
+    tracking: {
+      mode: "host",
+      state: "tracking",
+      granularityBytes: 65_536,
+      hotExtents: 0,
+      logWaits: 0,
+      lossReason: null,
+      lostCheckpoints: [],
+      checkpoints: [{ name: "b0", uuid: "00000000-0000-4000-8000-000000000000", createdMs: 0 }],
+    },
   }));
   jobList: FakeJob[] = [];
   readonly listeners = new Set<JobStatusListener>();
   /** What startBackups was called with. */
   readonly starts: (readonly BackupRequest[])[] = [];
+  /** Its marks. */
+  readonly marks: MarkRequest[] = [];
   /** The next start rejects with it. */
   startError: CowcatcherError | undefined;
   /** Runs after each start, before it resolves. */
@@ -110,8 +123,12 @@ export class FakeJobHost implements JobHost {
     return found;
   }
 
-  async startBackups(requests: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
+  async startBackups(
+    requests: readonly BackupRequest[],
+    marks: readonly MarkRequest[] = [],
+  ): Promise<readonly BackupJob[]> {
     this.starts.push(requests);
+    this.marks.push(...marks);
     await Promise.resolve();
     if (this.startError !== undefined) throw this.startError;
     const jobs = requests.map((request) => new FakeJob(request, (job, status) => this.report(job, status)));

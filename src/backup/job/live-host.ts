@@ -17,11 +17,13 @@ import type {
   DiskInfo,
   TrackingInfo,
   JobHost,
+  MarkRequest,
   JobStatus,
   JobStatusListener,
 } from "../host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import { JobStart } from "./start.js";
+import { CheckpointMark } from "./mark.js";
 import { LiveJob } from "./live-job.js";
 import { disagreement, noBasis } from "./basis.js";
 import type { DiskTracker } from "../../tracking/tracker.js";
@@ -120,15 +122,20 @@ export class LiveHost implements JobHost {
     return [...this.#jobs.values()];
   }
 
-  async startBackups(asked: readonly BackupRequest[]): Promise<readonly BackupJob[]> {
+  async startBackups(
+    asked: readonly BackupRequest[],
+    marks: readonly MarkRequest[] = [],
+  ): Promise<readonly BackupJob[]> {
     this.#refuseIfClosing();
     const requests = asked.map((request) => ({
       ...request,
       options: withBackingOf(this.#node(request.disk).image, request.options),
     }));
     const checkpointUuid = randomUUID();
+    const checkpoints = marks.map((mark) => this.#mark(mark, checkpointUuid));
     const start = new JobStart({
       requests,
+      marks: checkpoints,
       nodeOf: (disk) => this.#node(disk),
       claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
       prepare: (request, ...parts) =>
@@ -146,7 +153,22 @@ export class LiveHost implements JobHost {
       onStatus: (job, status) => this.#changed(job, status),
     });
     this.#accept(start);
-    return start.run(() => this.#starts.delete(start));
+    const jobs = await start.run(() => this.#starts.delete(start));
+    try {
+      for (const checkpoint of checkpoints) await checkpoint.commit();
+    } catch (error) {
+      for (const checkpoint of checkpoints) checkpoint.abandon();
+      for (const job of jobs) job.cancel();
+      throw error;
+    }
+    return jobs;
+  }
+
+  #mark({ disk, name }: MarkRequest, uuid: string): CheckpointMark {
+    const node = this.#node(disk);
+    const tracker = this.#trackers.get(disk);
+    if (tracker === undefined) throw noBasis(disk, "the server does not track its changes");
+    return new CheckpointMark(node, tracker, name, uuid);
   }
 
   #prepare(

@@ -83,6 +83,7 @@ export class LiveJob extends JobState implements HostedJob {
     const target = await createTarget({
       path: options.target,
       inPlace: isIncremental && options.targetFormat === "raw",
+      isPart: isIncremental,
       format: options.targetFormat,
       sizeBytes: node.sizeBytes,
       clusterSizeBytes: options.clusterSizeBytes,

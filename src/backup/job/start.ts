@@ -18,7 +18,7 @@ import { DiskNode } from "../../cow/disk-node.js";
 import { CowcatcherError } from "../../errors.js";
 import type { BackupRequest, JobStatus } from "../host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
-import type { JobOptions } from "../options.js";
+import { JOB_DEFAULTS, type JobOptions } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import type { TargetClaim } from "../guard/target-claims.js";
 
@@ -35,6 +35,8 @@ export interface StartParts {
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
   ) => Promise<HostedJob>;
+  /** Boundaries of T0 besides those of the jobs. */
+  marks: readonly StartMark[];
   /** Puts the job into the list in the place of the one with its id. */
   list: (job: ListedJob) => void;
   /** Takes the stand-in off the list, and dismisses it. */
@@ -43,6 +45,16 @@ export interface StartParts {
   dismiss: (id: string) => void;
   /** Called synchronously at each change of a stand-in's status but `created`. */
   onStatus: (job: ListedJob, status: JobStatus) => void;
+}
+
+/** Remembers T0 in one disk's tracking (marks.ts). */
+export interface StartMark {
+  readonly node: DiskNode;
+  beforeT0(): Promise<void>;
+  /** In T0's turn. @throws CowcatcherError */
+  atT0(t0Ms: number): void;
+  /** There is no T0, or something else has failed. */
+  abandon(): void;
 }
 
 export class JobStart {
@@ -103,13 +115,14 @@ export class JobStart {
   }
 
   async #work(): Promise<readonly HostedJob[]> {
-    const { requests, nodeOf } = this.#parts;
+    const { requests, nodeOf, marks } = this.#parts;
     try {
       await this.#prepareAll();
-      const nodes = requests.map(({ disk }) => nodeOf(disk));
-      const limitMs = Math.min(...requests.map(({ options }) => options.guestTimeoutMs));
+      const nodes = [...requests.map(({ disk }) => nodeOf(disk)), ...marks.map(({ node }) => node)];
+      const limits = requests.map(({ options }) => options.guestTimeoutMs);
+      const limitMs = Math.min(...(limits.length > 0 ? limits : [JOB_DEFAULTS.guestTimeoutMs]));
       const prepare = async (): Promise<void> => {
-        await Promise.all(this.#prepared.map((job) => job.beforeT0()));
+        await Promise.all([...this.#prepared, ...marks].map((part) => part.beforeT0()));
       };
       await DiskNode.quiesceAll(nodes, () => this.#atT0(), limitMs, this.#abort.signal, prepare);
     } catch (error) {
@@ -141,6 +154,7 @@ export class JobStart {
   #atT0(): void {
     for (const job of this.#prepared) job.checkReady();
     const t0Ms = Date.now();
+    for (const mark of this.#parts.marks) mark.atT0(t0Ms);
     for (const [index, standIn] of this.jobs.entries()) {
       const job = this.#prepared[index];
       if (job !== undefined) this.#replace(standIn, job, t0Ms);
@@ -161,6 +175,7 @@ export class JobStart {
 
   /** One of the group could not start: the others, started or not, end without a trace. */
   async #undo(): Promise<void> {
+    for (const mark of this.#parts.marks) mark.abandon();
     for (const job of this.#prepared) job.cancel();
     await Promise.all(this.#prepared.map((job) => this.#undoOne(job)));
     await Promise.all(this.#claims.map((claim) => claim.release()));

@@ -79,7 +79,7 @@ export async function createQcow2Target(options: TargetOptions): Promise<Target>
     sizeBytes: geometry.sizeBytes,
     direct: file.direct,
     clusterBits: geometry.clusterBits,
-    hasBacking: backing !== null,
+    showsOther: backing !== null || options.isPart === true,
     startsZeroed: file.startsZeroed,
     shared,
     compression,

@@ -86,8 +86,8 @@ export class Qcow2Writer implements TargetWriter {
 
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
     checkRange(this.#description, offsetBytes, lengthBytes);
-    // An unallocated cluster without a backing file reads as zeroes.
-    if (!this.#description.hasBacking || lengthBytes === 0) return undefined;
+    // Else an unallocated cluster reads as zeroes.
+    if (!this.#description.showsOther || lengthBytes === 0) return undefined;
     enterGate(this.#words, this.#description.name);
     try {
       const end = Math.ceil((offsetBytes + lengthBytes) / this.#clusterBytes);

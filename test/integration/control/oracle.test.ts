@@ -67,6 +67,12 @@ async function both(text: string): Promise<[unknown, unknown]> {
 }
 
 const run = (execute: string, args?: object) => JSON.stringify({ execute, arguments: args });
+const place = (name: string, filename = `${import.meta.dirname}/oracle.test.ts`) => ({
+  driver: "raw",
+  "node-name": name,
+  "read-only": false,
+  file: { driver: "file", filename },
+});
 const backup = (args: object) =>
   run("blockdev-backup", { device: "disk", target: "t", sync: "full", ...args });
 
@@ -130,11 +136,61 @@ describe("beside qemu-storage-daemon", () => {
     expect(our).toEqual(their);
   });
 
+  it("has the bitmap that the fake host has", async () => {
+    theirs.send(run("block-dirty-bitmap-add", { node: "disk", name: "b0", persistent: false }));
+    expect(await theirs.nextAnswer()).toEqual({ return: {} });
+  });
+
+  it.each([
+    ["a place to write to", run("blockdev-add", place("t"))],
+    ["a node's name twice", run("blockdev-add", place("t"))],
+    ["a disk's name for a node", run("blockdev-add", place("disk"))],
+    ["a file that is not there", run("blockdev-add", place("u", "/none"))],
+    ["a node that is to go and was never there", run("blockdev-del", { "node-name": "none" })],
+    ["a bitmap of a name that is taken", run("block-dirty-bitmap-add", { node: "disk", name: "b0" })],
+    ["a bitmap without a name", run("block-dirty-bitmap-add", { node: "disk", name: "" })],
+    ["a granularity of 100", run("block-dirty-bitmap-add", { node: "disk", name: "b", granularity: 100 })],
+    ["one of 768", run("block-dirty-bitmap-add", { node: "disk", name: "b", granularity: 768 })],
+    ["a bitmap of an unknown node", run("block-dirty-bitmap-add", { node: "none", name: "b" })],
+    ["an unknown bitmap to remove", run("block-dirty-bitmap-remove", { node: "disk", name: "b" })],
+    ["an unknown bitmap to clear", run("block-dirty-bitmap-clear", { node: "disk", name: "b" })],
+    ["a bitmap to clear of an unknown node", run("block-dirty-bitmap-clear", { node: "none", name: "b" })],
+    ["an incremental backup without a bitmap", backup({ sync: "incremental" })],
+    ["one by a bitmap without one", backup({ sync: "bitmap" })],
+    [
+      "an incremental one that keeps its bitmap",
+      backup({ sync: "incremental", bitmap: "b0", "bitmap-mode": "never" }),
+    ],
+    ["one by an unknown bitmap", backup({ sync: "incremental", bitmap: "b" })],
+    ["one by a bitmap without a mode", backup({ sync: "bitmap", bitmap: "b0" })],
+    ["a bitmap's mode without a bitmap", backup({ "bitmap-mode": "never" })],
+    ["an unknown target", run("blockdev-backup", { device: "disk", target: "none", sync: "full" })],
+    [
+      "a transaction that adds a bitmap and aborts",
+      run("transaction", {
+        actions: [
+          { type: "block-dirty-bitmap-add", data: { node: "disk", name: "b" } },
+          { type: "abort", data: {} },
+        ],
+      }),
+    ],
+    ["a place that is to go", run("blockdev-del", { "node-name": "t" })],
+  ])("answers %s as QEMU does", async (_what, text) => {
+    const [their, our] = await both(text);
+    expect(our).toEqual(their);
+  });
+
   it("shows a disk's node with members that QEMU's has", async () => {
     const [their, our] = (await both(run("query-named-block-nodes"))).map((answer) =>
       (answer as { return: Record<string, unknown>[] }).return.find((node) => node["node-name"] === "disk"),
     );
     const ourNames = Object.keys(our ?? {}).filter((name) => name !== "x-cowcatcher");
+    expect(our?.["dirty-bitmaps"]).toEqual([
+      { name: "b0", count: 0, granularity: 65_536, recording: true, busy: false, persistent: true },
+    ]);
+    const [theirBitmap] = (their?.["dirty-bitmaps"] ?? []) as object[];
+    const [ourBitmap] = (our?.["dirty-bitmaps"] ?? []) as object[];
+    expect(Object.keys(ourBitmap ?? {}).sort()).toEqual(Object.keys(theirBitmap ?? {}).sort());
     expect(ourNames.sort()).toEqual(Object.keys(their ?? {}).sort());
   });
 });

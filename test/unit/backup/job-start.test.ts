@@ -178,6 +178,7 @@ function start(...disks: string[]): Started {
       return { id: `job-${disk}`, disk, options };
     }),
     nodeOf,
+    marks: [],
     async claim({ disk, options: { target } }) {
       await holds.get(`claim ${disk}`)?.wait();
       claimed.add(target);

@@ -292,8 +292,12 @@ describe("jobs over the wire", () => {
   });
 
   it.each([
-    [{ sync: "bitmap", bitmap: "b" }, /^Sync mode 'bitmap' is not supported by this version$/],
-    [{ sync: "incremental", bitmap: "b" }, /^Sync mode 'incremental'/],
+    [{ sync: "bitmap", bitmap: "b" }, /^Bitmap 'b' could not be found$/],
+    [{ sync: "incremental" }, /^must provide a valid bitmap name for 'incremental' sync mode$/],
+    [{ sync: "bitmap", bitmap: "b0" }, /^Bitmap sync mode must be given when providing a bitmap$/],
+    [{ sync: "bitmap", bitmap: "b0", "bitmap-mode": "always" }, /^Bitmap mode 'always' is not supported/],
+    [{ sync: "full", bitmap: "b0", "bitmap-mode": "never" }, /^Parameter 'bitmap' with sync mode 'full'/],
+    [{ "bitmap-mode": "never" }, /^Cannot specify bitmap sync mode without a bitmap$/],
     [{ sync: "fulll" }, /^Parameter 'sync' does not accept value 'fulll'$/],
     [{ speed: -1 }, /^Parameter 'speed' expects a non-negative value$/],
     [{ "buffer-size": -1 }, /^Parameter 'buffer-size' expects a non-negative value$/],
@@ -312,7 +316,7 @@ describe("jobs over the wire", () => {
     [{ "job-id": "1 j" }, /^Invalid job ID '1 j'$/],
     [{ device: "nope" }, /^Cannot find device='nope' nor node-name='nope'$/],
     [{ "auto-finalize": false }, /not supported/],
-    [{ mode: "existing" }, /not supported/],
+    [{ mode: "existing", target: "/none/x.raw" }, /no such file/i],
     [{ "x-compression-type": "zlib" }, /need 'compress' true$/],
     [{ compress: false, "x-compression-level": 1 }, /need 'compress' true$/],
     [{ compress: true, "x-compression-type": "lzma" }, /does not accept value 'lzma'$/],
