@@ -4,7 +4,7 @@
 // and what to do. The command line prints one line of it; the stack goes to the log at debug level.
 
 import { errnoHint, errnoKind, errnoName, errnoText } from "./errno.js";
-import { readFileSync } from "node:fs";
+import { processLimit, type LimitName } from "./process-limits.js";
 
 export type ErrorCode =
   | "USAGE" // the command line is wrong
@@ -111,15 +111,22 @@ export function ioError(
     code,
     object,
     problem: `cannot ${action}: ${reason}`,
-    hint: errno === "EFBIG" ? fileSizeHint() : errno === undefined ? undefined : errnoHint(errno),
+    hint: errno === undefined ? undefined : hintOf(errno),
     offsetBytes,
     errno,
     cause,
   });
 }
 
+/** Where a limit of this process is hit its value is told, too. */
+function hintOf(errno: string): string | undefined {
+  if (errno === "EFBIG") return fileSizeHint();
+  if (errno === "EMFILE") return openFilesHint();
+  return errnoHint(errno);
+}
+
 function fileSizeHint(): string {
-  const limitBytes = fileSizeLimit();
+  const limitBytes = processLimit("Max file size");
   const limit =
     limitBytes === undefined
       ? "the file system's maximum for a file is reached"
@@ -127,20 +134,38 @@ function fileSizeHint(): string {
   return `${limit}; a qcow2 target takes only what its data takes, and can be compressed`;
 }
 
-/** RLIMIT_FSIZE in bytes; undefined: none. */
-function fileSizeLimit(): number | undefined {
-  try {
-    const soft = /^Max file size +(\d+)/m.exec(readFileSync("/proc/self/limits", "utf8"))?.[1];
-    return soft === undefined ? undefined : Number(soft);
-  } catch {
-    return undefined;
-  }
+function openFilesHint(): string {
+  return `${countOf("Max open files")}raise RLIMIT_NOFILE, by ulimit -n or LimitNOFILE= of the systemd unit`;
+}
+
+function countOf(name: LimitName): string {
+  const limit = processLimit(name);
+  return limit === undefined ? "" : `this process may have ${limit}; `;
+}
+
+/**
+ * What a thread that could not be started, or not load its modules, has died of: a limit that it names. Undefined where
+ * it is something else.
+ */
+export function threadStartError(object: string, cause: unknown): CowcatcherError | undefined {
+  // Node has the errno in the text alone, and what another thread threw loses its code on the way.
+  const errno = /^(?:Worker initialization failure: )?(E[A-Z]+)\b/.exec(messageOf(cause))?.[1];
+  if (errno !== "EMFILE" && errno !== "ENFILE" && errno !== "EAGAIN") return undefined;
+  const known = ioError("start a thread", object, { code: errno });
+  const hint =
+    errno === "EAGAIN"
+      ? `${countOf("Max processes")}raise RLIMIT_NPROC, by ulimit -u or LimitNPROC= of the systemd unit, or its TasksMax=`
+      : known.hint;
+  const problem = errno === "EAGAIN" ? "cannot start a thread: the system allows no more" : known.problem;
+  return new CowcatcherError({ code: "LIMIT", object, problem, hint, errno, cause });
 }
 
 /** Any thrown value as a typed error; a bug in our own code becomes INTERNAL. */
 export function toCowcatcherError(value: unknown, object = "cowcatcher"): CowcatcherError {
   if (value instanceof CowcatcherError) return value;
   if (errnoOf(value) !== undefined) return ioError("go on", object, value);
+  const ofThread = threadStartError(object, value);
+  if (ofThread !== undefined) return ofThread;
   return new CowcatcherError({ code: "INTERNAL", object, problem: messageOf(value), cause: value });
 }
 

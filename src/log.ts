@@ -44,7 +44,12 @@ export function createLog({ level, file }: LogSettings): Log {
   const methodOf = (method: LogMethod): LogFn => {
     if (!isLevelEnabled(method)) return () => undefined;
     return (...line: Parameters<LogFn>) => {
-      opened ??= openLogger(level, undefined);
+      try {
+        opened ??= openLogger(level, undefined);
+      } catch {
+        // No descriptor is left to load pino with. What the line is about goes on, or is reported by others.
+        return;
+      }
       opened.logger[method](...line);
     };
   };

@@ -3,6 +3,7 @@
 // A thread takes some 50 ms to boot, about as long as it takes to parse the command line, load what opens images and
 // open them. An offline copy that starts its threads first has both at the same time.
 
+import type { Worker } from "node:worker_threads";
 import { Piscina } from "piscina";
 import { type Boots, bootsOver, expectBoots, noMoreBoots } from "./thread-boots.js";
 import { COPY_WORKER } from "../worker-files.js";
@@ -11,6 +12,8 @@ import { COPY_WORKER } from "../worker-files.js";
 export const WORKER_HEAP = { maxOldGenerationSizeMb: 128, maxYoungGenerationSizeMb: 8 };
 
 const bootsOf = new WeakMap<Piscina, Boots>();
+/** The first error of a thread that had no task. */
+const failureOf = new WeakMap<Piscina, { readonly error: unknown }>();
 
 /**
  * Threads that boot while the caller goes on: `startAtOnce` of them now, the others when there is a task for each. The
@@ -21,6 +24,9 @@ export function createCopyPool(
   { file = COPY_WORKER, heap = WORKER_HEAP, startAtOnce = workerCount } = {},
 ): Piscina {
   const boots = expectBoots(workerCount);
+  // The constructor throws where it cannot start all of them; those that it did start are booting nevertheless.
+  const begun = threadsBegunNow();
+  boots.threads = () => begun.filter(({ threadId }) => threadId > 0);
   const pool = new Piscina({
     filename: file.href,
     minThreads: startAtOnce,
@@ -34,8 +40,28 @@ export function createCopyPool(
     recordTiming: false,
   });
   boots.threads = () => pool.threads;
+  // Unheard, a thread that cannot be started would end the process, before the pool's job listens and after.
+  pool.on("error", (error: unknown) => {
+    if (!failureOf.has(pool)) failureOf.set(pool, { error });
+  });
   bootsOf.set(pool, boots);
   return pool;
+}
+
+/** Fills with the threads that are started in this turn of the event loop, once it is over. */
+function threadsBegunNow(): Worker[] {
+  const begun: Worker[] = [];
+  const note = (worker: Worker): void => {
+    begun.push(worker);
+  };
+  process.on("worker", note);
+  setImmediate(() => process.off("worker", note));
+  return begun;
+}
+
+/** What a thread of the pool has failed with while it had no task; undefined: none has. */
+export function poolFailure(pool: Piscina): { readonly error: unknown } | undefined {
+  return failureOf.get(pool);
 }
 
 /** Settles when each thread that the pool has now is up. Never rejects. */
@@ -59,9 +85,13 @@ let early: { pool: Piscina; workerCount: number } | undefined;
 
 /** Starts the threads of the process's first copy. The process may end without ever using them. */
 export function startCopyPoolEarly(workerCount: number): void {
-  const pool = createCopyPool(workerCount);
-  // Whoever takes the pool listens then; unheard, a thread that cannot be started would end the process.
-  pool.on("error", () => undefined);
+  let pool: Piscina;
+  try {
+    pool = createCopyPool(workerCount);
+  } catch {
+    // Whoever needs the threads tries again, and says why there are none.
+    return;
+  }
   early = { pool, workerCount };
 }
 

@@ -26,12 +26,12 @@ import {
   type SharedState,
 } from "../../cow/shared.js";
 import { changeLimit } from "../../cow/throttle.js";
-import { CowcatcherError, messageOf } from "../../errors.js";
+import { CowcatcherError, messageOf, threadStartError } from "../../errors.js";
 import type { FrozenSource, SourceDescription } from "../../block/device.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer, type PreparedMemory } from "./page-preparer.js";
-import { createCopyPool, endPool, poolHasBooted } from "./pool.js";
+import { createCopyPool, endPool, poolFailure, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
 import type { JobOptions } from "../options.js";
@@ -141,6 +141,8 @@ export class CopyRun {
       spill?.close();
       options.signal.throwIfAborted();
     }
+    const failure = options.pool && poolFailure(options.pool);
+    if (failure !== undefined) throw workerError(failure.error);
     const run = new CopyRun(options, shared, spill);
     run.setSpeed(job.rateLimitBytes);
     const cancel = (): void => run.abort(workerError(options.signal?.reason));
@@ -440,6 +442,8 @@ function checkReadable({ name, unfinishedPath }: Target): void {
 /** A task that rejected: the thread threw outside our own code, ran out of memory, or was ended from outside. */
 export function workerError(error: unknown): CowcatcherError {
   if (error instanceof CowcatcherError) return error;
+  const atStart = threadStartError("backup", error);
+  if (atStart !== undefined) return atStart;
   return new CowcatcherError({
     code: "WORKER",
     object: "backup",

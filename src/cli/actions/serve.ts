@@ -8,7 +8,7 @@ import { DiskNode } from "../../cow/disk-node.js";
 import type { Image } from "../../block/device.js";
 import { openAnyImage } from "../../repository/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
-import { openFileLimit } from "../../native/open-files.js";
+import { processLimit } from "../../process-limits.js";
 import { MAX_NEGOTIATING } from "../../nbd/server/limits.js";
 import { notifyReady } from "../../nbd/server/notify.js";
 import { NbdServer } from "../../nbd/server/server.js";
@@ -160,7 +160,8 @@ async function serveNodes(
 
 /** Clients that say nothing must leave descriptors for those that do, and for backups. */
 function negotiatingLimit(): number {
-  return Math.max(1, Math.min(MAX_NEGOTIATING, Math.floor(openFileLimit() / 4)));
+  const openFileLimit = processLimit("Max open files") ?? Infinity;
+  return Math.max(1, Math.min(MAX_NEGOTIATING, Math.floor(openFileLimit / 4)));
 }
 
 async function listen(settings: ListenSettings): Promise<NbdListener[]> {

@@ -1,5 +1,5 @@
 // What the process is given, or not: memory, packages.
-import { cpSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { cpSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { COWCATCHER_BIN, cowcatcher, run } from "../../support/cli.js";
@@ -15,6 +15,27 @@ it("a backup needs no more addresses than memory: it runs under ulimit -v", asyn
   const command = `ulimit -v 8000000; exec node "${COWCATCHER_BIN}" backup --direct a.raw b.qcow2`;
   const { code, stderr } = await run("sh", ["-c", command], { cwd: folder });
   expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
+});
+
+it.each([
+  // Not enough for the program's own modules, for the first threads, for eight, for sixteen.
+  [20, "1"],
+  [24, "1"],
+  [28, "4"],
+  [40, "8"],
+  [40, "16"],
+])("ulimit -n %i with %s workers: one line that names the limit", async (limit, workers) => {
+  const folder = scratchFolder();
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const command = `ulimit -n ${limit}; exec node "${COWCATCHER_BIN}" backup -w ${workers} a.raw b.qcow2`;
+  const { code, stderr } = await run("sh", ["-c", command], { cwd: folder });
+  expect(stderr).toMatch(
+    new RegExp(
+      `^cowcatcher: .*too many open files \\(this process may have ${limit}; raise RLIMIT_NOFILE, by .*\\)\n$`,
+    ),
+  );
+  expect(code).toBe(1);
+  expect(readdirSync(folder)).toEqual(["a.raw"]);
 });
 
 it("without koffi all goes on, with a warning that says what is missing", async () => {

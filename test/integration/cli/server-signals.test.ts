@@ -22,7 +22,7 @@ it.each(["SIGHUP", "SIGUSR1", "SIGUSR2"] as const)(
   "%s takes no disk away; SIGTERM does, in good order",
   async (signal) => {
     const { folder, image } = disk();
-    const server = await Server.start(folder, [image], { args: ["-f", "raw"] });
+    const server = await Server.start(folder, [image], { args: ["-f", "raw", "--tracking", "off"] });
     server.process.kill(signal);
     server.process.kill(signal);
     const { stdout } = await run("nbdinfo", ["--size", server.uri()]);
@@ -108,7 +108,16 @@ it.each([
   writeFileSync(join(folder, "hook.mjs"), hook);
   const sockets = ["--socket", join(folder, "nbd"), "--control", join(folder, "control")];
   const program = ["--import", join(folder, "hook.mjs"), COWCATCHER_BIN];
-  const serve = new Process("node", [...program, "serve", ...sockets, "-f", "raw", image]);
+  const serve = new Process("node", [
+    ...program,
+    "serve",
+    ...sockets,
+    "-f",
+    "raw",
+    "--tracking",
+    "off",
+    image,
+  ]);
   const { code, stderr } = await serve.end();
   expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
   expect(readdirSync(folder).sort()).toEqual(["disk.img", "hook.mjs"]);
