@@ -4,6 +4,7 @@ import { JOB_DEFAULTS } from "../../backup/options.js";
 import { absoluteName } from "../../file-names.js";
 import type { QemuBackupRequest, ServerAddress } from "../../qemu/backup.js";
 import { QEMU_METHODS } from "../../qemu/method.js";
+import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import type { LiveDiskSettings } from "./job-settings.js";
 import { choiceOption, listWords, textOption, unsupported, usageError } from "./options.js";
@@ -96,6 +97,7 @@ function checkQemuFlags(flags: BackupFlags): void {
   const { onBufferFull, spillDir, cowBufferSize, sync, bitmap, bitmapMode } = flags;
   if (flags.control !== undefined)
     throw usageError("--qmp", "does not go with --control", "give one of them");
+  refuseCheckpointFlags(flags);
   if (spillDir !== undefined) throw usageError("--spill-dir", "does not go with --qmp", "give --fleece-dir");
   if (onBufferFull === "wait") {
     const problem = "'wait': QEMU cannot make the guest's writes wait for room";

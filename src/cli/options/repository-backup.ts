@@ -10,6 +10,7 @@ import {
 } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
+import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import { refuseLiveFlags } from "./live-flags.js";
 import { choiceOption, listWords, parseImage, textOption, usageError } from "./options.js";
@@ -57,6 +58,7 @@ export function parseRepositoryBackup(args: readonly string[], flags: BackupFlag
     throw usageError("--group", "is missing", "name the group, such as the machine's name");
   if (args.length === 0) throw usageError("SOURCE", "is missing", "give the images of the machine's disks");
   refuseUseless(flags);
+  refuseCheckpointFlags(flags);
   refuseLiveFlags(flags);
   if (names.length > 0 && names.length !== args.length) {
     throw usageError(

@@ -46,6 +46,7 @@ describe("backup --qmp", () => {
     [["--dry-run"], "--dry-run"],
     [["--disk", "a", "--disk", "b"], "TARGET"],
     [["--since", "monday"], "--since"],
+    [["--checkpoint", "monday"], "--checkpoint"],
     [["--cleanup"], "/b/a.img"],
   ])("refuses %s by name", (args, object) => {
     expect(() => settings("--qmp", "/q", ...args, "/b/a.img")).toThrow(expect.objectContaining({ object }));
