@@ -160,9 +160,28 @@ export function threadStartError(object: string, cause: unknown): CowcatcherErro
   return new CowcatcherError({ code: "LIMIT", object, problem, hint, errno, cause });
 }
 
+/**
+ * What needs the working folder where that was removed: a relative name, and each thread of Node's as it starts.
+ * Undefined where it is something else.
+ */
+export function workingFolderError(cause: unknown): CowcatcherError | undefined {
+  // What another thread threw has its text alone.
+  if (!/\buv_cwd$/.test(messageOf(cause))) return undefined;
+  return new CowcatcherError({
+    code: "NOT_FOUND",
+    object: "the working folder",
+    problem: "was removed",
+    hint: "start from a folder that is there",
+    errno: "ENOENT",
+    cause,
+  });
+}
+
 /** Any thrown value as a typed error; a bug in our own code becomes INTERNAL. */
 export function toCowcatcherError(value: unknown, object = "cowcatcher"): CowcatcherError {
   if (value instanceof CowcatcherError) return value;
+  const ofFolder = workingFolderError(value);
+  if (ofFolder !== undefined) return ofFolder;
   if (errnoOf(value) !== undefined) return ioError("go on", object, value);
   const ofThread = threadStartError(object, value);
   if (ofThread !== undefined) return ofThread;

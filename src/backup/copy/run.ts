@@ -26,7 +26,7 @@ import {
   type SharedState,
 } from "../../cow/shared.js";
 import { changeLimit } from "../../cow/throttle.js";
-import { CowcatcherError, messageOf, threadStartError } from "../../errors.js";
+import { CowcatcherError, messageOf, threadStartError, workingFolderError } from "../../errors.js";
 import type { FrozenSource, SourceDescription } from "../../block/device.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
@@ -442,7 +442,7 @@ function checkReadable({ name, unfinishedPath }: Target): void {
 /** A task that rejected: the thread threw outside our own code, ran out of memory, or was ended from outside. */
 export function workerError(error: unknown): CowcatcherError {
   if (error instanceof CowcatcherError) return error;
-  const atStart = threadStartError("backup", error);
+  const atStart = threadStartError("backup", error) ?? workingFolderError(error);
   if (atStart !== undefined) return atStart;
   return new CowcatcherError({
     code: "WORKER",

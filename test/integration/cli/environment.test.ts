@@ -38,12 +38,29 @@ it.each([
   expect(readdirSync(folder)).toEqual(["a.raw"]);
 });
 
+it.each([
+  ["/a.raw", "/b.raw"],
+  ["/a.raw", "b.raw"],
+])("a working folder that was removed is named (%s to %s)", async (source, target) => {
+  const folder = scratchFolder();
+  writeFileSync(join(folder, "a.raw"), DISK);
+  const names = [source, target].map((name) => (name.startsWith("/") ? folder + name : name)).join(" ");
+  const command = `mkdir g; cd g; rmdir ../g; exec node "${COWCATCHER_BIN}" backup ${names}`;
+  const { code, stderr } = await run("sh", ["-c", command], { cwd: folder });
+  expect({ code, stderr }).toEqual({
+    code: 1,
+    stderr: "cowcatcher: the working folder: was removed (start from a folder that is there)\n",
+  });
+  expect(readdirSync(folder)).toEqual(["a.raw"]);
+});
+
 it("without koffi all goes on, with a warning that says what is missing", async () => {
   const folder = scratchFolder();
   cpSync(dirname(dirname(dirname(COWCATCHER_BIN))), join(folder, "dist"), { recursive: true });
   cpSync("package.json", join(folder, "package.json"));
   mkdirSync(join(folder, "node_modules"));
-  for (const name of ["pino", "piscina", "commander", "cli-progress"]) {
+  const { dependencies } = JSON.parse(readFileSync("package.json", "utf8")) as { dependencies: object };
+  for (const name of Object.keys(dependencies).filter((other) => other !== "koffi")) {
     symlinkSync(resolve("node_modules", name), join(folder, "node_modules", name));
   }
   writeFileSync(join(folder, "a.raw"), DISK);
