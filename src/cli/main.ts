@@ -2,6 +2,10 @@
 // The program's entry. It loads the rest, and does so by itself: where there are not even the descriptors for that, no
 // module of ours is there to say so.
 import { readFileSync } from "node:fs";
+import { keepIgnored } from "./ignored-signals.js";
+
+// First, as until then a signal that is to be ignored ends the process.
+keepIgnored(process.env);
 
 // To read it takes a descriptor.
 const openFilesLine = readLimit();

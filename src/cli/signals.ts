@@ -1,8 +1,10 @@
 // SIGINT and SIGTERM: the first asks for an end in good order, the second ends the process at once. SIGHUP asks, too,
-// and never presses: when a terminal goes, the kernel and the shell may both send it.
+// and never presses: when a terminal goes, the kernel and the shell may both send it. None of them asks for an end where
+// the process was started with it ignored.
 import { endProcess } from "../backup/copy/thread-boots.js";
 import type { CommandContext } from "./output/context.js";
 import { interruptExitCode, type InterruptSignal } from "./output/exit-codes.js";
+import { isIgnored } from "./ignored-signals.js";
 
 const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM", "SIGHUP"];
 
@@ -10,7 +12,7 @@ const SIGNALS: readonly InterruptSignal[] = ["SIGINT", "SIGTERM", "SIGHUP"];
 let early: InterruptSignal | undefined;
 let isKeeping = false;
 const keep = (signal: NodeJS.Signals): void => {
-  early ??= SIGNALS.find((known) => known === signal);
+  if (!isIgnored(signal)) early ??= SIGNALS.find((known) => known === signal);
 };
 
 /**
@@ -23,7 +25,7 @@ export function keepInterrupts(): void {
 }
 
 export interface InterruptHandlers {
-  /** What SIGHUP does instead of asking for an end; undefined: it asks. */
+  /** What SIGHUP does instead of asking for an end, even where it is ignored; undefined: it asks. */
   onHangUp?: (() => void) | undefined;
   /** Called once, at the first signal. What it throws ends the process, as it could not end in good order. */
   onFirst: (signal: InterruptSignal) => Promise<void> | void;
@@ -55,6 +57,7 @@ export function onInterrupt(
       onHangUp();
       return;
     }
+    if (isIgnored(signal)) return;
     if (context.interruptedBy !== undefined) {
       if (signal !== "SIGHUP") endAtOnce(signal);
       return;
