@@ -167,11 +167,15 @@ export function threadStartError(object: string, cause: unknown): CowcatcherErro
 export function workingFolderError(cause: unknown): CowcatcherError | undefined {
   // What another thread threw has its text alone.
   if (!/\buv_cwd$/.test(messageOf(cause))) return undefined;
+  return removedFolder(cause);
+}
+
+export function removedFolder(cause?: unknown): CowcatcherError {
   return new CowcatcherError({
     code: "NOT_FOUND",
     object: "the working folder",
     problem: "was removed",
-    hint: "start from a folder that is there",
+    hint: "start from a folder that is there, or give absolute paths",
     errno: "ENOENT",
     cause,
   });

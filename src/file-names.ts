@@ -17,6 +17,7 @@
 
 import { isUtf8 } from "node:buffer";
 import { readFileSync, readlinkSync } from "node:fs";
+import { removedFolder } from "./errors.js";
 
 const ESCAPED = /[\udc80-\udcff]/gu;
 const ESCAPE_BASE = 0xdc00;
@@ -69,8 +70,37 @@ export function printableName(name: string): string {
   return name.replace(ESCAPED, (escaped) => `\\x${(escaped.charCodeAt(0) - ESCAPE_BASE).toString(16)}`);
 }
 
-/** The working folder. @throws an error with `code` ENOENT where it was removed. */
+/** Set when the process has left the folder that it was started in; `folder` undefined: that was removed before. */
+let left: { readonly folder: string | undefined } | undefined;
+
+/**
+ * Goes to "/", for good: a thread of Node's cannot start in a folder that was removed, and a server outlives its folder.
+ * Relative names mean what they meant before, by `absoluteName`; nothing else may take one from here on. Main thread.
+ */
+export function leaveWorkingFolder(): void {
+  if (left !== undefined) return;
+  let folder: string | undefined;
+  try {
+    folder = workingFolder();
+  } catch {
+    // It was removed: what needs it is told so.
+  }
+  process.chdir("/");
+  left = { folder };
+}
+
+/** Whether relative names mean nothing, as the process was started in a folder that was removed. */
+export function isFolderless(): boolean {
+  return left !== undefined && left.folder === undefined;
+}
+
+/**
+ * The folder that the process was started in.
+ * @throws CowcatcherError NOT_FOUND where it was removed (or Node's own error, before `leaveWorkingFolder`).
+ */
 export function workingFolder(): string {
+  if (left?.folder !== undefined) return left.folder;
+  if (left !== undefined) throw removedFolder();
   const folder = process.cwd();
   // Node decodes what the system says; for bytes that are no text the kernel is asked again.
   return folder.includes("\uFFFD")

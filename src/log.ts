@@ -9,6 +9,7 @@
 import { createRequire } from "node:module";
 import type { Logger as PinoLogger, LogFn } from "pino";
 import { ioError } from "./errors.js";
+import { absoluteName } from "./file-names.js";
 import { LOG_LEVELS, type LogLevel } from "./log-levels.js";
 
 /** The levels that the program logs at. */
@@ -64,7 +65,7 @@ export function createLog({ level, file }: LogSettings): Log {
     if (file === undefined) return;
     try {
       const old = opened;
-      opened = openLogger(level, file);
+      opened = openLogger(level, absoluteName(file));
       old?.end();
     } catch (error) {
       logger.error({ err: error }, "the log cannot be opened anew");

@@ -4,9 +4,9 @@
 // connect. A file that is left over from a server that is gone (a connection is refused) is replaced; one that
 // answers, or that is no socket, is left alone. Main thread only: the umask is the process's.
 
-import { chmodSync, chownSync, existsSync, lstatSync, unlinkSync } from "node:fs";
+import { chmodSync, chownSync, existsSync, lstatSync, realpathSync, unlinkSync } from "node:fs";
 import { connect, type Server } from "node:net";
-import { dirname } from "node:path";
+import { basename, dirname, isAbsolute, join } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "./errors.js";
 
 /** sun_path holds 108 bytes with the final NUL; longer ones would be cut silently. */
@@ -36,6 +36,7 @@ export async function listenAtPath(
   options: UnixSocketOptions = {},
 ): Promise<void> {
   checkPath(path);
+  removeWhenClosed(server, path);
   try {
     await bind(server, path, options);
   } catch (cause) {
@@ -46,6 +47,23 @@ export async function listenAtPath(
       throw ioError("listen on", path, again);
     });
   }
+}
+
+/** libuv removes the file by the name that it was given, which means another one when the working folder has been left. */
+function removeWhenClosed(server: Server, path: string): void {
+  if (isAbsolute(path)) return;
+  server.once("listening", () => {
+    // Through folders that are there now, and may be removed later.
+    const file = join(realpathSync(dirname(path)), basename(path));
+    const id = fileId(file);
+    server.once("close", () => {
+      if (id !== undefined && fileId(file) === id) unlinkSync(file);
+    });
+  });
+}
+
+function fileId(path: string): bigint | undefined {
+  return lstatSync(path, { bigint: true, throwIfNoEntry: false })?.ino;
 }
 
 /** libuv calls a folder that is not there EACCES, as Windows does. */

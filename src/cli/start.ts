@@ -6,6 +6,7 @@ import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
 import { endProcess, mayEndProcess } from "../backup/copy/thread-boots.js";
 import { errorLine, reportError } from "./output/report.js";
 import { keepInterrupts } from "./signals.js";
+import { leaveWorkingFolder } from "../file-names.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
 process.on("SIGUSR1", () => undefined);
@@ -35,6 +36,11 @@ process.on("uncaughtException", (thrown: unknown) => {
   setImmediate(() => void mayEndProcess().then(() => endProcess(EXIT.failed)));
 });
 
+try {
+  process.cwd();
+} catch {
+  leaveWorkingFolder();
+}
 const argv = process.argv.slice(2);
 if (argv[0] === "serve") {
   // The command's own handler takes over when it is loaded.

@@ -3,6 +3,8 @@
 // `on-buffer-full`, `spill-dir`, `spill-limit`, `cbw-timeout-ms` and what starts with x- are cowcatcher's.
 // QEMU's arguments that this version cannot honour are known here, so that each is refused by its name.
 
+import { absoluteName } from "../file-names.js";
+import { NULL_TARGET_PATH } from "../target/null.js";
 import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
 import { JOB_DEFAULTS, SYNC_MODES } from "../backup/options.js";
@@ -166,7 +168,7 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     rateLimitBytes: args.speed,
     cowBufferSizeBytes: args["buffer-size"],
     onBufferFull: args["on-buffer-full"],
-    spillDir: args["spill-dir"],
+    spillDir: args["spill-dir"] === undefined ? undefined : absoluteName(args["spill-dir"]),
     spillLimitBytes: args["spill-limit"],
     guestTimeoutMs: args["cbw-timeout-ms"],
     onCbwError: args["on-cbw-error"],
@@ -225,8 +227,9 @@ function refuseIncremental(args: DriveBackupArguments, disk: DiskInfo): void {
 
 function targetName(target: string): string {
   if (target === "") throw genericError("The 'file' block driver requires a file name");
-  // A path, as in QEMU: never this server's standard output.
-  return target === "-" ? "./-" : target;
+  if (target === NULL_TARGET_PATH || isNbdUri(target) || isRbdAddress(target)) return target;
+  // A path, as in QEMU: never this server's standard output. It is said of the folder that the server was started in.
+  return absoluteName(target);
 }
 
 function targetFormat(format: string | undefined, disk: DiskInfo): ImageFormat {

@@ -1,6 +1,6 @@
 // The table of all commands, and those that ask about the server and its disks.
 
-import { resolve } from "node:path";
+import { absoluteName } from "../file-names.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { isRbdAddress } from "../rbd/address.js";
 import type { DiskInfo, JobHost } from "../backup/host.js";
@@ -61,7 +61,7 @@ async function nodeInfoWithMore(disk: DiskInfo, context: CommandContext): Promis
 }
 
 function absolute(path: string): string {
-  return isNbdUri(path) || isRbdAddress(path) ? path : resolve(path);
+  return isNbdUri(path) || isRbdAddress(path) ? path : absoluteName(path);
 }
 
 /** QEMU shows the bitmaps in both places. */

@@ -5,7 +5,7 @@
 // same stream, so a poll that misses the job comes after the event. A job may end before anyone watches it:
 // `startBackup` therefore listens before it starts, and keeps the last event of each job it started.
 
-import { resolve as resolvePath } from "node:path";
+import { absoluteName } from "../file-names.js";
 import { isRbdAddress } from "../rbd/address.js";
 import { CowcatcherError } from "../errors.js";
 import type { BasisInfo, JobStatus } from "../backup/host.js";
@@ -213,8 +213,8 @@ function withAbsolutePaths(order: BackupOrder): BackupOrder {
   const { target, spillDir } = order.options;
   const options = { ...order.options };
   // "null:" and URIs (nbd://…) are no paths.
-  if (!/^(null:$|[a-z+]+:\/\/)/.test(target) && !isRbdAddress(target)) options.target = resolvePath(target);
-  if (spillDir !== undefined) options.spillDir = resolvePath(spillDir);
+  if (!/^(null:$|[a-z+]+:\/\/)/.test(target) && !isRbdAddress(target)) options.target = absoluteName(target);
+  if (spillDir !== undefined) options.spillDir = absoluteName(spillDir);
   return { ...order, options };
 }
 

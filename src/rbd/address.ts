@@ -10,7 +10,7 @@
 // What QEMU takes and is refused here: empty names, and `key=`, a secret that every user of the machine could read in the
 // list of processes.
 
-import { resolve } from "node:path";
+import { absoluteName } from "../file-names.js";
 import { CowcatcherError } from "../errors.js";
 
 const SCHEME = "rbd:";
@@ -110,10 +110,10 @@ export function absoluteRbdAddress(text: string): string {
   const address = parseRbdAddress(text);
   return formatRbdAddress({
     ...address,
-    conf: address.conf === undefined ? undefined : resolve(address.conf),
+    conf: address.conf === undefined ? undefined : absoluteName(address.conf),
     settings: address.settings.map(([name, value]) => [
       name,
-      FILE_SETTINGS.has(name) ? resolve(value) : value,
+      FILE_SETTINGS.has(name) ? absoluteName(value) : value,
     ]),
   });
 }

@@ -1,7 +1,7 @@
 // Addresses: REPO, and REPO::GROUP[/DISK][@TIME].
 
 import { existsSync } from "node:fs";
-import { resolve } from "node:path";
+import { absoluteName } from "../file-names.js";
 import { CowcatcherError } from "../errors.js";
 import { checkDisk, checkGroup } from "./format/names.js";
 
@@ -53,5 +53,5 @@ function parts(
 
 /** For another process with another working folder. */
 export function absoluteRepository(repository: string): string {
-  return repository.startsWith("s3:") ? repository : resolve(repository);
+  return repository.startsWith("s3:") ? repository : absoluteName(repository);
 }

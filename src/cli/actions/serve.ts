@@ -1,6 +1,7 @@
 // `serve`: opens the images, serves them to guests over NBD, and takes backup jobs on the control socket.
 
 import { unlinkSync } from "node:fs";
+import { absoluteName, leaveWorkingFolder } from "../../file-names.js";
 import { LiveHost } from "../../backup/job/live-host.js";
 import { ControlServer } from "../../control/server.js";
 import type { KeySource } from "../../repository/format/keys.js";
@@ -145,6 +146,8 @@ async function serveNodes(
     listeners.push(...(await listen(settings.listen)));
     host.listensAt(listeners.flatMap(({ place }) => place ?? []));
     if (settings.control !== undefined) await control.listen(settings.control, settings.controlAccess);
+    // A folder that is removed while disks are served is none of a backup's business.
+    leaveWorkingFolder();
     for (const listener of listeners) listener.serve(server);
     if (!quitting.isAsked) announce(settings, context, listeners);
     await quitting.asked;
@@ -210,7 +213,7 @@ function removeSockets({ listen, control }: ServeSettings): void {
   for (const path of [listen.type === "unix" ? listen.path : undefined, control]) {
     if (path === undefined) continue;
     try {
-      unlinkSync(path);
+      unlinkSync(absoluteName(path));
     } catch {
       // Gone already.
     }

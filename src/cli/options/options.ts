@@ -4,7 +4,7 @@ import { existsSync } from "node:fs";
 import { Option } from "commander";
 import { MAX_PAGE_MEMORY_BYTES } from "../../cow/page-memory.js";
 import { CowcatcherError } from "../../errors.js";
-import { absoluteName } from "../../file-names.js";
+import { absoluteName, isFolderless } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
 import { formatNbdUri, isNbdUri, isOldNbdName, parseNbdUri, parseOldNbdName } from "../../nbd/wire/uri.js";
 import { absoluteRbdAddress, isRbdAddress, parseRbdAddress } from "../../rbd/address.js";
@@ -35,8 +35,14 @@ export function pathOption(flags: string, help: string): Option {
   return new Option(flags, help).argParser((text) => {
     if (text === STDIO)
       throw usageError(name, "- means standard input or output", "a file of this name is ./-");
-    return parseText(text, name);
+    return needingNoFolder(parseText(text, name));
   });
+}
+
+/** The name. @throws CowcatcherError NOT_FOUND for one that is relative to a folder that is no more. */
+function needingNoFolder(path: string): string {
+  if (isFolderless()) absoluteImage(path);
+  return path;
 }
 
 /** A name. An empty one is a variable of a script that was not set, never what was meant. */
@@ -146,6 +152,7 @@ export function parseImage(text: string, argument = "IMAGE"): string {
     parseBackupAddress(text);
   } else {
     refuseForeignAddress(text);
+    needingNoFolder(text);
   }
   return text;
 }

@@ -1,4 +1,5 @@
 // `backup SOURCE… --repo REPO --group NAME`: from commander's values to settings.
+import { absoluteName } from "../../file-names.js";
 import { readFileSync } from "node:fs";
 import { basename } from "node:path";
 import type { Command } from "commander";
@@ -141,7 +142,7 @@ function refuseUseless(flags: BackupFlags): void {
 
 function readVmConfig(path: string): string {
   try {
-    const content = readFileSync(path);
+    const content = readFileSync(absoluteName(path));
     if (content.length > MAX_VM_CONFIG_BYTES)
       throw usageError(path, "is larger than 1 MiB", "give a smaller file");
     return content.toString("utf8");

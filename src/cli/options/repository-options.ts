@@ -1,5 +1,6 @@
 // The options that say which repository, and what opens it. Secrets never stand on a command line: a key file and a
 // passphrase file are named, or the environment has them.
+import { absoluteName } from "../../file-names.js";
 import { existsSync, readFileSync } from "node:fs";
 import type { Command } from "commander";
 import { ioError } from "../../errors.js";
@@ -62,7 +63,7 @@ export function passphraseFromFile(path: string): KeySource {
 
 function readSmallFile(path: string): Buffer {
   try {
-    const content = readFileSync(path);
+    const content = readFileSync(absoluteName(path));
     if (content.length > MAX_KEY_FILE_BYTES) throw usageError(path, "is too large for a key or a passphrase");
     return content;
   } catch (error) {

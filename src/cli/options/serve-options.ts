@@ -14,6 +14,7 @@ import {
   choiceOption,
   countOption,
   formatOption,
+  absoluteImage,
   isNbdUri,
   isRbdAddress,
   parseImage,
@@ -264,7 +265,13 @@ function parseImages(texts: readonly string[], flags: ServeFlags): ServedImage[]
     if (name === undefined && split.length > 1) {
       throw usageError(path, "has no name", "with several images, give each as IMAGE=NAME");
     }
-    return { path: parseImage(path), name: name ?? flags.name ?? DEFAULT_NAME, format: flags.format };
+    const image = parseImage(path);
+    // A connection may have to be made anew when the working folder is another.
+    return {
+      path: isNbdUri(image) ? absoluteImage(image) : image,
+      name: name ?? flags.name ?? DEFAULT_NAME,
+      format: flags.format,
+    };
   });
   const names = images.map(({ name }) => name);
   const long = names.find((name) => Buffer.byteLength(name) > MAX_STRING_BYTES);

@@ -1,6 +1,6 @@
 // From the address of a repository to its store.
 
-import { resolve } from "node:path";
+import { absoluteName } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import { FolderStore } from "./folder-store.js";
 import { describeS3, isS3Address } from "./s3-address.js";
@@ -19,7 +19,7 @@ export function describeStore(address: string): StoreDescription {
   }
   return isS3Address(address)
     ? describeS3(address)
-    : { kind: "folder", name: address, path: resolve(address) };
+    : { kind: "folder", name: address, path: absoluteName(address) };
 }
 
 /** @param isBlocking the calling thread serves nobody else (file-calls.ts) */

@@ -1,5 +1,5 @@
 // What the process is given, or not: memory, packages.
-import { cpSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
+import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { COWCATCHER_BIN, cowcatcher, run } from "../../support/cli.js";
@@ -38,20 +38,66 @@ it.each([
   expect(readdirSync(folder)).toEqual(["a.raw"]);
 });
 
+async function inRemovedFolder(folder: string, ...args: string[]) {
+  const command = `mkdir g; cd g; rmdir ../g; exec node "${COWCATCHER_BIN}" "$@"`;
+  return run("sh", ["-c", command, "sh", ...args], { cwd: folder });
+}
+
+it("absolute names need no working folder", async () => {
+  const folder = scratchFolder();
+  const at = (name: string): string => join(folder, name);
+  writeFileSync(at("a.raw"), DISK);
+  for (const args of [
+    ["backup", "--verify", at("a.raw"), at("b.qcow2")],
+    ["restore", at("b.qcow2"), at("c.raw")],
+    ["compare", "-q", at("a.raw"), at("c.raw")],
+    ["create", at("d.qcow2"), "1M"],
+    ["check", "-q", at("d.qcow2")],
+  ]) {
+    expect(await inRemovedFolder(folder, ...args)).toMatchObject({ code: 0, stderr: "" });
+  }
+  expect(readFileSync(at("c.raw")).equals(DISK)).toBe(true);
+});
+
 it.each([
-  ["/a.raw", "/b.raw"],
-  ["/a.raw", "b.raw"],
-])("a working folder that was removed is named (%s to %s)", async (source, target) => {
+  ["backup", "/a.raw", "b.raw"],
+  ["backup", "a.raw", "/b.raw"],
+  ["restore", "/a.raw", "nbd+unix:///?socket=s"],
+  ["info", "a.raw"],
+  ["check", "a.raw"],
+  ["create", "b.raw", "1M"],
+  ["serve", "/a.raw", "--socket", "s"],
+  ["backup", "/a.raw", "--repo", "r", "--group", "g"],
+])("a relative name is refused where the working folder was removed (%s %s %s)", async (...args) => {
   const folder = scratchFolder();
   writeFileSync(join(folder, "a.raw"), DISK);
-  const names = [source, target].map((name) => (name.startsWith("/") ? folder + name : name)).join(" ");
-  const command = `mkdir g; cd g; rmdir ../g; exec node "${COWCATCHER_BIN}" backup ${names}`;
-  const { code, stderr } = await run("sh", ["-c", command], { cwd: folder });
+  const given = args.map((arg) => (arg.startsWith("/") ? folder + arg : arg));
+  const { code, stderr } = await inRemovedFolder(folder, ...given);
   expect({ code, stderr }).toEqual({
     code: 1,
-    stderr: "cowcatcher: the working folder: was removed (start from a folder that is there)\n",
+    stderr:
+      "cowcatcher: the working folder: was removed (start from a folder that is there, or give absolute paths)\n",
   });
   expect(readdirSync(folder)).toEqual(["a.raw"]);
+});
+
+it("a server outlives the folder that it was started in", async () => {
+  const folder = scratchFolder();
+  const at = (name: string): string => join(folder, name);
+  mkdirSync(at("g"));
+  writeFileSync(at("a.raw"), DISK);
+  const serve = ["serve", "../a.raw", "--socket", "../s", "--control", "../c", "--tracking", "off"];
+  const inFolder = `cd "${at("g")}"; exec "$@"`;
+  const server = new Process("sh", ["-c", inFolder, "sh", process.execPath, COWCATCHER_BIN, ...serve]);
+  await server.line((line) => line.includes("listening"));
+  rmSync(at("g"), { recursive: true });
+  // Said of the folder that the server was started in, as long as that means something.
+  const backup = ["backup", "--control", at("c"), at("b.raw")];
+  expect(await cowcatcher(backup)).toMatchObject({ code: 0 });
+  expect(readFileSync(at("b.raw")).equals(DISK)).toBe(true);
+  server.kill("SIGTERM");
+  expect((await server.ended).code).toBe(0);
+  expect(readdirSync(folder).sort()).toEqual(["a.raw", "b.raw"]);
 });
 
 it("without koffi all goes on, with a warning that says what is missing", async () => {
