@@ -51,7 +51,7 @@ const MUTANTS = [
   {
     rule: "3: captured data goes over what was read",
     file: "src/cow/chunk-copy.ts",
-    from: "    yield* this.#readMissing(chunk);\n    yield STEP;",
+    from: "    yield* this.#readMissing(chunk);\n    yield* this.#release(chunk);\n    yield STEP;",
     to: "    yield STEP;",
     also: [
       {
@@ -171,7 +171,7 @@ const MUTANTS = [
   {
     rule: "claims: b3, nor is one that the parent had",
     test: "test/model/repository/claims.test.ts",
-    file: "src/repository/backup/session.ts",
+    file: "src/repository/backup/parent.ts",
     from: "if (!condemned.isCondemned(chunk.id, chunk.generation)) known.add(chunk.id);",
     to: "if (!condemned.isCondemned(chunk.id, chunk.generation) || true) known.add(chunk.id);",
   },
