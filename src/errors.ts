@@ -88,9 +88,12 @@ const CODE_OF_KIND = {
   lasting: "IO",
 } as const;
 
-/** Whether the same call may go well the next time without anybody's doing. What has no errno may. */
+/**
+ * Whether the same call may go well the next time without anybody's doing. What has no errno may. A connection that finds no
+ * socket (ENOENT, and an error of code IO all the same) may, too: its server is being started again.
+ */
 export function isTransient({ code, errno }: CowcatcherError): boolean {
-  return code === "IO" && (errno === undefined || errnoKind(errno) === "transient");
+  return code === "IO" && (errno === undefined || errno === "ENOENT" || errnoKind(errno) === "transient");
 }
 
 /**

@@ -3,7 +3,7 @@ import { constants } from "node:os";
 import { expect, it } from "vitest";
 import { errnoError } from "../../src/block/file/fileio.js";
 import { errnoKind, errnoName, errnoText, isErrnoName } from "../../src/errno.js";
-import { ioError, isTransient } from "../../src/errors.js";
+import { CowcatcherError, ioError, isTransient } from "../../src/errors.js";
 
 /** As Node throws what libuv has no name for. */
 function unnamed(errno: number): Error {
@@ -47,6 +47,14 @@ it("only what may go well the next time is tried again", () => {
   const { EIO, EAGAIN, ETIMEDOUT, EDQUOT, ENOSPC, EFBIG, EROFS, EACCES, ESTALE, EBADF } = constants.errno;
   expect([EIO, EAGAIN, ETIMEDOUT].map(of)).toEqual([true, true, true]);
   expect([EDQUOT, ENOSPC, EFBIG, EROFS, EACCES, ESTALE, EBADF].map(of)).toEqual(Array(7).fill(false));
+  expect(of(constants.errno.ENOENT)).toBe(false);
+  const noSocket = new CowcatcherError({
+    code: "IO",
+    object: "t",
+    problem: "cannot connect",
+    errno: "ENOENT",
+  });
+  expect(isTransient(noSocket)).toBe(true);
   expect(errnoKind("EOPNOTSUPP")).toBe("lasting");
   expect(errnoName(999)).toBe("E999");
 });
