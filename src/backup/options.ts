@@ -82,3 +82,7 @@ export const JOB_DEFAULTS: Omit<JobOptions, "target" | "targetFormat"> = {
   sync: "full",
   snapshotExport: false,
 };
+
+/** Of a backup into a repository: how much of the disk is read (repository/backup/). */
+export const BACKUP_LEVELS = ["auto", "full", "incremental"] as const;
+export type LevelChoice = (typeof BACKUP_LEVELS)[number];

@@ -2,10 +2,9 @@
 
 import { CowcatcherError } from "../errors.js";
 import { sharedPages } from "../native/pages.js";
-import { GiB, KiB, formatBytes, roundUp } from "../units.js";
+import { MAX_PAGE_MEMORY_BYTES } from "./buffer-limit.js";
+import { KiB, formatBytes, roundUp } from "../units.js";
 
-/** What a typed array has, at most, in the oldest Node that this runs on. */
-export const MAX_PAGE_MEMORY_BYTES = 4 * GiB;
 const UNIT_BYTES = 64 * KiB;
 
 /** A part of a buffer that begins at a page; nothing of it is touched yet. Sent to another thread it stays shared. */

@@ -2,10 +2,8 @@
 
 import { CowcatcherError } from "../errors.js";
 import { filterObstacle, filterRisk } from "./filter.js";
+import type { QemuMethod } from "./methods.js";
 import type { QemuDisk, QemuGraph } from "./graph.js";
-
-export const QEMU_METHODS = ["auto", "filter"] as const;
-export type QemuMethod = (typeof QEMU_METHODS)[number];
 
 export interface MethodChoice {
   method: Exclude<QemuMethod, "auto">;

@@ -10,12 +10,9 @@ import type { KeySource } from "../../repository/format/keys.js";
 import { Repository } from "../../repository/repository.js";
 import { RepositoryTarget } from "../../target/repository/target.js";
 import type { DirtyRuns } from "../copy/incremental.js";
-import type { JobOptions } from "../options.js";
+import type { JobOptions, LevelChoice } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import { type MadeTarget, type OfflineCopy, startOfflineCopy } from "./offline.js";
-
-export const BACKUP_LEVELS = ["auto", "full", "incremental"] as const;
-export type LevelChoice = (typeof BACKUP_LEVELS)[number];
 
 export interface RepositorySource {
   path: string;

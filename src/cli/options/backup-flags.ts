@@ -1,6 +1,6 @@
 // What commander makes of the options of `backup` and `restore`: each value parsed by itself, none checked against another.
-import type { LevelChoice } from "../../backup/job/repository-backup.js";
-import type { QemuMethod } from "../../qemu/method.js";
+import type { LevelChoice } from "../../backup/options.js";
+import type { QemuMethod } from "../../qemu/methods.js";
 import type { SyncMode } from "../../backup/options.js";
 import type { OnBufferFull, OnCbwError, OnIoError } from "../../cow/policies.js";
 import type { ImageFormat } from "../../block/format.js";

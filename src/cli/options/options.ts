@@ -2,7 +2,7 @@
 // commander's own wording never reaches the user.
 import { existsSync } from "node:fs";
 import { Option } from "commander";
-import { MAX_PAGE_MEMORY_BYTES } from "../../cow/page-memory.js";
+import { MAX_PAGE_MEMORY_BYTES } from "../../cow/buffer-limit.js";
 import { CowcatcherError } from "../../errors.js";
 import { absoluteName, isFolderless } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";

@@ -3,7 +3,7 @@ import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import { absoluteName } from "../../file-names.js";
 import type { QemuBackupRequest, ServerAddress } from "../../qemu/backup.js";
-import { QEMU_METHODS } from "../../qemu/method.js";
+import { QEMU_METHODS } from "../../qemu/methods.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import type { LiveDiskSettings } from "./job-settings.js";

@@ -3,12 +3,8 @@ import { absoluteName } from "../../file-names.js";
 import { readFileSync } from "node:fs";
 import { basename } from "node:path";
 import type { Command } from "commander";
-import { JOB_DEFAULTS, OFFLINE_WORKER_COUNT } from "../../backup/options.js";
-import {
-  BACKUP_LEVELS,
-  type LevelChoice,
-  type RepositoryBackupRequest,
-} from "../../backup/job/repository-backup.js";
+import { BACKUP_LEVELS, JOB_DEFAULTS, type LevelChoice, OFFLINE_WORKER_COUNT } from "../../backup/options.js";
+import type { RepositoryBackupRequest } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
