@@ -12,5 +12,7 @@ export default defineConfig({
     teardownTimeout: 60_000,
     // Two cores: more files at once would only make the ones with real peers slower.
     maxWorkers: 2,
+    // Of one file's concurrent tests, each of which has a server, guests and clients of its own.
+    maxConcurrency: 4,
   },
 });

@@ -17,6 +17,7 @@ const ENTRIES = [
   { entry: "workers/verify.js", chunks: undefined },
   { entry: "workers/pages.js", chunks: undefined },
   { entry: "workers/rbd.js", chunks: undefined },
+  { entry: "workers/storage.js", chunks: undefined },
 ];
 
 rmSync("dist", { recursive: true, force: true });

@@ -34,7 +34,12 @@ export default async function verify(task: VerifyTask): Promise<VerifyResult> {
   return withErrors(task, checker.result, async () => {
     const { path, name, format, direct, source } = task;
     if (source !== undefined) return checkSource(task, checker, source);
-    const image = await openImage(path, { format, readOnly: true, direct, lock: false });
+    const isExport = isNbdUri(path);
+    const options = { format, readOnly: true, direct, lock: false };
+    const image = await openImage(isExport ? path : name, {
+      ...options,
+      openAs: isExport ? undefined : path,
+    });
     try {
       if (image instanceof NbdImage) await image.handOver();
       checkSize(task, image.sizeBytes);

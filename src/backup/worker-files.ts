@@ -8,3 +8,5 @@ export const COPY_WORKER = new URL("../../workers/copy.js", import.meta.url);
 export const PAGES_WORKER = new URL("../../workers/pages.js", import.meta.url);
 /** Reads a target back (workers/verify.ts). */
 export const VERIFY_WORKER = new URL("../../workers/verify.js", import.meta.url);
+/** Serves one storage thread (workers/storage.ts). */
+export const STORAGE_WORKER = new URL("../../workers/storage.js", import.meta.url);

@@ -20,14 +20,14 @@ import {
   SPILLED,
 } from "./shared.js";
 import { SlotAllocator } from "./slots.js";
-import type { SpillFile } from "./spill.js";
+import type { SpillPlace } from "./spill.js";
 
 export interface CaptureStoreOptions {
   shared: SharedState;
   /** The image itself, below every interceptor: what it holds now is T0's content of every uncaptured block. */
   image: BlockDevice;
   /** Made when the buffer is full for the first time; undefined where the policy is not to spill. */
-  openSpill: (() => SpillFile) | undefined;
+  openSpill: (() => SpillPlace) | undefined;
   spillLimitBytes: number;
   /** Length of the table in held-blocks.ts; smaller in simulations. */
   heldChunksMax?: number | undefined;
@@ -68,7 +68,7 @@ export class CaptureStore {
   readonly #spillBitmap: Uint8Array;
   /** Scratch of the synchronous way; a read that goes on asynchronously keeps it and a new one is made. */
   #spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
-  #spill: SpillFile | null = null;
+  #spill: SpillPlace | null = null;
   #closed = false;
   /** What workers have freed and the allocator does not have back yet: the first capture of a chain, or -1. */
   #reclaimable = -1;
@@ -90,6 +90,7 @@ export class CaptureStore {
   /** The job has ended: nothing is written to the spill any more, whose descriptor may be another file's by now. */
   close(): void {
     this.#closed = true;
+    this.#spill?.abandon?.();
   }
 
   /**
@@ -219,7 +220,7 @@ export class CaptureStore {
 
   #spillRun(
     work: CaptureWork,
-    spill: SpillFile,
+    spill: SpillPlace,
     chunk: number,
     base: number,
     block: number,
@@ -229,17 +230,18 @@ export class CaptureStore {
     this.#readBlocks(work, this.#spillScratch, 0, count, base + block * BLOCK_BYTES);
     const scratch = this.#spillScratch;
     if (work.pending.length === before) {
-      spill.writeBlocks(scratch, 0, chunk, block, count);
+      const writing = spill.writeBlocks(scratch, 0, chunk, block, count);
+      if (writing) work.pending.push(writing);
       return;
     }
     // Cold data: the scratch buffer goes with the read, and the next capture gets a new one.
     this.#spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
     const read = work.pending.pop() as Promise<void>;
     work.pending.push(
-      read.then(() => {
+      read.then(() =>
         // With the job, the spill file's descriptor has gone: its number may be another file's.
-        if (!this.#closed) spill.writeBlocks(scratch, 0, chunk, block, count);
-      }),
+        this.#closed ? undefined : spill.writeBlocks(scratch, 0, chunk, block, count),
+      ),
     );
   }
 
@@ -253,7 +255,7 @@ export class CaptureStore {
     }
     throw new CowcatcherError({
       code: "BUFFER_FULL",
-      object: this.#spillFile().description.path,
+      object: this.#spillFile().path,
       problem: `the spill file has reached its limit of ${limitBytes} bytes`,
       hint: "raise --spill-limit, use a larger --cow-buffer-size, or --on-buffer-full wait",
     });
@@ -262,7 +264,6 @@ export class CaptureStore {
   /**
    * Owner only: puts the capture on the chunk's list or into its spill bitmap; the number of blocks. SPILLED is the
    * caller's to set when it lets the chunk go.
-   * @throws CowcatcherError IO or NO_SPACE from the spill; the capture is not attached then.
    */
   attach(chunk: number, from: number, to: number, work: CaptureWork): number {
     const shared = this.#shared;
@@ -323,7 +324,7 @@ export class CaptureStore {
     return Math.ceil((endBytes - chunk * this.#shared.geometry.chunkBytes) / BLOCK_BYTES);
   }
 
-  #spillFile(): SpillFile {
+  #spillFile(): SpillPlace {
     if (this.#spill === null) {
       if (this.#options.openSpill === undefined) throw new Error("the policy does not spill");
       this.#spill = this.#options.openSpill();

@@ -25,6 +25,7 @@ import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Completion } from "../block/device.js";
 import { CaptureStore, type CaptureStoreOptions, CaptureWork } from "./capture-store.js";
 import { BLOCK_BYTES } from "./geometry.js";
+import { GuestLimit } from "./guest-limit.js";
 import { Pacer } from "./pacer.js";
 import {
   CAPTURED,
@@ -106,12 +107,16 @@ export class Interceptor {
   /** Blocks that the write which found the buffer full last would need. */
   #roomNeeded = 0;
   readonly #line = new WaitingLine();
+  readonly #limit: GuestLimit;
+  /** Captures that go on and write to the spill. */
+  readonly #spilling = new WeakSet<Promise<void>>();
 
   constructor(options: InterceptorOptions) {
     this.#options = options;
     this.#shared = options.shared;
     this.#objectName = options.image.name;
     this.#clock = options.clock ?? REAL_CLOCK;
+    this.#limit = new GuestLimit(options.policy.guestTimeoutMs, options.recheckMs ?? RECHECK_MS, this.#clock);
     this.#unbuffered = options.shared.bufferBlockCount === 0;
     this.#store = new CaptureStore(options);
     this.#pacer =
@@ -157,7 +162,7 @@ export class Interceptor {
     const first = Math.floor(offsetBytes / chunkBytes);
     let waited = begun !== undefined;
     try {
-      if (begun !== undefined) await begun;
+      if (begun !== undefined) await this.#whenCaptured(begun, startMs, offsetBytes);
       for (let chunk = first; chunk <= last && !this.#detached; chunk++) {
         waited = (await this.#captureChunkSlowly(chunk, offsetBytes, lengthBytes, startMs)) || waited;
         if ((chunk - first) % CHUNKS_PER_TURN === CHUNKS_PER_TURN - 1) await nextTurn();
@@ -170,6 +175,12 @@ export class Interceptor {
     } finally {
       if (waited) this.#countWait(this.#clock.nowMs() - startMs);
     }
+  }
+
+  /** The image's reads are the guest's own; but nobody can tell how long the spill's storage takes. */
+  async #whenCaptured(capture: Promise<void>, startMs: number, offset: number): Promise<void> {
+    if (!this.#spilling.has(capture)) return capture;
+    if (await this.#limit.isExceededBy(capture, startMs)) this.#fail(this.#timeoutError(offset));
   }
 
   /** Captures one chunk's part; true if the write had to wait for it. */
@@ -191,7 +202,7 @@ export class Interceptor {
           leaveLine = null;
         }
         if (outcome instanceof Promise) {
-          await outcome;
+          await this.#whenCaptured(outcome, startMs, offset);
           continue;
         }
         if (this.#isTimedOut(startMs)) {
@@ -410,7 +421,7 @@ export class Interceptor {
     this.#work = new CaptureWork();
     const settled = Promise.allSettled(work.pending);
     this.#reads.add(settled);
-    return settled.then((results) => {
+    const capture = settled.then((results) => {
       this.#reads.delete(settled);
       if (!this.#detached) {
         next(results.find((result) => result.status === "rejected"));
@@ -419,11 +430,13 @@ export class Interceptor {
       this.#store.giveBack(work);
       this.#shared.release(chunk, 0, 0);
     });
+    if (work.spilledBlocks > 0) this.#spilling.add(capture);
+    return capture;
   }
 
   /**
    * Fulfilled when no read into the buffer is in flight. After `detach` none begins, so the buffer may have another
-   * use then.
+   * use then. What is on its way into the spill is not waited for once the interceptor is detached.
    */
   async idle(): Promise<void> {
     await Promise.all(this.#reads);
@@ -452,13 +465,7 @@ export class Interceptor {
   }
 
   #finishCapture(chunk: number, from: number, to: number, work: CaptureWork): void {
-    let blocks: number;
-    try {
-      blocks = this.#store.attach(chunk, from, to, work);
-    } catch (error) {
-      this.#abandonCapture(chunk, work, error);
-      return;
-    }
+    const blocks = this.#store.attach(chunk, from, to, work);
     this.counters.captureCount++;
     this.counters.capturedBytes += blocks * BLOCK_BYTES;
     this.counters.spilledBytes += work.spilledBlocks * BLOCK_BYTES;

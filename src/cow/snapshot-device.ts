@@ -19,14 +19,14 @@
 // each request fails with EIO, and no byte newer than T0 ever passes for T0's.
 //
 // A reader takes time from the guest, as both live on one thread: a request is served a chunk (1 MiB) a turn of the
-// event loop. What stands in the spill and is no longer in the page cache is read by libuv's pool.
+// event loop. What stands in the spill is read by the thread that the spill has (backup/storage/remote-spill.ts).
 
 import { copyBytes } from "../native/libc.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { BlockDevice, BlockStatus, Completion } from "../block/device.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import { captureLength, captureStart, type SharedState, SPILLED } from "./shared.js";
-import type { SpillFile } from "./spill.js";
+import type { SpillPlace } from "./spill.js";
 import { isZero } from "./zero.js";
 
 export interface SnapshotDeviceOptions {
@@ -36,7 +36,7 @@ export interface SnapshotDeviceOptions {
   image: BlockDevice;
   shared: SharedState;
   /** Undefined where captures never spill. */
-  spill: SpillFile | undefined;
+  spill: SpillPlace | undefined;
   /** The interceptor whose captures these are; once it is detached the snapshot is no more. */
   source: { readonly detached: boolean };
 }

@@ -41,6 +41,8 @@ export interface OpenOptions {
   snapshot?: string | undefined;
   /** Of an NBD export only: the dirty bitmap that the copy will ask for. */
   bitmap?: string | undefined;
+  /** Opened by this path, while errors and relative names in the image go by the other one (of an open file without a name). */
+  openAs?: string | undefined;
   /** Of an NBD export: asked while a server's answer is awaited; true ends the wait with CANCELLED. */
   isCancelled?: (() => boolean) | undefined;
 }
@@ -70,7 +72,7 @@ export async function openImage(imagePath: string, options: OpenOptions): Promis
     isCancelled: options.isCancelled,
     files: new Set(),
   };
-  return openLayer(imagePath, options.format, options.readOnly, chain, options.snapshot);
+  return openLayer(imagePath, options.format, options.readOnly, chain, options.snapshot, options.openAs);
 }
 
 /** An export is raw: what another program serves as qcow2 bytes, that program can serve as a disk. */
@@ -105,8 +107,9 @@ async function openLayer(
   readOnly: boolean,
   chain: ChainState,
   snapshot?: string,
+  openAs = imagePath,
 ): Promise<Image> {
-  const fd = await openImageFile(imagePath, { readOnly, direct: chain.direct });
+  const fd = await openImageFile(openAs, { readOnly, direct: chain.direct });
   let backing: Image | null = null;
   let data: ExternalData | undefined;
   try {

@@ -10,6 +10,7 @@
 // ArrayBufferLike in the signatures.
 
 import { constants } from "node:os";
+import { nameBytes } from "../file-names.js";
 import { loadKoffi } from "./koffi.js";
 import { optionalLibrary } from "./optional-library.js";
 
@@ -42,6 +43,8 @@ const MSG_NOSIGNAL = 0x4000;
 const F_GETFL = 3;
 const F_SETFL = 4;
 const O_NONBLOCK = 0o4000;
+const AT_FDCWD = -100;
+const AT_SYMLINK_FOLLOW = 0x400;
 
 export const ENXIO = constants.errno.ENXIO;
 export const EAGAIN = constants.errno.EAGAIN;
@@ -117,6 +120,14 @@ export interface Libc {
   /** Waits for all of lengthBytes; fewer came within the time limit, 0: the peer hung up; -EAGAIN: nothing came. */
   receive(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
   send(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
+  /** Gives the open file a name (file-names.ts), also one that never had any (O_TMPFILE): 0, or -errno. Needs /proc. */
+  linkFd(fd: number, path: string): number;
+  /** Names of the extended attributes, each ended by a zero byte: bytes, or -errno (-ERANGE: the buffer is too small). */
+  listAttributes(fd: number, names: Uint8Array): number;
+  /** Bytes of the attribute's value, or -errno. */
+  getAttribute(fd: number, name: string, value: Uint8Array): number;
+  /** Makes or replaces it: 0, or -errno. */
+  setAttribute(fd: number, name: string, value: Uint8Array): number;
   /** Whether a lock of `type` could be taken: 0 yes, 1 no, or -errno. */
   ofdTest(fd: number, type: number, startByte: number, lengthBytes: number): number;
 }
@@ -142,6 +153,24 @@ function bind(): Libc {
     "int setsockopt(int fd, int level, int name, uint64_t value, uint32_t valueBytes)",
   );
   const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
+
+  // Seldom called: koffi takes the memory itself, and holds it during the call.
+  type LinkAt = (folder: number, from: Buffer, otherFolder: number, to: Buffer, flags: number) => number;
+  const linkat = library.func(
+    "int linkat(int folder, const uint8_t *from, int other, const uint8_t *to, int flags)",
+  ) as LinkAt;
+  const flistxattr = library.func("int64_t flistxattr(int fd, uint8_t *list, uint64_t size)") as (
+    fd: number,
+    list: Uint8Array,
+    bytes: number,
+  ) => number;
+  type OnAttribute = (fd: number, name: string, value: Uint8Array, bytes: number, flags?: number) => number;
+  const fgetxattr = library.func(
+    "int64_t fgetxattr(int fd, const char *name, uint8_t *value, uint64_t size)",
+  ) as OnAttribute;
+  const fsetxattr = library.func(
+    "int fsetxattr(int fd, const char *name, const uint8_t *value, uint64_t size, int flags)",
+  ) as OnAttribute;
 
   const addresses = new WeakMap<ArrayBufferLike, number>();
   const addressOf = (buffer: ArrayBufferLike): number => {
@@ -231,6 +260,13 @@ function bind(): Libc {
       orErrno(recv(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_WAITALL)),
     send: (fd, buffer, bufferOffset, lengthBytes) =>
       orErrno(sendBytes(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_NOSIGNAL)),
+    linkFd(fd, path) {
+      const from = terminated(Buffer.from(`/proc/self/fd/${fd}`));
+      return orErrno(linkat(AT_FDCWD, from, AT_FDCWD, terminated(nameBytes(path)), AT_SYMLINK_FOLLOW));
+    },
+    listAttributes: (fd, names) => orErrno(flistxattr(fd, names, names.length)),
+    getAttribute: (fd, name, value) => orErrno(fgetxattr(fd, name, value, value.length)),
+    setAttribute: (fd, name, value) => orErrno(fsetxattr(fd, name, value, value.length, 0)),
     exitAtOnce: (code) => void exit(code),
     // "Process" 0 is the calling thread for the kernel, whatever POSIX says.
     setThreadNice: (nice) => orErrno(setpriority(PRIO_PROCESS, 0, nice)),
@@ -240,6 +276,11 @@ function bind(): Libc {
       return result < 0 ? result : flockView.getInt16(0, true) === F_UNLCK ? 0 : 1;
     },
   };
+}
+
+/** C's form of a name. */
+function terminated(name: Buffer): Buffer {
+  return Buffer.concat([name, Buffer.of(0)]);
 }
 
 export const libc: Libc | null = optionalLibrary(bind)();

@@ -1,4 +1,4 @@
-// Makes a target from what the user asked for. Main thread only.
+// Makes a target from what the user asked for. On the thread that is to have it (backup/storage); offline the main thread.
 
 import { CowcatcherError } from "../errors.js";
 import { isNbdUri } from "../nbd/wire/uri.js";

@@ -1,9 +1,10 @@
-// What a backup is written to. The main thread makes, finishes or abandons a Target; each worker opens a
-// TargetWriter (cow/target-writer.ts) on its description. Nothing else crosses: no message a cluster.
+// What a backup is written to. One thread makes, finishes or abandons a Target: in a server one that serves nobody
+// (backup/storage), else the main thread. Each worker opens a TargetWriter (cow/target-writer.ts) on its description. Nothing else crosses: no message a cluster.
 
 import type { RbdHandle, SourceDescription } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
 import type { ChunkWriterDescription } from "../repository/backup/chunk-writer.js";
+import type { SourceAccess } from "./file/attributes.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
 
 export interface TargetOptions {
@@ -30,11 +31,13 @@ export interface TargetOptions {
   targetRetries?: number | undefined;
   /** Of an RBD image: a snapshot to be made of it when all is written. */
   targetSnapshot?: string | undefined;
-  /** Asked while a server's answer is awaited; true ends the wait with CANCELLED. */
+  /** Of the source's files: only who may read all of them may read a new target. */
+  sourceAccess?: readonly SourceAccess[] | undefined;
+  /** Asked while a server's answer is awaited, and between two steps; true ends either with CANCELLED. */
   isCancelled?: (() => boolean) | undefined;
 }
 
-/** Main thread only. */
+/** On one thread. */
 export interface Target {
   readonly name: string;
   /** Smallest unit that writers take, in bytes (the qcow2 cluster size; 1 for raw). */
@@ -54,6 +57,8 @@ export interface Target {
   readonly unfinishedPath: string | null;
   /** How a complete target is read before it has its final name, where that is not by the path. */
   readonly readBack?: SourceDescription | undefined;
+  /** Names that are to go if the process ends before commit(). */
+  readonly temporaryPaths?: readonly string[] | undefined;
   /** Writes what metadata is left and syncs: all of the target is on the medium then. */
   complete(): Promise<void>;
   /** After complete(): renames to the final name and syncs the folder. */

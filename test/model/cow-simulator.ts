@@ -36,7 +36,7 @@ import {
   type SharedState,
   SPILLED,
 } from "../../src/cow/shared.js";
-import { SpillFile } from "../../src/cow/spill.js";
+import { spillBitmapBytes, SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
 import type { Completion, Image, SourceReader } from "../../src/block/device.js";
 import type { TargetWriter } from "../../src/cow/target-writer.js";
@@ -105,6 +105,7 @@ export class Simulation {
   /** Blocks that the image's own layer provides at T0, in a copy of that layer alone; null: all are copied. */
   readonly #own: Uint8Array | null;
   readonly #spillFd: number;
+  readonly #spillBitmaps: SharedArrayBuffer;
   readonly #policy: OnBufferFull;
   readonly #bufferBytes: number;
   readonly #coldness: number;
@@ -152,6 +153,7 @@ export class Simulation {
     this.target = new Uint8Array(sizeBytes).fill(0xee);
     this.targetWritten = new Uint8Array(sizeBytes);
     this.#spillFd = openSync(join(scratchDirectory, `spill-${spillNumber++}`), "w+");
+    this.#spillBitmaps = new SharedArrayBuffer(spillBitmapBytes(this.geometry));
     this.node = new DiskNode("disk", this.#image());
   }
 
@@ -305,7 +307,7 @@ export class Simulation {
   }
 
   #spill(): SpillFile {
-    return new SpillFile({ path: "spill", fd: this.#spillFd }, this.geometry);
+    return new SpillFile({ path: "spill", fd: this.#spillFd, bitmaps: this.#spillBitmaps }, this.geometry);
   }
 
   // ---- workers ----

@@ -13,7 +13,7 @@ import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
 import { Interceptor } from "../../src/cow/interceptor.js";
 import { createSharedState } from "../../src/cow/shared.js";
 import { SnapshotDevice } from "../../src/cow/snapshot-device.js";
-import { SpillFile } from "../../src/cow/spill.js";
+import { spillBitmapBytes, SpillFile } from "../../src/cow/spill.js";
 import { CowcatcherError } from "../../src/errors.js";
 import type { BlockStatus, Completion, Image } from "../../src/block/device.js";
 import { Random } from "../support/random.js";
@@ -227,7 +227,10 @@ export class SnapshotSimulation {
     const geometry = geometryOf(SIZE_BYTES);
     const bufferBytes = random.pick([64, 128, 1024]) * KiB;
     const shared = createSharedState(geometry, new SharedArrayBuffer(bufferBytes), bufferBytes);
-    const spill = new SpillFile({ path, fd }, geometry);
+    const spill = new SpillFile(
+      { path, fd, bitmaps: new SharedArrayBuffer(spillBitmapBytes(geometry)) },
+      geometry,
+    );
     const spills = fault !== "no spill";
     const interceptor = new Interceptor({
       shared,

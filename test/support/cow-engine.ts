@@ -13,7 +13,7 @@ import {
   QUEUED,
   type SharedState,
 } from "../../src/cow/shared.js";
-import { SpillFile } from "../../src/cow/spill.js";
+import { spillBitmapBytes, type SpillDescription, SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
 import type { BlockDevice, Completion } from "../../src/block/device.js";
 
@@ -59,6 +59,7 @@ export interface Engine {
   /** The same without DONE: room comes free, the chunk goes on being captured. */
   freeCaptures: (chunk: number) => number;
   spillFd: number;
+  spill: SpillDescription;
   close: () => void;
 }
 
@@ -79,11 +80,12 @@ export function makeEngine(options: EngineOptions = {}): Engine {
   const shared = createSharedState(geometry, new SharedArrayBuffer(bufferBytes), bufferBytes);
   const folder = mkdtempSync(join(tmpdir(), "cowcatcher-engine-"));
   const spillFd = openSync(join(folder, "spill"), "w+");
+  const spill = { path: "spill", fd: spillFd, bitmaps: new SharedArrayBuffer(spillBitmapBytes(geometry)) };
   const broken: CowcatcherError[] = [];
   const interceptor = new Interceptor({
     shared,
     image: disk as unknown as BlockDevice,
-    openSpill: () => new SpillFile({ path: "spill", fd: spillFd }, geometry),
+    openSpill: () => new SpillFile(spill, geometry),
     spillLimitBytes: options.spillLimitBytes ?? Number.MAX_SAFE_INTEGER,
     policy: {
       onBufferFull: "spill",
@@ -113,6 +115,7 @@ export function makeEngine(options: EngineOptions = {}): Engine {
     interceptor,
     broken,
     spillFd,
+    spill,
     freeCaptures,
     drain(chunk) {
       if (!shared.tryClaim(chunk, OWNER_WORKER)) throw new Error(`chunk ${chunk} is claimed`);

@@ -5,6 +5,8 @@ standard output.
                                   disk, beside a model of it in memory
   guest.py sequence SEED URI...   increasing numbers, each written after the acknowledgement of the one before,
                                   the connections (to one disk or to several) in turn
+  guest.py paced SEED URI...      as a sequence, but all over the disk, and with a few milliseconds between two writes:
+                                  a guest that leaves the processors to the others
 
   run            goes on until the next command; answers nothing
   pause          answers "paused OPERATIONS LONGEST_MS"
@@ -36,6 +38,8 @@ def answer(text):
 
 
 class Model:
+    waited = None
+
     def __init__(self):
         self.content = bytearray(CONNECTIONS[0].pread(SIZE, 0))
         self.operations = 0
@@ -100,6 +104,9 @@ class Model:
 
 
 class Sequence:
+    # Of the last write alone, in seconds; None: the whole step was one.
+    waited = None
+
     def __init__(self):
         self.operations = 0
 
@@ -115,6 +122,21 @@ class Sequence:
 
     def command(self, words):
         raise SystemExit("a sequence knows no " + words[0])
+
+
+class Paced(Sequence):
+    PAUSE_SECONDS = 0.004
+    BLOCK = 4096
+
+    def step(self):
+        time.sleep(self.PAUSE_SECONDS)
+        number = self.operations + 1
+        # A stride without a common factor meets each block once before any comes again.
+        block = number * 1021 % (SIZE // self.BLOCK)
+        begin = time.monotonic()
+        CONNECTIONS[number % len(CONNECTIONS)].pwrite(struct.pack("<Q", number) * 512, block * self.BLOCK)
+        self.waited = time.monotonic() - begin
+        self.operations = number
 
 
 class Commands:
@@ -137,7 +159,7 @@ class Commands:
 
 
 commands = Commands()
-guest = Model() if sys.argv[1] == "model" else Sequence()
+guest = {"model": Model, "sequence": Sequence, "paced": Paced}[sys.argv[1]]()
 running = False
 longest = 0.0
 answer("ready %d" % SIZE)
@@ -145,7 +167,7 @@ while True:
     if running and not commands.waiting():
         begin = time.monotonic()
         guest.step()
-        longest = max(longest, time.monotonic() - begin)
+        longest = max(longest, guest.waited or time.monotonic() - begin)
         continue
     words = commands.next()
     if words[0] == "quit":

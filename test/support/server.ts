@@ -255,7 +255,11 @@ export class Guest {
     readonly sizeBytes: number,
   ) {}
 
-  static async start(mode: "model" | "sequence", seed: number, uris: readonly string[]): Promise<Guest> {
+  static async start(
+    mode: "model" | "sequence" | "paced",
+    seed: number,
+    uris: readonly string[],
+  ): Promise<Guest> {
     const script = resolve(import.meta.dirname, "guest.py");
     // libnbd's module belongs to the system's Python, which need not be the first in the path.
     const process = new Process("/usr/bin/python3", [script, mode, String(seed), ...uris]);

@@ -37,7 +37,10 @@ import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.
 import type { JobOptions } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import { RateMeter } from "./rate-meter.js";
-import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
+import { spillBitmapBytes } from "../../cow/spill.js";
+import type { StorageHands } from "../storage/protocol.js";
+import { RemoteSpill } from "../storage/remote-spill.js";
+import { mayHang } from "./thread-boots.js";
 
 /** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
 export const LIVE_WORKER_NICENESS = 10;
@@ -57,6 +60,8 @@ export interface CopyRunOptions {
   slots: PreparedMemory;
   bufferBytes: number;
   live: boolean;
+  /** Where a live run has its spill; undefined: nothing is captured here. */
+  hands?: StorageHands | undefined;
   /** Ends the run when it is aborted before T0. */
   signal?: AbortSignal | undefined;
   /**
@@ -86,7 +91,7 @@ export class CopyRun {
   readonly ended: Promise<void>;
   readonly shared: SharedState;
   readonly geometry: Geometry;
-  readonly spill: OpenSpill | null;
+  readonly spill: RemoteSpill | null;
   readonly #options: CopyRunOptions;
   readonly #pool: Piscina;
   readonly #ports: MessagePort[] = [];
@@ -101,7 +106,7 @@ export class CopyRun {
   #leftBehind = false;
   #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
 
-  private constructor(options: CopyRunOptions, shared: SharedState, spill: OpenSpill | null) {
+  private constructor(options: CopyRunOptions, shared: SharedState, spill: RemoteSpill | null) {
     this.#options = options;
     this.shared = shared;
     this.geometry = shared.geometry;
@@ -124,7 +129,7 @@ export class CopyRun {
    */
   static async prepare(given: CopyRunOptions): Promise<CopyRun> {
     const options = withinLimits(given);
-    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, live, allocateTable } = options;
+    const { job, target, sizeBytes, sourceClusterBytes, slots, bufferBytes, allocateTable } = options;
     if (job.verify) checkReadable(target);
     const geometry = chunkedGeometryOf(
       sizeBytes,
@@ -134,8 +139,7 @@ export class CopyRun {
     );
     const { memory, pages } = slots;
     const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages);
-    const spills = live && bufferBytes > 0 && job.onBufferFull === "spill";
-    const spill = spills ? await openSpillFile(job.spillDir, job.target) : null;
+    const spill = await openSpill(options, geometry);
     if (options.dirty) markClean(shared, options.dirty);
     if (options.signal?.aborted) {
       spill?.close();
@@ -164,7 +168,8 @@ export class CopyRun {
     const tasks: Promise<CopyResult>[] = [];
     try {
       if (live) await this.#prepareBuffer();
-      for (let workerIndex = 0; workerIndex < workerCount; workerIndex++) {
+      // One that began after an abort would not hear of it, and wait for T0 until it is given up.
+      for (let workerIndex = 0; workerIndex < workerCount && this.#firstError === undefined; workerIndex++) {
         const { port1, port2 } = new MessageChannel();
         this.#ports.push(port1);
         const task = this.#pool.run(this.#task(workerIndex, port2), {
@@ -176,7 +181,6 @@ export class CopyRun {
         isReady.catch(() => {});
         ready.push(isReady);
         if (live) await this.#letGuestGoFirst();
-        if (this.#firstError !== undefined) break;
       }
     } finally {
       // Also where the system has no thread for the next one: those that are there are seen to their end.
@@ -207,7 +211,7 @@ export class CopyRun {
     return {
       shared: this.shared.buffers,
       target: target.description,
-      spill: this.spill === null ? null : { path: this.spill.path, fd: this.spill.fd },
+      spill: this.spill?.description ?? null,
       topOnly: job.sync === "top",
       hasForeignCaptures: this.#options.beforeThreadsEnd !== undefined,
       zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
@@ -251,7 +255,11 @@ export class CopyRun {
     );
     const areAlive = await Promise.race([all, this.#abandoned]);
     this.#leftBehind = areAlive === undefined;
-    if (this.#leftBehind) this.#options.onLeftBehind?.();
+    if (this.#leftBehind) {
+      this.#options.onLeftBehind?.();
+      const haveCome = mayHang(() => true);
+      void all.then(haveCome);
+    }
     if (this.#consequence !== undefined) this.abort(this.#consequence);
     this.#endMs = performance.now();
     for (const port of this.#ports) port.close();
@@ -406,6 +414,16 @@ export class CopyRun {
       ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),
     };
   }
+}
+
+async function openSpill(
+  { job, hands, bufferBytes, allocateTable, signal }: CopyRunOptions,
+  geometry: Geometry,
+): Promise<RemoteSpill | null> {
+  if (hands === undefined || bufferBytes === 0 || job.onBufferFull !== "spill") return null;
+  const bytes = spillBitmapBytes(geometry);
+  const bitmaps = allocateTable?.(bytes) ?? new SharedArrayBuffer(bytes);
+  return RemoteSpill.open(hands, { spillDir: job.spillDir, target: job.target }, geometry, bitmaps, signal);
 }
 
 /** A server that takes one connection at a time makes it one worker. */

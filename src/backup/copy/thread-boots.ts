@@ -2,7 +2,7 @@
 // thread is ended in that moment, be it by terminate() or by the process's exit ("v8::Module::IsGraphAsync must be
 // used on an instantiated module", "Error::ThrowAsJavaScriptException napi_throw"). So nobody terminates a thread
 // before `bootsOf` it are over, and the process ends by `endProcess`. At its load, no imports but Node's: the
-// program's entry has this module.
+// program's entry has this module. So does it end where a thread sits in a call that may not return (`mayHang`).
 
 import { setTimeout as delay } from "node:timers/promises";
 import { threadId, workerData } from "node:worker_threads";
@@ -24,6 +24,8 @@ const PLACES_PER_THREAD = 4;
 
 /** Of all pools that were not ended: one whose threads have booted may start another thread. */
 let pools: Boots[] = [];
+/** Whether threads sit in calls that may not return. */
+const hangs = new Set<() => boolean>();
 let exitAtOnce: ((code: number) => void) | undefined;
 
 /** Main thread, before it starts so many threads. */
@@ -40,6 +42,16 @@ export function expectBoots(threadCount: number): Boots {
     () => undefined,
   );
   return boots;
+}
+
+/**
+ * Main thread: `hang` is asked when the process ends. Node waits at its exit for each thread, also for one that sits in a
+ * system call; where one does, the process ends without it.
+ * @returns what ends the asking
+ */
+export function mayHang(hang: () => boolean): () => void {
+  hangs.add(hang);
+  return () => hangs.delete(hang);
 }
 
 /** Main thread: the pool is ended, and starts no thread any more. */
@@ -73,7 +85,8 @@ export async function mayEndProcess(): Promise<void> {
  * process.exit; "exit" handlers run.
  */
 export function endProcess(code: number): void {
-  if (exitAtOnce !== undefined && (isAnyBootUnderWay() || keeperIsBusy())) {
+  const isHeldUp = isAnyBootUnderWay() || keeperIsBusy() || [...hangs].some((hang) => hang());
+  if (exitAtOnce !== undefined && isHeldUp) {
     process.emit("exit", code);
     exitAtOnce(code);
   }

@@ -20,7 +20,7 @@ export interface VerifyTask {
   digests: SharedArrayBuffer;
   control: SharedArrayBuffer;
   workerIndex: number;
-  /** Where the target stands until it has its final name. */
+  /** Leads to the target until it has its final name: to the open file, or an export. */
   path: string;
   /** What errors call it. */
   name: string;

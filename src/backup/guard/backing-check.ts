@@ -12,7 +12,8 @@ import type { Image } from "../../block/device.js";
 import { openImage, resolveBackingPath } from "../../image/open.js";
 import type { TargetOptions } from "../../target/target.js";
 import {
-  type InUse,
+  type InUseParts,
+  NOTHING_IN_USE,
   refuseBackingAsTarget,
   refuseChangingBacking,
   refuseChangingBackingFile,
@@ -33,7 +34,7 @@ export async function checkBacking(target: BackedTarget): Promise<void> {
  */
 export async function openBacking(
   target: BackedTarget,
-  inUse: InUse = { images: [], listeners: [] },
+  inUse: InUseParts = NOTHING_IN_USE,
 ): Promise<Image | null> {
   const { path, backingFile, backingFormat: format } = target;
   if (backingFile === undefined) return null;

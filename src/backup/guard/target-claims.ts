@@ -5,28 +5,26 @@
 //
 // A target that is a file is its final name: the folder, by whatever path, and the name in it. Two jobs would each write
 // a temporary file, and the last to end would win. A device is its storage, an export its place; there the two would
-// mix. Main thread; between the look and the taking nothing is awaited.
+// mix. Main thread; between the look and the taking nothing is awaited. The target's storage is looked at, and all else
+// that the job does there is done, by the storage thread that the claim has. While a call to it hangs, the target stays
+// claimed: what undoes it stands behind that call, and would harm whoever writes there next.
 
-import { dirname, basename, resolve } from "node:path";
-import * as fs from "node:fs";
 import { CowcatcherError } from "../../errors.js";
-import { overlap, type Storage, storageAt } from "../../block/file/storage.js";
-import { resolveExport, type ResolvedExport, sameExport } from "../../nbd/wire/place.js";
-import { isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
-import { isRbdAddress, mayBeSameImage, parseRbdAddress, type RbdAddress } from "../../rbd/address.js";
+import { overlap } from "../../block/file/storage.js";
+import { sameExport } from "../../nbd/wire/place.js";
+import { mayBeSameImage } from "../../rbd/address.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
-import { openBacking } from "./backing-check.js";
 import type { BackupRequest } from "../host.js";
-import { type InUse, refuseImageAsTarget } from "./target-guard.js";
+import type { StorageHand, StorageHands } from "../storage/protocol.js";
+import { type InUse, partsInUse, type TargetPlace } from "./target-guard.js";
 
-type TargetPlace =
-  | { kind: "export"; address: ResolvedExport }
-  | { kind: "rbd"; address: RbdAddress }
-  | { kind: "device"; storage: Storage }
-  | { kind: "file"; name: string };
+/** No chain has this number: a call that does nothing. */
+const NO_BACKING = 0;
 
 export interface TargetClaim {
-  /** Idempotent; never rejects. */
+  /** Where the target's storage is dealt with; null for `null:`, which has none. */
+  readonly hand: StorageHand | null;
+  /** Idempotent; never rejects. Fulfilled when the target is free, which may be long after. */
   release(): Promise<void>;
 }
 
@@ -38,32 +36,46 @@ interface Holder {
 
 export class TargetClaims {
   readonly #holders = new Set<Holder>();
+  readonly #hands: StorageHands;
+
+  constructor(hands: StorageHands) {
+    this.#hands = hands;
+  }
 
   /**
    * @throws CowcatcherError USAGE for a target that is an image in use, or in its own backing chain; BUSY for another
-   *   job's; what opening the backing file throws. Nothing is held then.
+   *   job's; what opening the backing file throws; LIMIT. Nothing is held then.
    */
   async claim({ id, options }: BackupRequest, inUse: InUse): Promise<TargetClaim> {
     const { target, backingFile, backingFormat } = options;
-    if (target === NULL_TARGET_PATH && backingFile === undefined) return { release: () => Promise.resolve() };
-    await refuseImageAsTarget(target, inUse);
-    const place = await placeOf(target);
-    const holder = place === null ? null : this.#take(id, target, place);
+    if (target === NULL_TARGET_PATH && backingFile === undefined) {
+      return { hand: null, release: () => Promise.resolve() };
+    }
+    const parts = await partsInUse(inUse);
+    const hand = this.#hands.take();
+    let holder: Holder | null = null;
+    let backing: number | null;
     try {
-      const backing = await openBacking({ path: target, backingFile, backingFormat }, inUse);
-      let isHeld = true;
-      const release = async (): Promise<void> => {
-        if (!isHeld) return;
-        isHeld = false;
-        if (holder !== null) this.#holders.delete(holder);
-        // Read-only: there is nothing that its closing could lose.
-        await backing?.close().catch(() => {});
-      };
-      return { release };
+      const place = await hand.call("lookAtTarget", { target, inUse: parts });
+      holder = place === null ? null : this.#take(id, target, place);
+      const backed = { path: target, backingFile, backingFormat };
+      backing =
+        backingFile === undefined ? null : await hand.call("openBacking", { target: backed, inUse: parts });
     } catch (error) {
       if (holder !== null) this.#holders.delete(holder);
+      hand.release();
       throw error;
     }
+    let releasing: Promise<void> | undefined;
+    const release = async (): Promise<void> => {
+      if (holder !== null && !hand.isBusy) this.#holders.delete(holder);
+      // Read-only: there is nothing that its closing could lose. It stands behind whatever hangs.
+      if (backing !== null) await hand.call("closeBacking", backing).catch(() => undefined);
+      else if (hand.isBusy) await hand.call("closeBacking", NO_BACKING).catch(() => undefined);
+      if (holder !== null) this.#holders.delete(holder);
+      hand.release();
+    };
+    return { hand, release: () => (releasing ??= release()) };
   }
 
   #take(jobId: string, target: string, place: TargetPlace): Holder {
@@ -74,18 +86,6 @@ export class TargetClaims {
     this.#holders.add(holder);
     return holder;
   }
-}
-
-/** Null for `null:`, and for what cannot be a target: making it says why. */
-async function placeOf(target: string): Promise<TargetPlace | null> {
-  if (target === NULL_TARGET_PATH) return null;
-  if (isNbdUri(target)) return { kind: "export", address: await resolveExport(parseNbdUri(target)) };
-  if (isRbdAddress(target)) return { kind: "rbd", address: parseRbdAddress(target) };
-  const storage = await storageAt(target);
-  if (storage?.isBlockDevice === true) return { kind: "device", storage };
-  const path = await fs.promises.realpath(target).catch(() => resolve(target));
-  const folder = await storageAt(dirname(path));
-  return folder === null ? null : { kind: "file", name: `${folder.id}/${basename(path)}` };
 }
 
 function isSamePlace(a: TargetPlace, b: TargetPlace): boolean {

@@ -1,5 +1,8 @@
 // What a target must not be: a disk that is being copied or served, anything that such a disk is built on, or whatever
-// lies below or above one of these, under whatever name. Main thread.
+// lies below or above one of these, under whatever name.
+//
+// Two storages are looked at: that of the images, on the thread that has them (`partsInUse`), and that of the target and
+// its backing file, on the thread that has the target. What the one finds crosses to the other as plain data.
 //
 // The image locks refuse most of it, but not everywhere: there are file systems without them, systems without libc,
 // second device nodes, and NBD. A target that got through would be the end of the disk: a file is renamed over it, a
@@ -9,12 +12,21 @@
 // A target may well be built on the file that the source is built on. But what a guest writes to, or what is behind
 // this server's own exports, changes under a target that is built on it: `refuseChangingBacking`.
 
+import { basename, dirname, resolve } from "node:path";
 import { CowcatcherError } from "../../errors.js";
 import type { Image } from "../../block/device.js";
+import { realPath } from "../../block/file/calls.js";
 import { overlap, type Storage, storageAt, storageOfFd } from "../../block/file/storage.js";
-import { haveCommon, listenerKeys, type NbdPlace, resolveExport, sameExport } from "../../nbd/wire/place.js";
+import {
+  haveCommon,
+  listenerKeys,
+  type NbdPlace,
+  type ResolvedExport,
+  resolveExport,
+  sameExport,
+} from "../../nbd/wire/place.js";
 import { isNbdUri, parseNbdUri } from "../../nbd/wire/uri.js";
-import { isRbdAddress, mayBeSameImage, parseRbdAddress } from "../../rbd/address.js";
+import { isRbdAddress, mayBeSameImage, parseRbdAddress, type RbdAddress } from "../../rbd/address.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
 import { STDOUT_FD, STDOUT_TARGET_PATH } from "../../target/stdout.js";
 
@@ -37,26 +49,59 @@ interface Part {
   /** 0: the image itself. */
   depth: number;
   isDataFile: boolean;
+  /** Null for an export. */
   storage: Storage | null;
+}
+
+/** InUse as plain data. */
+export interface InUseParts {
+  images: readonly { path: string; readOnly: boolean; isSource: boolean; parts: readonly Part[] }[];
+  listeners: readonly NbdPlace[];
+}
+
+export const NOTHING_IN_USE: InUseParts = { images: [], listeners: [] };
+
+/** On the thread that has the images. */
+export async function partsInUse({ images, listeners }: InUse): Promise<InUseParts> {
+  const described = images.map(async ({ image, isSource }) => {
+    const { path, readOnly } = image;
+    return { path, readOnly, isSource, parts: await partsOf(image) };
+  });
+  return { images: await Promise.all(described), listeners };
+}
+
+/** Where a target is, so that two that are one can be told. */
+export type TargetPlace =
+  | { kind: "export"; address: ResolvedExport }
+  | { kind: "rbd"; address: RbdAddress }
+  | { kind: "device"; storage: Storage }
+  | { kind: "file"; name: string };
+
+/** Null for `null:`, and for what cannot be a target: making it says why. */
+export async function placeOf(target: string): Promise<TargetPlace | null> {
+  if (target === NULL_TARGET_PATH) return null;
+  if (isNbdUri(target)) return { kind: "export", address: await resolveExport(parseNbdUri(target)) };
+  if (isRbdAddress(target)) return { kind: "rbd", address: parseRbdAddress(target) };
+  const storage = await storageAt(target);
+  if (storage?.isBlockDevice === true) return { kind: "device", storage };
+  const path = await realPath(target).catch(() => resolve(target));
+  const folder = await storageAt(dirname(path));
+  return folder === null ? null : { kind: "file", name: `${folder.id}/${basename(path)}` };
 }
 
 /**
  * @throws CowcatcherError USAGE, naming the target and what it would destroy; as parseNbdUri.
  */
-export async function refuseImageAsTarget(target: string, inUse: InUse): Promise<void> {
+export async function refuseImageAsTarget(target: string, inUse: InUseParts): Promise<void> {
   if (target === NULL_TARGET_PATH) return;
   if (isNbdUri(target)) return refuseExport(target, inUse);
   if (isRbdAddress(target)) return refuseRbdImage(target, inUse);
   const storage = target === STDOUT_TARGET_PATH ? await storageOfFd(STDOUT_FD) : await storageAt(target);
   if (storage === null) return;
-  for (const { image, isSource } of inUse.images) {
-    for (const part of await partsOf(image)) {
+  for (const image of inUse.images) {
+    for (const part of image.parts) {
       if (part.storage === null || !overlap(storage, part.storage)) continue;
-      throw refusal(
-        target,
-        roleOf(part, image, isSource),
-        relation(target, storage, part.name, part.storage),
-      );
+      throw refusal(target, roleOf(part, image), relation(target, storage, part.name, part.storage));
     }
   }
 }
@@ -76,16 +121,16 @@ export async function refuseFileAsTarget(target: string, paths: readonly string[
   }
 }
 
-async function refuseExport(target: string, inUse: InUse): Promise<void> {
+async function refuseExport(target: string, inUse: InUseParts): Promise<void> {
   const place = await resolveExport(parseNbdUri(target));
-  for (const { image, isSource } of inUse.images) {
-    for (const part of await partsOf(image)) {
+  for (const image of inUse.images) {
+    for (const part of image.parts) {
       if (part.storage !== null) continue;
       const sameness = sameExport(place, await resolveExport(parseNbdUri(part.name)));
       if (sameness === "no") continue;
       if (sameness === "perhaps") throw perhapsSame(target, part.name);
       const name = part.name === target ? "" : `: it is the export '${part.name}'`;
-      throw refusal(target, roleOf(part, image, isSource), name);
+      throw refusal(target, roleOf(part, image), name);
     }
   }
   if (await isOwnServer(place.keys, inUse)) {
@@ -94,16 +139,12 @@ async function refuseExport(target: string, inUse: InUse): Promise<void> {
 }
 
 /** A snapshot of an image is no other than it. No layer but the last can be an RBD image. */
-function refuseRbdImage(target: string, inUse: InUse): void {
+function refuseRbdImage(target: string, inUse: InUseParts): void {
   const address = parseRbdAddress(target);
-  for (const { image, isSource } of inUse.images) {
+  for (const image of inUse.images) {
     if (!isRbdAddress(image.path) || !mayBeSameImage(address, parseRbdAddress(image.path))) continue;
     const name = image.path === target ? "" : `: it is '${image.path}', in this cluster or another`;
-    throw refusal(
-      target,
-      roleOf({ name: "", depth: 0, isDataFile: false, storage: null }, image, isSource),
-      name,
-    );
+    throw refusal(target, roleOf({ name: "", depth: 0, isDataFile: false, storage: null }, image), name);
   }
 }
 
@@ -112,7 +153,11 @@ function refuseRbdImage(target: string, inUse: InUse): void {
  * @param backing the opened chain below the target
  * @throws CowcatcherError USAGE
  */
-export async function refuseChangingBacking(target: string, backing: Image, inUse: InUse): Promise<void> {
+export async function refuseChangingBacking(
+  target: string,
+  backing: Image,
+  inUse: InUseParts,
+): Promise<void> {
   for (const part of await partsOf(backing)) {
     const writer = await writerOf(part, inUse);
     if (writer !== null) throw changingBacking(target, part.name, writer);
@@ -123,10 +168,10 @@ export async function refuseChangingBacking(target: string, backing: Image, inUs
 export async function refuseChangingBackingFile(
   target: string,
   backingPath: string,
-  inUse: InUse,
+  inUse: InUseParts,
 ): Promise<void> {
   const storage = await storageAt(backingPath);
-  const writer = storage === null ? null : await fileWriterOf(storage, inUse);
+  const writer = storage === null ? null : fileWriterOf(storage, inUse);
   if (writer !== null) throw changingBacking(target, backingPath, writer);
 }
 
@@ -156,33 +201,35 @@ async function partsOf(image: Image): Promise<Part[]> {
 }
 
 /** The image through which the part may be written, if there is one: the path of it. */
-async function writerOf(part: Part, inUse: InUse): Promise<string | null> {
+async function writerOf(part: Part, inUse: InUseParts): Promise<string | null> {
   if (part.storage !== null) return fileWriterOf(part.storage, inUse);
   const place = await resolveExport(parseNbdUri(part.name));
   if (await isOwnServer(place.keys, inUse)) return part.name;
-  for (const { image } of inUse.images) {
-    if (image.readOnly || !isNbdUri(image.path)) continue;
-    if (sameExport(place, await resolveExport(parseNbdUri(image.path))) !== "no") return image.path;
+  for (const { path, readOnly } of inUse.images) {
+    if (readOnly || !isNbdUri(path)) continue;
+    if (sameExport(place, await resolveExport(parseNbdUri(path))) !== "no") return path;
   }
   return null;
 }
 
-async function fileWriterOf(storage: Storage, inUse: InUse): Promise<string | null> {
-  for (const { image } of inUse.images) {
-    if (image.readOnly) continue;
+function fileWriterOf(storage: Storage, inUse: InUseParts): string | null {
+  for (const { path, readOnly, parts } of inUse.images) {
+    if (readOnly) continue;
     // What lies below the image itself is open read-only.
-    for (const { fd } of image.files) if (overlap(storage, await storageOfFd(fd))) return image.path;
+    const own = parts.filter(({ depth }) => depth === 0);
+    if (own.some((part) => part.storage !== null && overlap(storage, part.storage))) return path;
   }
   return null;
 }
 
-async function isOwnServer(keys: ReadonlySet<string>, { listeners }: InUse): Promise<boolean> {
+async function isOwnServer(keys: ReadonlySet<string>, { listeners }: InUseParts): Promise<boolean> {
   for (const listener of listeners) if (haveCommon(keys, await listenerKeys(listener))) return true;
   return false;
 }
 
-function roleOf({ depth, isDataFile }: Part, image: Image, isSource: boolean): string {
-  const whose = isSource ? "the source" : `'${image.path}', which is served here`;
+function roleOf({ depth, isDataFile }: Part, image: { path: string; isSource: boolean }): string {
+  const { path, isSource } = image;
+  const whose = isSource ? "the source" : `'${path}', which is served here`;
   if (depth > 0) return `is in the backing chain of ${whose}`;
   if (isDataFile) return `is the data file of ${whose}`;
   return isSource ? "is source and target at once" : "is the disk of a guest that is served here";

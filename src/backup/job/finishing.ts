@@ -2,11 +2,14 @@
 // pass the check, or whose job is cancelled before it gets its name, never has one. Main thread.
 
 import type { SharedState } from "../../cow/shared.js";
-import type { CowcatcherError } from "../../errors.js";
+import { CowcatcherError } from "../../errors.js";
 import type { Target } from "../../target/target.js";
 import type { CopyThreads } from "../copy/threads.js";
 import type { JobOptions } from "../options.js";
 import { VerifyRun } from "../copy/verify-run.js";
+
+/** Ordinary storage gives a name in less: a cancel that comes meanwhile is too late. */
+const NAMING_GRACE_MS = 2_000;
 
 export class Finishing {
   readonly #target: Target;
@@ -44,12 +47,18 @@ export class Finishing {
       return;
     }
     this.#named = true;
-    await this.#target.commit();
+    await Promise.race([this.#target.commit(), this.#givenUp]);
   }
 
-  /** Ends it with this error. False: too late, the target is getting its name. */
+  /**
+   * Ends it with this error. False: too late, the target is getting its name; if that does not come about in a while it
+   * ends nevertheless, as nobody has to wait for storage that does not answer.
+   */
   cancel(error: CowcatcherError): boolean {
-    if (this.#named) return false;
+    if (this.#named) {
+      setTimeout(() => this.#giveUp(this.#unnamed(error)), NAMING_GRACE_MS).unref();
+      return false;
+    }
     this.#cancelled ??= error;
     this.#giveUp(error);
     this.#check?.cancel(error);
@@ -78,6 +87,15 @@ export class Finishing {
       workerCount: Math.min(this.#job.workerCount, this.#target.workerLimit ?? Infinity),
     });
     await this.#check.ended;
+  }
+
+  #unnamed({ code }: CowcatcherError): CowcatcherError {
+    return new CowcatcherError({
+      code,
+      object: this.#target.name,
+      problem: "was cancelled while it was getting its name, and its storage does not answer",
+      hint: "look whether it is there when the storage answers again: it is complete then",
+    });
   }
 
   #throwIfCancelled(): void {

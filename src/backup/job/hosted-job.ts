@@ -5,6 +5,7 @@ import type { DiskNode } from "../../cow/disk-node.js";
 import type { BufferStore } from "../memory/buffer-store.js";
 import type { Target } from "../../target/target.js";
 import type { CopyThreads } from "../copy/threads.js";
+import type { StorageHand, StorageHands } from "../storage/protocol.js";
 import type { BackupJob, JobStatus } from "../host.js";
 import type { JobOptions } from "../options.js";
 import type { SnapshotPublisher } from "./snapshot.js";
@@ -24,12 +25,15 @@ export interface HostedJobParts {
   checkpointUuid?: string | undefined;
   /** Why it cannot go by a checkpoint, for reasons of its companions. */
   basisRefusal?: string | undefined;
+  /** Where storage that is not the guest's is dealt with; the target's is `hand`'s, null for `null:`. */
+  hands: StorageHands;
+  hand: StorageHand | null;
   /** Undefined where nothing could offer a T0 view. */
   publisher?: SnapshotPublisher | undefined;
   /** Aborted when the start is cancelled; never after T0. */
   signal: AbortSignal;
   /** Called when there is a target, long before the job is prepared. */
-  onTarget(target: Pick<Target, "abortSync">): void;
+  onTarget(target: Pick<Target, "abort" | "abortSync">): void;
   /** Called synchronously at each change of status. */
   onStatus(job: BackupJob, status: JobStatus): void;
 }

@@ -29,8 +29,10 @@ import { disagreement, noBasis } from "./basis.js";
 import type { DiskTracker } from "../../tracking/tracker.js";
 import type { SnapshotPublisher } from "./snapshot.js";
 import { SnapshotJob } from "./snapshot-job.js";
+import type { StorageHands } from "../storage/protocol.js";
+import { StorageThreads } from "../storage/threads.js";
 import { TableStore } from "../memory/table-store.js";
-import { TargetClaims } from "../guard/target-claims.js";
+import { type TargetClaim, TargetClaims } from "../guard/target-claims.js";
 import type { InUse } from "../guard/target-guard.js";
 import { withBackingOf } from "./top-layer.js";
 
@@ -39,8 +41,8 @@ const MAX_JOBS = 64;
 /** Of st_blocks (stat(2)). */
 const STAT_BLOCK_BYTES = 512;
 const statFd: (fd: number) => Promise<fs.Stats> = promisify(fs.fstat);
-/** A cancelled start gives up its workers after one such time, their threads after another, then its target goes. */
-const UNDO_MS_MAX = 2 * ABORT_GRACE_MS + 1_000;
+/** What is cancelled gives up its workers after one such time, their threads after another, its target after a third. */
+const UNDO_MS_MAX = 3 * ABORT_GRACE_MS + 1_000;
 
 /** The jobs of a server: starts them at one T0, lists them, ends them with the process. Main thread only. */
 export class LiveHost implements JobHost {
@@ -53,7 +55,8 @@ export class LiveHost implements JobHost {
   readonly #buffers = new BufferStore();
   readonly #tables = new TableStore();
   readonly #threads = new CopyThreads();
-  readonly #targets = new TargetClaims();
+  readonly #hands: StorageHands & { close(): void };
+  readonly #targets: TargetClaims;
   #places: readonly NbdPlace[] = [];
   readonly #onQuit: () => void;
   readonly #publisher: SnapshotPublisher | undefined;
@@ -63,14 +66,18 @@ export class LiveHost implements JobHost {
   /**
    * @param publisher who exports T0 views; without one, jobs that offer one are refused.
    * @param trackers by node name, of the disks whose changes are tracked
+   * @param hands where storage that is not the guests' is dealt with; replaced in tests
    */
   constructor(
     nodes: ReadonlyMap<string, DiskNode>,
     onQuit: () => void,
     publisher?: SnapshotPublisher,
     trackers: ReadonlyMap<string, DiskTracker> = new Map(),
+    hands: StorageHands & { close(): void } = new StorageThreads(),
   ) {
     this.#trackers = trackers;
+    this.#hands = hands;
+    this.#targets = new TargetClaims(hands);
     this.#nodes = nodes;
     this.#onQuit = onQuit;
     this.#publisher = publisher;
@@ -176,6 +183,7 @@ export class LiveHost implements JobHost {
     ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal">,
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
+    { hand }: TargetClaim,
   ): Promise<HostedJob> {
     const Job = options.sync === "none" ? SnapshotJob : LiveJob;
     return Job.prepare({
@@ -185,6 +193,8 @@ export class LiveHost implements JobHost {
       buffers: this.#buffers,
       tables: this.#tables,
       threads: this.#threads,
+      hands: this.#hands,
+      hand,
       publisher: this.#publisher,
       tracker: this.#trackers.get(disk),
       ...ofStart,
@@ -292,18 +302,20 @@ export class LiveHost implements JobHost {
   }
 
   /**
-   * Cancels what runs and waits until its targets are removed, but no longer than a while for those of a start that
-   * hangs; the process's end sees to them. New jobs are refused from now on.
+   * Cancels what runs and waits until its targets are removed, but no longer than a while where storage does not answer:
+   * the process's end sees to those. New jobs are refused from now on.
    */
   async close(): Promise<void> {
     this.#closing = true;
     const jobs = [...this.#jobs.values()];
     for (const job of jobs) job.cancel(serverEnded(job));
-    await Promise.all(jobs.filter((job) => isActive(job.status)).map((job) => job.concluded));
-    const settled = Promise.all([...this.#starts].map((start) => start.settled));
-    await Promise.race([settled, delay(UNDO_MS_MAX, undefined, { ref: false })]);
+    const concluded = jobs.filter((job) => isActive(job.status)).map((job) => job.concluded);
+    const settled = [...this.#starts].map((start) => start.settled);
+    const isOver = Promise.all([...concluded, ...settled]).then(() => true);
+    const inTime = await Promise.race([isOver, delay(UNDO_MS_MAX, false, { ref: false })]);
     this.#threads.close();
-    if (this.#starts.size === 0) process.removeListener("exit", this.#atExit);
+    this.#hands.close();
+    if (inTime) process.removeListener("exit", this.#atExit);
   }
 
   readonly #atExit = (): void => {

@@ -10,12 +10,12 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 import { BLOCK_BYTES, SLOT_BYTES } from "../../cow/geometry.js";
 import type { DiskNode } from "../../cow/disk-node.js";
 import { Interceptor } from "../../cow/interceptor.js";
-import { SpillFile } from "../../cow/spill.js";
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { FrozenSource } from "../../block/device.js";
 import type { FrozenEpoch } from "../../tracking/tracker.js";
+import { isRbdAddress } from "../../rbd/address.js";
 import { createTarget } from "../../target/create.js";
-import type { Target } from "../../target/target.js";
+import type { Target, TargetOptions } from "../../target/target.js";
 import { roundUp } from "../../units.js";
 import { CopyRun } from "../copy/run.js";
 import { type Basis, findBasis, markLate } from "./basis.js";
@@ -26,7 +26,10 @@ import { JobState } from "./job-state.js";
 import { type JobOptions, SMALLEST_BUFFER_BYTES } from "../options.js";
 import type { JobProgress } from "../progress.js";
 import type { BufferLease } from "../memory/buffer-store.js";
+import type { StorageHand } from "../storage/protocol.js";
+import { RemoteTarget } from "../storage/remote-target.js";
 import { Snapshot } from "./snapshot.js";
+import { accessOf } from "./source-access.js";
 import type { TableLease } from "../memory/table-store.js";
 
 export class LiveJob extends JobState implements HostedJob {
@@ -66,7 +69,7 @@ export class LiveJob extends JobState implements HostedJob {
     this.#interceptor = new Interceptor({
       shared,
       image: node.image,
-      openSpill: spill === null ? undefined : () => new SpillFile(spill, shared.geometry),
+      openSpill: spill === null ? undefined : () => spill,
       spillLimitBytes: options.spillLimitBytes ?? roundUp(node.sizeBytes, BLOCK_BYTES),
       policy: options,
       onBroken: (error) => this.#fail(error),
@@ -75,12 +78,12 @@ export class LiveJob extends JobState implements HostedJob {
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<LiveJob> {
-    const { options, node, buffers, publisher, threads, signal, tracker } = parts;
+    const { options, node, buffers, publisher, threads, hands, hand, signal, tracker } = parts;
     const basis = await findBasis(node.nodeName, options, tracker, parts.basisRefusal);
     const known = basis.changes?.known;
     const isIncremental = known !== undefined;
     const isFallback = options.since !== undefined && !isIncremental;
-    const target = await createTarget({
+    const targetOptions = {
       path: options.target,
       inPlace: isIncremental && options.targetFormat === "raw",
       isPart: isIncremental,
@@ -95,8 +98,8 @@ export class LiveJob extends JobState implements HostedJob {
       direct: options.direct,
       targetRetries: options.targetRetries,
       targetSnapshot: options.targetSnapshot,
-      isCancelled: () => signal.aborted,
-    }).catch((error: unknown) => {
+    };
+    const target = await makeTarget(node, hand, targetOptions, signal).catch((error: unknown) => {
       basis.changes?.end();
       throw error;
     });
@@ -117,6 +120,7 @@ export class LiveJob extends JobState implements HostedJob {
         tables: parts.tables,
         threads,
         publisher,
+        hands,
         signal,
         onBroken: () => {},
       };
@@ -132,6 +136,7 @@ export class LiveJob extends JobState implements HostedJob {
         threads,
         live: true,
         dirty: known === undefined ? undefined : (at, count) => known.run(at, count),
+        hands,
         signal,
         onLeftBehind: () => (isLeftBehind = true),
         onStopped: (error) => job.#stopped(error),
@@ -326,6 +331,20 @@ export class LiveJob extends JobState implements HostedJob {
   abortSync(): void {
     this.#target.abortSync();
   }
+}
+
+async function makeTarget(
+  { image }: DiskNode,
+  hand: StorageHand | null,
+  given: Omit<TargetOptions, "isCancelled" | "sourceAccess">,
+  signal: AbortSignal,
+): Promise<Target> {
+  const options = { ...given, sourceAccess: await accessOf(image) };
+  // An RBD image has a thread of its own (rbd/keeper.ts).
+  if (hand === null || isRbdAddress(options.path)) {
+    return createTarget({ ...options, isCancelled: () => signal.aborted });
+  }
+  return RemoteTarget.make(hand, options, signal);
 }
 
 /**

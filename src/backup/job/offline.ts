@@ -17,7 +17,8 @@ import { Finishing } from "./finishing.js";
 import { type DirtyRuns, dirtyRuns } from "../copy/incremental.js";
 import type { JobOptions } from "../options.js";
 import type { JobProgress } from "../progress.js";
-import { refuseImageAsTarget } from "../guard/target-guard.js";
+import { partsInUse, refuseImageAsTarget } from "../guard/target-guard.js";
+import { accessOf } from "./source-access.js";
 import { withBackingOf } from "./top-layer.js";
 
 export interface OfflineCopyRequest {
@@ -83,7 +84,8 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
     const targetFormat = request.job.targetFormat ?? image.format;
     const job = withBackingOf(image, { ...request.job, targetFormat });
     if (request.makeTarget === undefined) {
-      await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
+      const inUse = await partsInUse({ images: [{ image, isSource: true }], listeners: [] });
+      await refuseImageAsTarget(job.target, inUse);
     }
     await request.onOpened?.(image, job);
     const bitmapRuns = job.bitmap === undefined ? undefined : await dirtyRuns(image, job.bitmap);
@@ -146,7 +148,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
 }
 
 async function plainTarget(
-  { sizeBytes }: Image,
+  image: Image,
   job: JobOptions,
   { isCancelled }: OfflineCopyRequest,
   dirty: DirtyRuns | undefined,
@@ -155,7 +157,8 @@ async function plainTarget(
     ...job,
     path: job.target,
     format: job.targetFormat,
-    sizeBytes,
+    sizeBytes: image.sizeBytes,
+    sourceAccess: await accessOf(image),
     isCancelled,
   });
   return { target, dirty };

@@ -15,7 +15,7 @@ import { BLOCK_BYTES, geometryOf, SLOT_BYTES, type Geometry } from "../../cow/ge
 import { type GuestWaitCounters, Interceptor } from "../../cow/interceptor.js";
 import { createSharedState, CTL_USED_BLOCKS, type SharedState } from "../../cow/shared.js";
 import { SnapshotDevice } from "../../cow/snapshot-device.js";
-import { SpillFile } from "../../cow/spill.js";
+import { spillBitmapBytes } from "../../cow/spill.js";
 import { CowcatcherError } from "../../errors.js";
 import type { BlockDevice } from "../../block/device.js";
 import { MiB, roundUp } from "../../units.js";
@@ -26,7 +26,8 @@ import type { BufferLease, BufferStore } from "../memory/buffer-store.js";
 import type { TableLease, TableStore } from "../memory/table-store.js";
 import type { SnapshotInfo } from "../host.js";
 import { JOB_DEFAULTS, type JobOptions } from "../options.js";
-import { openSpillFile, type OpenSpill } from "../memory/spill-file.js";
+import type { StorageHands } from "../storage/protocol.js";
+import { RemoteSpill } from "../storage/remote-spill.js";
 
 /** Who offers a device to readers; in `serve`, the NBD server. */
 export interface SnapshotPublisher {
@@ -44,6 +45,7 @@ export interface SnapshotParts {
   tables: TableStore;
   threads: CopyThreads;
   publisher: SnapshotPublisher | undefined;
+  hands: StorageHands;
   /** Ends its preparation. */
   signal: AbortSignal;
   /** The snapshot is lost; called once, when the guest goes on already. */
@@ -64,7 +66,7 @@ export class Snapshot {
   readonly #shared: SharedState;
   readonly #lease: BufferLease;
   readonly #tables: TableLease;
-  readonly #spill: OpenSpill | null;
+  readonly #spill: RemoteSpill | null;
   readonly #preparer: PagePreparer;
   #interceptor: Interceptor | undefined;
   #device: SnapshotDevice | undefined;
@@ -77,7 +79,7 @@ export class Snapshot {
     shared: SharedState,
     lease: BufferLease,
     tables: TableLease,
-    spill: OpenSpill | null,
+    spill: RemoteSpill | null,
     preparer: PagePreparer,
   ) {
     this.#preparer = preparer;
@@ -92,7 +94,7 @@ export class Snapshot {
 
   /** All that takes time before T0. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: SnapshotParts): Promise<Snapshot> {
-    const { node, options, buffers, publisher, signal } = parts;
+    const { node, options, buffers, publisher, hands, signal } = parts;
     if (publisher === undefined) {
       throw new CowcatcherError({
         code: "UNSUPPORTED",
@@ -113,8 +115,17 @@ export class Snapshot {
         lease.pages,
       );
       signal.throwIfAborted();
-      const spills = options.onBufferFull === "spill";
-      const spill = spills ? await openSpillFile(options.spillDir, options.target) : null;
+      const { onBufferFull, spillDir, target } = options;
+      const spill =
+        onBufferFull === "spill"
+          ? await RemoteSpill.open(
+              hands,
+              { spillDir, target },
+              shared.geometry,
+              tables.allocate(spillBitmapBytes(shared.geometry)),
+              signal,
+            )
+          : null;
       const preparer = new PagePreparer(parts.threads, lease, {
         bufferBytes,
         niceness: LIVE_WORKER_NICENESS,
@@ -135,7 +146,7 @@ export class Snapshot {
   start(): void {
     const { node, options } = this.#parts;
     const shared = this.#shared;
-    const spill = this.#spill === null ? undefined : new SpillFile(this.#spill, shared.geometry);
+    const spill = this.#spill ?? undefined;
     const interceptor = new Interceptor({
       shared,
       image: node.image,

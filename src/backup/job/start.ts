@@ -34,6 +34,7 @@ export interface StartParts {
     request: BackupRequest,
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
+    claim: TargetClaim,
   ) => Promise<HostedJob>;
   /** Boundaries of T0 besides those of the jobs. */
   marks: readonly StartMark[];
@@ -144,9 +145,10 @@ export class JobStart {
       signal.throwIfAborted();
       this.#claims.push(await claim(request));
     }
-    for (const request of requests) {
+    for (const [index, request] of requests.entries()) {
       signal.throwIfAborted();
-      this.#prepared.push(await prepare(request, signal, (target) => this.#targets.push(target)));
+      const onTarget: HostedJobParts["onTarget"] = (target) => this.#targets.push(target);
+      this.#prepared.push(await prepare(request, signal, onTarget, this.#claims[index]));
     }
   }
 
@@ -192,6 +194,8 @@ export class JobStart {
     this.#cause ??= error;
     this.#graceTimer = setTimeout(this.#giveUp, UNDO_GRACE_MS);
     this.#abort.abort(error);
+    // Threads that boot, or hang, are waited for; the unfinished target need not stay for so long.
+    for (const target of this.#targets) void target.abort();
     for (const job of this.jobs) if (!job.isReplaced) job.abort(error);
   }
 

@@ -2,25 +2,22 @@
 //
 // A system call may do less than it was asked; these functions go on until the range is done, the file ends or
 // an error comes. The synchronous ones use libc where it is there (0.9 µs for 4 KiB in the page cache, against
-// 1.6 µs by fs.readSync); the asynchronous ones use libuv's pool, and so never block their thread.
+// 1.6 µs by fs.readSync); the asynchronous ones are calls.ts's: through libuv's pool on the main thread.
 // Nothing is kept between calls; any thread may call.
 
 import * as fs from "node:fs";
 import { constants } from "node:os";
-import { promisify } from "node:util";
+import { isMainThread } from "node:worker_threads";
 import { errnoName } from "../../errno.js";
 import { type CowcatcherError, ioError } from "../../errors.js";
 import { libc } from "../../native/libc.js";
 import { pages } from "../../native/pages.js";
 
+export { closeFile, openFile, statPath, syncFileData } from "./calls.js";
+
 /** What O_DIRECT asks of offsets, lengths and addresses at most: no device in use has larger logical blocks. */
 export const DIRECT_ALIGNMENT_BYTES = 4096;
 const EINTR = constants.errno.EINTR;
-
-export const openFile: (path: string, flags: number, mode?: number) => Promise<number> = promisify(fs.open);
-export const closeFile: (fd: number) => Promise<void> = promisify(fs.close);
-export const statPath: (path: string) => Promise<fs.Stats> = promisify(fs.stat);
-export const syncFileData: (fd: number) => Promise<void> = promisify(fs.fdatasync);
 
 /** A typed error from libc's minus errno. */
 export function errnoError(
@@ -128,7 +125,7 @@ function wroteNothing(name: string, offsetBytes: number): CowcatcherError {
   return errnoError("write", name, -constants.errno.EIO, offsetBytes);
 }
 
-/** As readFullySync, through libuv's pool. */
+/** As readFullySync; on the main thread through libuv's pool. */
 export async function readFully(
   name: string,
   fd: number,
@@ -147,7 +144,7 @@ export async function readFully(
   return done;
 }
 
-/** As readOnceSync, through libuv's pool. */
+/** As readOnceSync; on the main thread through libuv's pool. */
 export function readOnce(
   name: string,
   fd: number,
@@ -159,7 +156,7 @@ export function readOnce(
   return transfer("read", name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
 }
 
-/** As writeFullySync, through libuv's pool. */
+/** As writeFullySync; on the main thread through libuv's pool. */
 export async function writeFully(
   name: string,
   fd: number,
@@ -177,7 +174,7 @@ export async function writeFully(
   }
 }
 
-/** As transferSync, through libuv's pool. */
+/** As transferSync; on the main thread through libuv's pool. */
 function transfer(
   action: "read" | "write",
   name: string,
@@ -188,6 +185,10 @@ function transfer(
   offsetBytes: number,
 ): Promise<number> {
   return new Promise((resolve, reject) => {
+    if (!isMainThread) {
+      resolve(transferSync(action, name, fd, buffer, bufferOffset, lengthBytes, offsetBytes));
+      return;
+    }
     const settle = (error: Error | null, count: number): void => {
       if (error) reject(ioError(action, name, error, offsetBytes));
       else resolve(count);

@@ -9,8 +9,9 @@
 // not overlap.) What is not seen: one file through two mounts of a network file system, a file below a file system
 // of the machine's own making, devices whose driver is a program (nbd, FUSE). Nothing is opened or changed here.
 
-import * as fs from "node:fs";
-import { promisify } from "node:util";
+import type { BigIntStats } from "node:fs";
+import { namesIn, readBytes, statFile, statPathExactly } from "./calls.js";
+import { decodeName } from "../../file-names.js";
 
 export interface Storage {
   /** Equal for two names of one file or device. */
@@ -24,8 +25,6 @@ export interface Storage {
 const MAX_DEVICES_BELOW = 256;
 const DELETED = " (deleted)";
 
-const statFd: (fd: number, options: { bigint: true }) => Promise<fs.BigIntStats> = promisify(fs.fstat);
-
 /** Null where nothing stands at the path, or it cannot be looked at. Never rejects. */
 export async function storageAt(path: string): Promise<Storage | null> {
   const stats = await statPath(path);
@@ -34,7 +33,7 @@ export async function storageAt(path: string): Promise<Storage | null> {
 
 /** What an open file is, also when its name has gone to another. */
 export async function storageOfFd(fd: number): Promise<Storage> {
-  return storageOf(await statFd(fd, { bigint: true }));
+  return storageOf(await statFile(fd));
 }
 
 /** Whether writing to one may change the other. */
@@ -42,13 +41,13 @@ export function overlap(a: Storage, b: Storage): boolean {
   return a.id === b.id || a.below.has(b.id) || b.below.has(a.id);
 }
 
-async function storageOf(stats: fs.BigIntStats): Promise<Storage> {
+async function storageOf(stats: BigIntStats): Promise<Storage> {
   const isBlockDevice = stats.isBlockDevice();
   const below = isBlockDevice ? await storageBelow(deviceNumber(stats.rdev)) : new Set<string>();
   return { id: idOf(stats), below, isBlockDevice };
 }
 
-function idOf(stats: fs.BigIntStats): string {
+function idOf(stats: BigIntStats): string {
   return stats.isBlockDevice() ? deviceId(deviceNumber(stats.rdev)) : `file ${stats.dev}:${stats.ino}`;
 }
 
@@ -101,16 +100,16 @@ async function diskOfPartition(folder: string): Promise<string[]> {
 }
 
 async function slavesOf(folder: string): Promise<string[]> {
-  const names = await fs.promises.readdir(`${folder}/slaves`).catch(() => []);
+  const names = await namesIn(`${folder}/slaves`).catch(() => []);
   const numbers = await Promise.all(names.map((name) => readLine(`${folder}/slaves/${name}/dev`)));
   return numbers.filter((number) => number !== null);
 }
 
 async function readLine(path: string): Promise<string | null> {
-  const text = await fs.promises.readFile(path, "utf8").catch(() => null);
+  const text = await readBytes(path).then(decodeName, () => null);
   return text === null ? null : text.replace(/\n$/, "");
 }
 
-function statPath(path: string): Promise<fs.BigIntStats | null> {
-  return fs.promises.stat(path, { bigint: true }).catch(() => null);
+function statPath(path: string): Promise<BigIntStats | null> {
+  return statPathExactly(path).catch(() => null);
 }

@@ -4,7 +4,7 @@
 import { checkBacking } from "../../backup/guard/backing-check.js";
 import { dirtyRuns } from "../../backup/copy/incremental.js";
 import { measureTarget } from "../../backup/job/measure.js";
-import { refuseImageAsTarget } from "../../backup/guard/target-guard.js";
+import { partsInUse, refuseImageAsTarget } from "../../backup/guard/target-guard.js";
 import { withBackingOf } from "../../backup/job/top-layer.js";
 import type { Image } from "../../block/device.js";
 import { openImage } from "../../image/open.js";
@@ -102,8 +102,10 @@ async function measure(image: Image, given: JobSettings, output: OutputSettings)
   const format = given.targetFormat ?? image.format;
   const job = withBackingOf(image, { ...given, targetFormat: format });
   if (job.bitmap !== undefined) await dirtyRuns(image, job.bitmap);
-  await refuseImageAsTarget(job.target, { images: [{ image, isSource: true }], listeners: [] });
-  if (!isNbdUri(job.target) && !isRbdAddress(job.target)) await resolveDestination(job.target, job.force);
+  const inUse = await partsInUse({ images: [{ image, isSource: true }], listeners: [] });
+  await refuseImageAsTarget(job.target, inUse);
+  if (!isNbdUri(job.target) && !isRbdAddress(job.target))
+    await resolveDestination({ path: job.target, force: job.force });
   await checkBacking({ ...job, path: job.target });
   if (job.compression !== undefined) {
     if (format === "raw") {

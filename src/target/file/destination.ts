@@ -2,13 +2,16 @@
 
 import * as fs from "node:fs";
 import { dirname, basename, join, resolve } from "node:path";
+import { mountPointsIn } from "../../block/file/mounts.js";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import { readDeviceAttribute, refuseReadOnlyDevice } from "../../block/file/read-only-device.js";
-import { closeFile, openFile } from "../../block/file/fileio.js";
+import { closeFile, openFile, readLink, realPath, statPath } from "../../block/file/calls.js";
 import { acquireImageLock } from "../../block/file/locks.js";
+import type { TargetOptions } from "../target.js";
 
 const DEVICE_FOLDER = "/dev";
 const SHARED_MEMORY_FOLDER = "/dev/shm";
+const STICKY_BIT = 0o1000;
 
 export interface FileDestination {
   kind: "file";
@@ -31,7 +34,11 @@ export type Destination = FileDestination | BlockDestination;
  * IO (EROFS: a device that is set read-only), UNSUPPORTED (neither a
  * file nor a block device), LOCKED (a file to be replaced that another program uses), IO.
  */
-export async function resolveDestination(path: string, force: boolean): Promise<Destination> {
+export async function resolveDestination({
+  path,
+  force,
+  inPlace = false,
+}: Pick<TargetOptions, "path" | "force" | "inPlace">): Promise<Destination> {
   if (path === "") throw new CowcatcherError({ code: "USAGE", object: "TARGET", problem: "an empty path" });
   const stats = await statTarget(path);
   if (stats === null) return newFile(path);
@@ -45,13 +52,14 @@ export async function resolveDestination(path: string, force: boolean): Promise<
     throw wrongKind(path, "is neither a file nor a block device", hint);
   }
   if (!force) throw existsError(path);
-  const realPath = await fs.promises.realpath(path);
+  const realName = await realPath(path);
   if (stats.isBlockDevice()) {
     await refuseReadOnlyDevice(path, stats);
-    return { kind: "block", path: realPath, capacityBytes: await blockDeviceBytes(path, stats.rdev) };
+    return { kind: "block", path: realName, capacityBytes: await blockDeviceBytes(path, stats.rdev) };
   }
-  await refuseIfInUse(path, realPath);
-  return { kind: "file", path: realPath, existing: stats };
+  if (!inPlace) await refuseIrreplaceable(path, realName, stats);
+  await refuseIfInUse(path, realName);
+  return { kind: "file", path: realName, existing: stats };
 }
 
 export function existsError(path: string): CowcatcherError {
@@ -65,11 +73,11 @@ export function existsError(path: string): CowcatcherError {
 
 async function statTarget(path: string): Promise<fs.Stats | null> {
   try {
-    return await fs.promises.stat(path);
+    return await statPath(path);
   } catch (error) {
     if (errnoOf(error) !== "ENOENT") throw ioError("look at the target", path, error);
   }
-  const link = await fs.promises.readlink(path).catch(() => null);
+  const link = await readLink(path).catch(() => null);
   if (link === null) return null;
   throw new CowcatcherError({
     code: "NOT_FOUND",
@@ -81,14 +89,15 @@ async function statTarget(path: string): Promise<fs.Stats | null> {
 
 async function newFile(path: string): Promise<FileDestination> {
   const folder = dirname(resolve(path));
-  if (/[/\\]$/.test(path)) throw wrongKind(path, "names a folder that does not exist", "name a file");
+  // With a slash, or a dot, at its end it can only be a folder.
+  if (/\/\.{0,2}$/.test(path)) throw wrongKind(path, "names a folder that does not exist", "name a file");
   try {
-    const realFolder = await fs.promises.realpath(folder);
+    const realFolder = await realPath(folder);
     await refuseDeviceFolder(path, realFolder);
     return { kind: "file", path: join(realFolder, basename(path)), existing: null };
   } catch (error) {
     if (errnoOf(error) !== "ENOENT") throw ioError("look at the target's folder", path, error);
-    if (isBelow(DEVICE_FOLDER, folder)) throw noSuchDevice(path, error);
+    if (await isAmongDevices(await lastThere(folder))) throw noSuchDevice(path, error);
     throw new CowcatcherError({
       code: "NOT_FOUND",
       object: path,
@@ -105,11 +114,23 @@ async function newFile(path: string): Promise<FileDestination> {
  * @throws CowcatcherError NOT_FOUND, naming `path`
  */
 export async function refuseDeviceFolder(path: string, folder: string): Promise<void> {
-  if (!isBelow(DEVICE_FOLDER, folder)) return;
-  // /dev/shm and the like are file systems of their own.
-  const [there, devices] = await Promise.all([fs.promises.stat(folder), fs.promises.stat(DEVICE_FOLDER)]);
-  if (there.dev === devices.dev && !isBelow(SHARED_MEMORY_FOLDER, folder))
-    throw noSuchDevice(path, undefined);
+  if (await isAmongDevices(folder)) throw noSuchDevice(path, undefined);
+}
+
+/** /dev/shm and the like are file systems of their own, or made for files. */
+async function isAmongDevices(folder: string): Promise<boolean> {
+  if (!isBelow(DEVICE_FOLDER, folder) || isBelow(SHARED_MEMORY_FOLDER, folder)) return false;
+  const [there, devices] = await Promise.all([statPath(folder), statPath(DEVICE_FOLDER)]);
+  return there.dev === devices.dev;
+}
+
+/** The last folder on the way that is there. */
+async function lastThere(folder: string): Promise<string> {
+  for (let at = folder; ; at = dirname(at)) {
+    const real = await realPath(at).catch(() => null);
+    if (real !== null) return real;
+    if (at === dirname(at)) return at;
+  }
 }
 
 function isBelow(folder: string, path: string): boolean {
@@ -128,6 +149,45 @@ function noSuchDevice(path: string, cause: unknown): CowcatcherError {
 
 function wrongKind(path: string, problem: string, hint: string | undefined): CowcatcherError {
   return new CowcatcherError({ code: "UNSUPPORTED", object: path, problem, hint });
+}
+
+/**
+ * What the rename at the end would meet, said before anything is copied. A file is never written in place: until the
+ * copy is complete there would be neither the old backup nor the new one.
+ */
+async function refuseIrreplaceable(name: string, path: string, stats: fs.Stats): Promise<void> {
+  if (stats.nlink > 1) {
+    const others = stats.nlink === 2 ? "another name" : `${stats.nlink - 1} other names`;
+    const problem = `the file has ${others} (hard links), which would keep the old content`;
+    throw irreplaceable(name, problem, "remove the file first, or choose another target");
+  }
+  if ((await mountPointsIn(dirname(path))).has(path)) {
+    const problem = "a file system is mounted on the file (a bind mount), so another cannot take its place";
+    throw irreplaceable(name, problem, "mount its folder instead, or write to a new file there");
+  }
+  if (await isForeignInSticky(dirname(path), stats)) {
+    const problem =
+      "the file is another user's, in a folder with the sticky bit: only its owner may replace it";
+    throw irreplaceable(name, problem, "choose another target");
+  }
+  const fd = await openFile(path, fs.constants.O_WRONLY | fs.constants.O_NONBLOCK).catch((error: unknown) => {
+    // One that may not be written may still be replaced; one that is immutable or append-only may not.
+    if (errnoOf(error) !== "EPERM") return null;
+    const problem = "the file is immutable or append-only (chattr)";
+    throw irreplaceable(name, problem, "chattr -i -a, or choose another target");
+  });
+  if (fd !== null) await closeFile(fd);
+}
+
+function irreplaceable(name: string, problem: string, hint: string): CowcatcherError {
+  return new CowcatcherError({ code: "UNSUPPORTED", object: name, problem, hint });
+}
+
+async function isForeignInSticky(folder: string, { uid }: fs.Stats): Promise<boolean> {
+  const me = process.geteuid?.() ?? 0;
+  if (me === 0 || uid === me) return false;
+  const stats = await statPath(folder);
+  return (stats.mode & STICKY_BIT) !== 0 && stats.uid !== me;
 }
 
 /** A rename would leave a running machine on a file without a name. */

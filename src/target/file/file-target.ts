@@ -9,7 +9,7 @@
 //
 // From complete() on a device may hold a header that makes an image of it. An abort between then and commit() takes
 // it off again (`retract`), after the step that is in flight, which might write it yet. abort() waits for that for a
-// while, as the process may end then; if the storage answers later, it is done later. Main thread only.
+// while, as the process may end then; if the storage answers later, it is done later. On the thread that made it.
 
 import { CowcatcherError } from "../../errors.js";
 import { syncData, type TargetFile } from "./file.js";
@@ -30,6 +30,8 @@ export interface FileTargetParts {
   shared: SharedArrayBuffer;
   /** Writes the format's own metadata. Asks `checkOpen` now and then, which throws once the target is aborted. */
   writeMetadata(checkOpen: () => void): Promise<void>;
+  /** Asked between two steps: who wants it aborted may be on a thread whose word comes only after the step in flight. */
+  isCancelled?: (() => boolean) | undefined;
   /** Where unlinking takes nothing away (a device): undoes, on the medium, what makes it look like an image. */
   retract?: (() => Promise<void>) | undefined;
 }
@@ -39,6 +41,7 @@ export class FileTarget implements Target {
   readonly granularityBytes: number;
   readonly description: TargetDescription;
   readonly unfinishedPath: string;
+  readonly temporaryPaths: readonly string[];
   readonly #parts: FileTargetParts;
   readonly #gate: Int32Array;
   #state: "open" | "completing" | "complete" | "committing" | "finished" | "aborted" = "open";
@@ -54,7 +57,8 @@ export class FileTarget implements Target {
     this.name = parts.file.name;
     this.granularityBytes = parts.granularityBytes;
     this.description = parts.description;
-    this.unfinishedPath = parts.file.path;
+    this.unfinishedPath = parts.file.readPath;
+    this.temporaryPaths = parts.file.temporaryPaths;
     this.#parts = parts;
     this.#gate = new Int32Array(parts.shared);
   }
@@ -76,8 +80,9 @@ export class FileTarget implements Target {
 
   async commit(): Promise<void> {
     if (this.#state !== "complete") throw this.#misuse(`commit() on a target that is ${this.#state}`);
+    this.#checkNotAborted();
     this.#state = "committing";
-    await this.#step(() => this.#parts.file.commit());
+    await this.#step(() => this.#parts.file.commit(() => this.#checkNotAborted()));
     // An abort that came while the file got its name was too late: the target is complete and stays.
     this.#state = "finished";
     await this.#closeDescriptors();
@@ -96,7 +101,7 @@ export class FileTarget implements Target {
       await running;
     } catch (error) {
       // What the abort led to is not the cause.
-      this.#checkNotAborted();
+      if (this.#state === "aborted") this.#checkNotAborted();
       throw error;
     } finally {
       this.#stepInFlight = false;
@@ -105,13 +110,14 @@ export class FileTarget implements Target {
 
   async abort(): Promise<void> {
     if (!this.#abandon()) return;
+    await this.#parts.file.unlink();
     if (this.#mustRetract) await atMost(RETRACT_WAIT_MS_MAX, (this.#retracted ??= this.#retract()));
     if (this.#isIdle()) await this.#closeDescriptors();
     else this.#closeWhenIdle();
   }
 
   abortSync(): void {
-    this.#abandon();
+    if (this.#abandon()) this.#parts.file.unlinkSync();
   }
 
   #abandon(): boolean {
@@ -120,7 +126,6 @@ export class FileTarget implements Target {
     if (mayBeImage && this.#parts.retract !== undefined) this.#mustRetract = true;
     this.#state = "aborted";
     closeGate(this.#gate);
-    this.#parts.file.unlink();
     return true;
   }
 
@@ -155,7 +160,7 @@ export class FileTarget implements Target {
   }
 
   #checkNotAborted(): void {
-    if (this.#state !== "aborted") return;
+    if (this.#state !== "aborted" && this.#parts.isCancelled?.() !== true) return;
     throw new CowcatcherError({ code: "CANCELLED", object: this.name, problem: "the target was aborted" });
   }
 

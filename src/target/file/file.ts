@@ -1,35 +1,66 @@
 // The file or block device behind a raw or qcow2 target: opened, then either committed or discarded.
 //
-// A regular file is written as a temporary (see temporary.ts). Once it is complete and synced, commit() gives it its
-// final name and syncs the folder. Without --force the name is given by link(2), which fails where a file has
+// A regular file. Its final name is kept for it by a temporary (see temporary.ts), from the start on: a second copy to
+// the same name finds it and is refused then, not after its work. The data goes into a file without a name where the
+// file system has such (O_TMPFILE), else into the temporary itself. Once it is complete and synced, commit() gives it
+// its final name and syncs the folder. Without --force the name is given by link(2), which fails where a file has
 // appeared since the check at the start; with it by rename(2), under the image locks of the file that goes: a program
 // may have opened that since the start. A block device is written in place: commit() has nothing to do.
 //
-// Main thread only. What touches the target's data is asynchronous, since this thread serves the guest too.
+// The folder may be another user's, who can put anything under any name in it at any time. So nothing is opened by its
+// name twice (the second descriptor and the reading back of --verify go through /proc/self/fd), and what gets the final
+// name is the open file, or a name that was looked at right before.
+//
+// On the thread of whoever has the target (backup/storage); offline on the main thread.
 
 import * as fs from "node:fs";
 import { basename, dirname } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
-import { closeFile, openFile, syncFileData } from "../../block/file/fileio.js";
+import {
+  changeMode,
+  closeFile,
+  linkFile,
+  openFile,
+  renameFile,
+  statName,
+  statFile,
+  syncFileData,
+  truncateFile,
+  unlinkFile,
+} from "../../block/file/calls.js";
+import { errnoError } from "../../block/file/fileio.js";
 import { acquireImageLock } from "../../block/file/locks.js";
+import { libc } from "../../native/libc.js";
+import { GiB } from "../../units.js";
+import { type Attributes, attributesOf, giveAttributes, modeOfNewFile, openToReaders } from "./attributes.js";
 import { existsError, type FileDestination, lockReplaced, resolveDestination } from "./destination.js";
 import type { TargetOptions } from "../target.js";
 import {
   createTemporary,
+  createUnnamed,
+  isNameOf,
   keepTemporary,
-  removeStaleTemporaries,
+  sweepFolder,
   type Temporary,
+  temporaryPath,
   unlinkTemporary,
+  unlinkTemporarySync,
 } from "./temporary.js";
 
 const { O_DIRECT, O_EXCL, O_RDWR } = fs.constants;
 /** What link(2) answers on file systems without hard links. */
 const NO_LINKS_ERRNOS = new Set(["EPERM", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV"]);
+/** Until it is complete it is nobody else's business. */
+const OWNER_ONLY = 0o600;
+/** Given back at a time: to free all of a large file in one call holds up others' writes to its file system. */
+const TRUNCATE_PIECE_BYTES = 1 * GiB;
 
 export interface TargetFile {
   readonly name: string;
-  /** Where it stands before commit(): the temporary file's path, or the device's. */
-  readonly path: string;
+  /** Where what is written can be read before commit(), whatever happens to its name. */
+  readonly readPath: string;
+  /** Names that are to go if the process ends before commit(). */
+  readonly temporaryPaths: readonly string[];
   /** Never O_DIRECT. */
   readonly bufferedFd: number;
   /** O_DIRECT if asked for, else the same as bufferedFd. */
@@ -39,54 +70,85 @@ export interface TargetFile {
   readonly startsZeroed: boolean;
   /** Of a block device, in bytes; null for a file, which grows. */
   readonly capacityBytes: number | null;
-  /** After a sync: the final name, for a file. `closeDescriptors` is still to be called. */
-  commit(): Promise<void>;
-  /** Removes the unfinished file; a device keeps what was written. Never throws. */
-  unlink(): void;
-  /** Asynchronous, as closing an unlinked file frees its blocks: seconds for a large one. Never rejects. */
+  /**
+   * After a sync: the final name, for a file. `closeDescriptors` is still to be called.
+   * @param checkOpen asked right before; throws if the target is given up
+   */
+  commit(checkOpen: () => void): Promise<void>;
+  /** Removes the unfinished file; a device keeps what was written. Never rejects. */
+  unlink(): Promise<void>;
+  /** The same without a turn of the event loop, as the process ends. */
+  unlinkSync(): void;
+  /** Closing an unlinked file frees its blocks: seconds for a large one. Never rejects. */
   closeDescriptors(): Promise<void>;
 }
 
-/** @throws CowcatcherError as resolveDestination; UNSUPPORTED where O_DIRECT is asked for and not to be had. */
+/**
+ * @throws CowcatcherError as resolveDestination; LOCKED where another copy writes this target; UNSUPPORTED where O_DIRECT
+ *   is asked for and not to be had.
+ */
 export async function openTargetFile(options: TargetOptions, direct: boolean): Promise<TargetFile> {
-  const destination = await resolveDestination(options.path, options.force);
-  if (destination.kind === "file" && options.inPlace === true) {
-    return openInPlace(options, destination, direct);
+  const destination = await resolveDestination(options);
+  if (destination.kind === "block") {
+    return openBlockDevice(options.path, destination.path, destination.capacityBytes, direct);
   }
-  if (destination.kind === "file") {
-    await removeStaleTemporaries(destination.path);
-    return createRegular(options.path, destination, direct);
+  if (options.inPlace === true) return openInPlace(options, destination, direct);
+  const keeper = await createTemporary(dirname(destination.path), basename(destination.path));
+  try {
+    await refuseSecondCopy(options.path, destination.path, keeper);
+    return await createRegular(options, destination, keeper, direct);
+  } catch (error) {
+    await unlinkTemporary(keeper);
+    await closeAll([keeper.fd]);
+    throw ioError("create the target", options.path, error);
   }
-  return openBlockDevice(options.path, destination.path, destination.capacityBytes, direct);
 }
 
+/** Of two that begin at the same moment each sees the other, and neither goes on. */
+async function refuseSecondCopy(name: string, finalPath: string, keeper: Temporary): Promise<void> {
+  const { owners } = await sweepFolder(dirname(finalPath), basename(finalPath), keeper.path);
+  const [owner] = owners;
+  if (owner === undefined) return;
+  throw new CowcatcherError({
+    code: "LOCKED",
+    object: name,
+    problem: `another copy is writing this target (process ${owner})`,
+    hint: "wait until it is over, or choose another target",
+  });
+}
+
+/** @param keeper stays the caller's if this throws */
 async function createRegular(
-  name: string,
+  { path: name, sourceAccess = [] }: TargetOptions,
   destination: FileDestination,
+  keeper: Temporary,
   direct: boolean,
 ): Promise<TargetFile> {
-  const temporary = createTemporary(dirname(destination.path), basename(destination.path));
+  const folder = dirname(destination.path);
+  const unnamedFd = keeper.wasUnnamed ? await createUnnamed(folder) : null;
+  const bufferedFd = unnamedFd ?? keeper.fd;
   try {
-    const finalMode = fs.fstatSync(temporary.fd).mode & 0o777;
-    // Until it is complete it is nobody else's business.
-    fs.fchmodSync(temporary.fd, 0o600);
-    const dataFd = direct ? await openDirect(name, temporary.path) : temporary.fd;
+    const attributes = await keptAttributes(name, bufferedFd, destination);
+    const newMode = await modeOfNewFile(folder, bufferedFd, sourceAccess);
+    const dataFd = direct ? await openDirect(name, pathOfFd(bufferedFd)) : bufferedFd;
+    const file: RegularFile = { name, keeper, fd: bufferedFd, isNamed: unnamedFd === null, destination };
     return {
       name,
-      path: temporary.path,
-      bufferedFd: temporary.fd,
+      readPath: pathOfFd(bufferedFd),
+      temporaryPaths: [keeper.path],
+      bufferedFd,
       dataFd,
       direct,
       startsZeroed: true,
       capacityBytes: null,
-      commit: () => commitRegular(name, temporary, destination, finalMode),
-      unlink: () => unlinkTemporary(temporary),
-      closeDescriptors: () => closeAll(temporary.fd, dataFd),
+      commit: (checkOpen) => commitRegular(file, attributes, newMode, checkOpen),
+      unlink: () => unlinkTemporary(keeper),
+      unlinkSync: () => unlinkTemporarySync(keeper),
+      closeDescriptors: () => closeRegular(bufferedFd, [keeper.fd, dataFd]),
     };
   } catch (error) {
-    unlinkTemporary(temporary);
-    await closeAll(temporary.fd, temporary.fd);
-    throw ioError("create the target", name, error);
+    if (unnamedFd !== null) await closeAll([unnamedFd]);
+    throw error;
   }
 }
 
@@ -116,23 +178,49 @@ async function openInPlace(
   });
   try {
     acquireImageLock(bufferedFd, name, { write: true, resize: true });
-    const dataFd = direct ? await openDirect(name, path) : bufferedFd;
+    const dataFd = direct ? await openDirect(name, pathOfFd(bufferedFd)) : bufferedFd;
     return {
       name,
-      path,
+      readPath: pathOfFd(bufferedFd),
+      temporaryPaths: [],
       bufferedFd,
       dataFd,
       direct,
       startsZeroed: false,
       capacityBytes: sizeBytes,
       commit: () => Promise.resolve(),
-      unlink: () => undefined,
-      closeDescriptors: () => closeAll(bufferedFd, dataFd),
+      unlink: () => Promise.resolve(),
+      unlinkSync: () => undefined,
+      closeDescriptors: () => closeAll([bufferedFd, dataFd]),
     };
   } catch (error) {
-    await closeAll(bufferedFd, bufferedFd);
+    await closeAll([bufferedFd]);
     throw error;
   }
+}
+
+/** Of the file that is to be replaced: given to the new one now, so that what cannot be kept is known now. */
+async function keptAttributes(
+  name: string,
+  newFd: number,
+  { path, existing }: FileDestination,
+): Promise<Attributes> {
+  if (existing === null) return new Map();
+  const fd = await openFile(path, fs.constants.O_RDONLY).catch(() => null);
+  if (fd === null) return new Map();
+  try {
+    const attributes = attributesOf(fd, name);
+    giveAttributes(newFd, name, attributes);
+    await changeMode(newFd, OWNER_ONLY);
+    return attributes;
+  } finally {
+    await closeFile(fd);
+  }
+}
+
+/** Leads to the open file itself, whatever its name leads to by now. */
+function pathOfFd(fd: number): string {
+  return `/proc/self/fd/${fd}`;
 }
 
 async function openBlockDevice(
@@ -147,21 +235,23 @@ async function openBlockDevice(
   });
   try {
     acquireImageLock(bufferedFd, name, { write: true, resize: true });
-    const dataFd = direct ? await openDirect(name, path) : bufferedFd;
+    const dataFd = direct ? await openDirect(name, pathOfFd(bufferedFd)) : bufferedFd;
     return {
       name,
-      path,
+      readPath: pathOfFd(bufferedFd),
+      temporaryPaths: [],
       bufferedFd,
       dataFd,
       direct,
       startsZeroed: false,
       capacityBytes,
       commit: () => Promise.resolve(),
-      unlink: () => undefined,
-      closeDescriptors: () => closeAll(bufferedFd, dataFd),
+      unlink: () => Promise.resolve(),
+      unlinkSync: () => undefined,
+      closeDescriptors: () => closeAll([bufferedFd, dataFd]),
     };
   } catch (error) {
-    await closeAll(bufferedFd, bufferedFd);
+    await closeAll([bufferedFd]);
     throw error;
   }
 }
@@ -199,24 +289,36 @@ export async function syncData(name: string, fd: number): Promise<void> {
   }
 }
 
+interface RegularFile {
+  name: string;
+  keeper: Temporary;
+  fd: number;
+  /** `fd` is the temporary itself. */
+  isNamed: boolean;
+  destination: FileDestination;
+}
+
 async function commitRegular(
-  name: string,
-  temporary: Temporary,
-  destination: FileDestination,
-  finalMode: number,
+  file: RegularFile,
+  attributes: Attributes,
+  newMode: number,
+  checkOpen: () => void,
 ): Promise<void> {
-  await takeOver(temporary.fd, destination.existing, finalMode);
-  const replaced = destination.existing === null ? null : await lockStillFree(name, destination.path);
+  const { name, keeper, fd, destination } = file;
+  const { path, existing } = destination;
+  await openToReaders(fd, name, existing, attributes, newMode);
+  const replaced = existing === null ? null : await lockStillFree(name, path);
   try {
-    if (destination.existing !== null) await fs.promises.rename(temporary.path, destination.path);
-    else await giveNewName(temporary, destination.path);
+    checkOpen();
+    if (existing === null) await giveNewName(file);
+    else await replaceOldName(file);
   } catch (error) {
     throw errnoOf(error) === "EEXIST" ? existsError(name) : ioError("give the target its name", name, error);
   } finally {
     if (replaced !== null) await closeFile(replaced);
   }
-  keepTemporary(temporary);
-  await syncFolder(name, dirname(destination.path));
+  keepTemporary(keeper);
+  await syncFolder(name, dirname(path));
 }
 
 async function lockStillFree(name: string, path: string): Promise<number | null> {
@@ -234,34 +336,64 @@ async function lockStillFree(name: string, path: string): Promise<number | null>
   }
 }
 
-/** A replaced file's successor has its owner and mode, as if it had been written in place. */
-function takeOver(fd: number, existing: fs.Stats | null, newMode: number): Promise<void> {
-  return new Promise((resolve) => {
-    const setMode = (): void =>
-      fs.fchmod(fd, existing === null ? newMode : existing.mode & 0o7777, () => resolve());
-    // Only root may give a file away; anyone else's new file is their own.
-    if (existing === null) setMode();
-    else fs.fchown(fd, existing.uid, existing.gid, setMode);
-  });
-}
-
-async function giveNewName(temporary: Temporary, to: string): Promise<void> {
-  const from = temporary.path;
+async function giveNewName({ name, keeper, fd, isNamed, destination }: RegularFile): Promise<void> {
+  const to = destination.path;
   try {
-    await fs.promises.link(from, to);
+    // By the descriptor where that can be, so that no other file can come between the look and the link.
+    const result = libc?.linkFd(fd, to);
+    if (result !== undefined && result < 0 && !isNamed) throw errnoError("give it its name", name, result);
+    if (result !== 0) {
+      await refuseForeign(name, keeper.path, fd);
+      await linkFile(keeper.path, to);
+    }
   } catch (error) {
-    if (!NO_LINKS_ERRNOS.has(errnoOf(error) ?? "")) throw error;
+    if (!isNamed || !NO_LINKS_ERRNOS.has(errnoOf(error) ?? "")) throw error;
     // No hard links here: look, then rename. A file that appears in between is lost; nothing better exists.
     if (await exists(to)) throw Object.assign(new Error("EEXIST"), { code: "EEXIST" });
-    await fs.promises.rename(from, to);
+    await refuseForeign(name, keeper.path, fd);
+    await renameFile(keeper.path, to);
     return;
   }
   // An abort in between may have been quicker. A second name that stays is removed by the next backup.
-  await fs.promises.rm(from, { force: true }).catch(() => unlinkTemporary(temporary));
+  await unlinkFile(keeper.path).catch(() => unlinkTemporary(keeper));
+}
+
+async function replaceOldName({ name, keeper, fd, isNamed, destination }: RegularFile): Promise<void> {
+  const to = destination.path;
+  if (isNamed) {
+    await refuseForeign(name, keeper.path, fd);
+    await renameFile(keeper.path, to);
+  } else {
+    const between = temporaryPath(dirname(to), basename(to));
+    const result = libc?.linkFd(fd, between) ?? 0;
+    if (result < 0) throw errnoError("give it a name", name, result);
+    try {
+      await refuseForeign(name, between, fd);
+      await renameFile(between, to);
+    } catch (error) {
+      await unlinkFile(between).catch(() => undefined);
+      throw error;
+    }
+    await unlinkFile(keeper.path).catch(() => unlinkTemporary(keeper));
+  }
+  // The name may have been given to another file between the look and the rename.
+  await refuseForeign(name, to, fd);
+}
+
+/** Who may write to the folder can put another file, or a link to one, where ours stands. */
+async function refuseForeign(name: string, path: string, fd: number): Promise<void> {
+  if (await isNameOf(path, fd)) return;
+  throw new CowcatcherError({
+    code: "IO",
+    object: name,
+    problem:
+      "another file was put in the place of the unfinished target, which therefore does not get its name",
+    hint: "write to a folder that nobody else may write to",
+  });
 }
 
 async function exists(path: string): Promise<boolean> {
-  return fs.promises.lstat(path).then(
+  return statName(path).then(
     () => true,
     () => false,
   );
@@ -291,7 +423,21 @@ function nameNotSafe(name: string, cause: unknown): CowcatcherError {
   });
 }
 
-async function closeAll(bufferedFd: number, dataFd: number): Promise<void> {
+async function closeAll(fds: readonly number[]): Promise<void> {
   // After a sync that succeeded, close has nothing left to report; after an abort, nothing matters.
-  await Promise.allSettled([...new Set([bufferedFd, dataFd])].map((fd) => closeFile(fd)));
+  await Promise.allSettled([...new Set(fds)].map((fd) => closeFile(fd)));
+}
+
+async function closeRegular(fd: number, others: readonly number[]): Promise<void> {
+  await freeInPieces(fd).catch(() => undefined);
+  await closeAll([fd, ...others]);
+}
+
+/** Of a file without a name: frees its blocks before its last descriptor is closed, which would do it in one call. */
+export async function freeInPieces(fd: number): Promise<void> {
+  const { nlink, size } = await statFile(fd);
+  if (nlink > 0n) return;
+  for (let bytes = Number(size) - TRUNCATE_PIECE_BYTES; bytes > 0; bytes -= TRUNCATE_PIECE_BYTES) {
+    await truncateFile(fd, bytes);
+  }
 }

@@ -3,18 +3,15 @@
 // A new file is sized first, so what is never written is a hole and zeroes cost nothing. Writers share nothing but
 // the gate: their ranges are disjoint. Writes are synchronous on the worker's thread, which has nothing else to do.
 
-import { promisify } from "node:util";
-import * as fs from "node:fs";
 import { CowcatcherError, ioError } from "../../errors.js";
 import type { Completion } from "../../block/device.js";
+import { truncateFile } from "../../block/file/calls.js";
 import { FileTarget } from "./file-target.js";
 import { openTargetFile, type TargetFile } from "./file.js";
 import { enterGate, GATE_WORDS, leaveGate } from "./gate.js";
 import { pwriteData, writeError, Zeroer } from "./pwrite.js";
 import type { RawTargetDescription, Target, TargetOptions } from "../target.js";
 import type { TargetWriter } from "../../cow/target-writer.js";
-
-const truncateFile: (fd: number, lengthBytes: number) => Promise<void> = promisify(fs.ftruncate);
 
 /** @throws CowcatcherError as openTargetFile; NO_SPACE for a device that is smaller than the disk. */
 export async function createRawTarget(options: TargetOptions): Promise<Target> {
@@ -30,7 +27,7 @@ export async function createRawTarget(options: TargetOptions): Promise<Target> {
   try {
     await sizeFile(file, options.sizeBytes);
   } catch (error) {
-    file.unlink();
+    await file.unlink();
     await file.closeDescriptors();
     throw error;
   }
@@ -51,6 +48,7 @@ export async function createRawTarget(options: TargetOptions): Promise<Target> {
     granularityBytes: 1,
     shared,
     writeMetadata: () => Promise.resolve(),
+    isCancelled: options.isCancelled,
   });
 }
 

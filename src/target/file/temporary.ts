@@ -1,10 +1,10 @@
-// Temporary files: what a target is written to until it is complete, and what a job spills to.
+// Temporary files: what a target is written to until it is complete, what keeps its name for it, what a job spills to.
 //
 // A temporary is called `.PREFIX.cowcatcher-PID-RANDOM.tmp` and stands in a folder that the caller names (for a
-// target: beside the final path, so that a rename ends it). It must vanish however the process ends:
+// target: beside the final path). It is made with mode 0600, and must vanish however the process ends:
 //  - the caller discards or keeps it;
 //  - the process exits: an "exit" handler unlinks what is still registered;
-//  - the process is killed: the next one that uses the same folder and prefix finds and removes it.
+//  - the process is killed: the next one that makes one in the same folder finds and removes it.
 //
 // The last case needs to tell a dead process's file from a live one's. The owner holds an OFD lock on byte 0 for
 // as long as it has the file open (QEMU's image locks are at bytes 100 and 200 and do not meet it); the kernel
@@ -13,49 +13,107 @@
 // id decides. The remover unlinks while it holds the lock itself; an owner that finds its fresh file locked or
 // unlinked by a remover that was quicker makes another.
 //
-// Main thread only. Creating and unlinking are synchronous: a few system calls on the folder, made when a job
-// starts or ends; the search for stale files, which may read a large folder, is not.
+// Where the file system can (O_TMPFILE), the file is made without a name, locked, and named then: nobody ever sees it
+// unlocked, and that a file without a name can be given one is proven before anybody relies on it. `createUnnamed`
+// makes such files for targets' data: no name that somebody could put another file under, and nothing to be left behind.
+//
+// Whose names are looked at. What dead processes left under the same PREFIX is always removed. What they left under
+// others (yesterday's target, if targets have dates) only on file systems of this machine: elsewhere a lock may be one
+// that this machine does not see, as with NFS's option nolock.
+//
+// On the thread of whoever has the target (backup/storage); offline on the main thread.
 
 import * as fs from "node:fs";
 import { createHash, randomBytes } from "node:crypto";
 import { constants as os } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import {
+  closeFile,
+  namesIn,
+  openFile,
+  statFile,
+  statFileSystem,
+  statName,
+  unlinkFile,
+} from "../../block/file/calls.js";
 import { F_WRLCK, libc } from "../../native/libc.js";
 
 export interface Temporary {
   path: string;
   /** Open for reading and writing. */
   fd: number;
+  /** It was made without a name and given one afterwards: so can others in this folder. */
+  wasUnnamed: boolean;
 }
 
+const { O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_NONBLOCK, O_RDWR } = fs.constants;
+/** Linux's, which Node does not name: an architecture's bit, and O_DIRECTORY. */
+const O_TMPFILE = 0o20000000 | O_DIRECTORY;
+const OWNER_ONLY = 0o600;
 const LOCK_BYTE = 0;
 /** A name that long plus what is put around it still fits into the 255 bytes that file systems take. */
 const PREFIX_BYTES_MAX = 200;
 /** Each attempt fails only if another process removes our new file within microseconds. */
 const CREATE_ATTEMPTS_MAX = 8;
-const SUFFIX_PATTERN = /^(\d{1,10})-(u?)[0-9a-f]{12}\.tmp$/;
+const NAME_PATTERN = /^(\..+\.cowcatcher-)(\d{1,10})-(u?)[0-9a-f]{12}\.tmp$/;
 const HELD_ERRNOS = new Set([-os.errno.EAGAIN, -os.errno.EACCES]);
+/** statfs types: ext2 to 4, XFS, Btrfs, tmpfs, F2FS, ZFS, overlayfs, bcachefs. Their locks hold for all who can see a file. */
+const LOCAL_FILE_SYSTEMS = new Set([
+  0xef53, 0x58465342, 0x9123683e, 0x01021994, 0xf2f52010, 0x2fc12fc1, 0x794c7630, 0xca451a4e,
+]);
 
 const live = new Map<string, Temporary>();
 let exitHandlerInstalled = false;
 
 /**
- * Creates and opens an empty file in `directory`, with mode 0666 less the umask.
+ * Creates and opens an empty file in `directory`, readable for its owner alone.
  * @throws CowcatcherError NOT_FOUND, IO or NO_SPACE, naming the folder.
  */
-export function createTemporary(directory: string, prefix: string): Temporary {
+export async function createTemporary(directory: string, prefix: string): Promise<Temporary> {
   installExitHandler();
+  const temporary = (await createNamedLater(directory, prefix)) ?? (await createNamed(directory, prefix));
+  live.set(temporary.path, temporary);
+  return temporary;
+}
+
+/**
+ * A locked file without a name, readable for its owner alone; libc.linkFd gives it one.
+ * @returns null where the file system has no such files, or no locks.
+ */
+export async function createUnnamed(directory: string): Promise<number | null> {
+  if (libc === null) return null;
+  const fd = await openFile(directory, O_TMPFILE | O_RDWR, OWNER_ONLY).catch(() => null);
+  if (fd === null || libc.ofdLock(fd, F_WRLCK, LOCK_BYTE, 1) >= 0) return fd;
+  await closeFile(fd);
+  return null;
+}
+
+/** Another free name for a temporary of this process. */
+export function temporaryPath(directory: string, prefix: string, unlocked = false): string {
+  const random = (unlocked ? "u" : "") + randomBytes(6).toString("hex");
+  return join(directory, `${namePrefix(prefix)}${process.pid}-${random}.tmp`);
+}
+
+async function createNamedLater(directory: string, prefix: string): Promise<Temporary | null> {
+  const fd = await createUnnamed(directory);
+  if (fd === null) return null;
+  const path = temporaryPath(directory, prefix);
+  // What keeps it from having a name (no /proc, a policy) the other way meets too, or it does not matter there.
+  if (libc?.linkFd(fd, path) === 0) return { path, fd, wasUnnamed: true };
+  await closeFile(fd);
+  return null;
+}
+
+async function createNamed(directory: string, prefix: string): Promise<Temporary> {
   let unlocked = libc === null;
   for (let attempt = 0; attempt < CREATE_ATTEMPTS_MAX; attempt++) {
-    const temporary = openNew(directory, prefix, unlocked);
-    const outcome = unlocked ? "held" : hold(temporary);
-    if (outcome === "held") {
-      live.set(temporary.path, temporary);
-      return temporary;
-    }
+    const temporary = await openNew(directory, prefix, unlocked);
+    const outcome = unlocked ? "held" : await hold(temporary);
+    if (outcome === "held") return temporary;
     if (outcome === "no locks here") unlocked = true;
-    closeAndUnlink(temporary);
+    await closeFile(temporary.fd);
+    await unlinkQuietly(temporary.path);
   }
   throw new CowcatcherError({
     code: "LIMIT",
@@ -64,85 +122,116 @@ export function createTemporary(directory: string, prefix: string): Temporary {
   });
 }
 
-function openNew(directory: string, prefix: string, unlocked: boolean): Temporary {
-  const random = (unlocked ? "u" : "") + randomBytes(6).toString("hex");
-  const path = join(directory, `${namePrefix(prefix)}${process.pid}-${random}.tmp`);
+async function openNew(directory: string, prefix: string, unlocked: boolean): Promise<Temporary> {
+  const path = temporaryPath(directory, prefix, unlocked);
   try {
-    return {
-      path,
-      fd: fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_CREAT | fs.constants.O_EXCL, 0o666),
-    };
+    return { path, fd: await openFile(path, O_RDWR | O_CREAT | O_EXCL, OWNER_ONLY), wasUnnamed: false };
   } catch (error) {
     throw ioError("create a file in this folder", directory, error);
   }
 }
 
-function hold({ path, fd }: Temporary): "held" | "lost" | "no locks here" {
+async function hold({ path, fd }: Temporary): Promise<"held" | "lost" | "no locks here"> {
   const result = libc?.ofdLock(fd, F_WRLCK, LOCK_BYTE, 1) ?? -os.errno.ENOSYS;
   if (HELD_ERRNOS.has(result)) return "lost";
   if (result < 0) return "no locks here";
-  const inPlace = fs.statSync(path, { throwIfNoEntry: false });
-  return inPlace !== undefined && inPlace.ino === fs.fstatSync(fd).ino ? "held" : "lost";
+  return (await isNameOf(path, fd)) ? "held" : "lost";
+}
+
+/** Whether the name, which is no symbolic link, leads to the open file. */
+export async function isNameOf(path: string, fd: number): Promise<boolean> {
+  const named = await statName(path).catch(() => null);
+  const { dev, ino } = await statFile(fd);
+  return named !== null && named.dev === dev && named.ino === ino;
 }
 
 /** Ends the care for a file that has its final name now. Its descriptor stays the caller's to close. */
-export function keepTemporary(temporary: Temporary): void {
+export function keepTemporary(temporary: Pick<Temporary, "path">): void {
   live.delete(temporary.path);
 }
 
-/** Unlinks the file, if it is there. Never throws. Its descriptor stays the caller's to close. */
-export function unlinkTemporary(temporary: Temporary): void {
+/** Unlinks the file, if it is there. Never rejects. Its descriptor stays the caller's to close. */
+export async function unlinkTemporary(temporary: Pick<Temporary, "path">): Promise<void> {
   live.delete(temporary.path);
-  unlinkQuietly(temporary.path);
+  await unlinkQuietly(temporary.path);
 }
 
-/** Unlinks every temporary of this process. Never throws. */
+/** The process ends now: the same without a turn of the event loop. Never throws. */
+export function unlinkTemporarySync({ path }: Pick<Temporary, "path">): void {
+  live.delete(path);
+  try {
+    fs.unlinkSync(path);
+  } catch {
+    // Gone already, or the folder is.
+  }
+}
+
+/** Unlinks every temporary that this thread has made, as the process ends now. Never throws. */
 export function unlinkAllTemporaries(): void {
-  for (const temporary of live.values()) unlinkQuietly(temporary.path);
-  live.clear();
+  for (const temporary of live.values()) unlinkTemporarySync(temporary);
 }
 
-/** As removeStale, for what targets with this final path left. */
-export function removeStaleTemporaries(finalPath: string): Promise<string[]> {
+/** As sweepFolder, for what targets with this final path left. @returns the paths removed. */
+export async function removeStaleTemporaries(finalPath: string): Promise<string[]> {
   return removeStale(dirname(finalPath), basename(finalPath));
 }
 
-/**
- * Removes what dead processes left of createTemporary(directory, prefix). Files of live processes, and what
- * cannot be opened or judged, stay. Never throws: stale files harm nobody but the disk's free space.
- * @returns the paths removed.
- */
+/** As sweepFolder. @returns the paths removed. */
 export async function removeStale(directory: string, prefix: string): Promise<string[]> {
-  const start = namePrefix(prefix);
-  const names = await fs.promises.readdir(directory).catch(() => []);
-  const removed: string[] = [];
-  for (const name of names) {
-    if (!name.startsWith(start)) continue;
-    const match = SUFFIX_PATTERN.exec(name.slice(start.length));
-    if (match === null) continue;
-    const path = join(directory, name);
-    if (live.has(path)) continue;
-    if (removeIfStale(path, Number(match[1]), match[2] === "u")) removed.push(path);
-  }
+  const { removed } = await sweepFolder(directory, prefix);
   return removed;
 }
 
-function removeIfStale(path: string, pid: number, unlocked: boolean): boolean {
-  let fd: number;
-  try {
-    // Neither a link nor a FIFO that somebody put there may be followed or waited for.
-    fd = fs.openSync(path, fs.constants.O_RDWR | fs.constants.O_NOFOLLOW | fs.constants.O_NONBLOCK);
-  } catch {
-    return false;
+export interface Sweep {
+  removed: string[];
+  /** Process ids in the names of those of the same prefix whose owners live. */
+  owners: number[];
+}
+
+/**
+ * Removes what dead processes left in the folder. Files of live processes, and what cannot be opened or judged, stay.
+ * Never rejects: stale files harm nobody but the disk's free space.
+ * @param own one that is the caller's, and not to be looked at
+ */
+export async function sweepFolder(directory: string, prefix: string, own?: string): Promise<Sweep> {
+  const start = namePrefix(prefix);
+  const isLocal = await hasLocalLocks(directory);
+  const sweep: Sweep = { removed: [], owners: [] };
+  for (const name of await namesIn(directory).catch(() => [])) {
+    const [, ownStart, pidText, mark] = NAME_PATTERN.exec(name) ?? [];
+    const isSame = ownStart === start;
+    const path = join(directory, name);
+    if (ownStart === undefined || path === own || !(isSame || (isLocal && mark === ""))) continue;
+    const pid = Number(pidText);
+    const verdict = live.has(path) ? "alive" : await judge(path, pid, mark === "u");
+    if (verdict === "removed") sweep.removed.push(path);
+    if (verdict === "alive" && isSame) sweep.owners.push(pid);
   }
+  return sweep;
+}
+
+async function hasLocalLocks(directory: string): Promise<boolean> {
+  if (libc === null) return false;
+  const type = await statFileSystem(directory).then(
+    (found) => found.type,
+    () => 0,
+  );
+  return LOCAL_FILE_SYSTEMS.has(type);
+}
+
+async function judge(path: string, pid: number, unlocked: boolean): Promise<"removed" | "alive" | "unknown"> {
+  // Neither a link nor a FIFO that somebody put there may be followed or waited for.
+  const fd = await openFile(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK).catch(() => null);
+  if (fd === null) return "unknown";
   try {
-    if (!fs.fstatSync(fd).isFile() || !isStale(fd, pid, unlocked)) return false;
-    fs.unlinkSync(path);
-    return true;
+    if (!(await statFile(fd)).isFile()) return "unknown";
+    if (!isStale(fd, pid, unlocked)) return "alive";
+    await unlinkFile(path);
+    return "removed";
   } catch {
-    return false;
+    return "unknown";
   } finally {
-    fs.closeSync(fd);
+    await closeFile(fd);
   }
 }
 
@@ -174,15 +263,7 @@ function installExitHandler(): void {
   process.on("exit", unlinkAllTemporaries);
 }
 
-function closeAndUnlink({ path, fd }: Temporary): void {
-  fs.closeSync(fd);
-  unlinkQuietly(path);
-}
-
-function unlinkQuietly(path: string): void {
-  try {
-    fs.unlinkSync(path);
-  } catch {
-    // Gone already, or the folder is: there is nothing better to do with what remains.
-  }
+async function unlinkQuietly(path: string): Promise<void> {
+  // Gone already, or the folder is: there is nothing better to do with what remains.
+  await unlinkFile(path).catch(() => undefined);
 }

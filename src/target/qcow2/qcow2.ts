@@ -92,6 +92,7 @@ export async function createQcow2Target(options: TargetOptions): Promise<Target>
     granularityBytes: geometry.clusterBytes,
     shared,
     writeMetadata: (checkOpen) => metadata.writeAll(checkOpen),
+    isCancelled: options.isCancelled,
     retract: file.startsZeroed ? undefined : () => wipeHeader(file, geometry),
   });
 }

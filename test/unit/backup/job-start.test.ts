@@ -111,6 +111,7 @@ let claimed: Set<string>;
 let made: FakeJob[];
 /** Disks whose targets were removed as the process ends. */
 let abortedSync: string[];
+let aborted: string[];
 /** By "claim DISK", "prepare DISK" and "before T0 of DISK". */
 let holds: Map<string, Hold>;
 let prepareError: CowcatcherError | undefined;
@@ -143,6 +144,7 @@ beforeEach(() => {
   list = new Map();
   statuses = [];
   abortedSync = [];
+  aborted = [];
   onChange = () => undefined;
   claimed = new Set();
   made = [];
@@ -183,6 +185,7 @@ function start(...disks: string[]): Started {
       await holds.get(`claim ${disk}`)?.wait();
       claimed.add(target);
       return {
+        hand: null,
         release() {
           claimed.delete(target);
           return Promise.resolve();
@@ -190,7 +193,13 @@ function start(...disks: string[]): Started {
       };
     },
     prepare: async ({ id, disk, options }, _signal, onTarget) => {
-      onTarget({ abortSync: () => abortedSync.push(disk) });
+      onTarget({
+        abort() {
+          aborted.push(disk);
+          return Promise.resolve();
+        },
+        abortSync: () => abortedSync.push(disk),
+      });
       await holds.get(`prepare ${disk}`)?.wait();
       if (prepareError !== undefined) throw prepareError;
       return makeJob(id, disk, options);
@@ -413,6 +422,16 @@ describe("a start that fails", () => {
     expect(await outcome).toMatchObject({ code: "CANCELLED" });
     expectNothingLeft();
   });
+});
+
+it("a cancel removes the targets that are there, before what hangs has come to its end", async () => {
+  const held = hold("prepare b");
+  const { jobs, outcome } = start("a", "b");
+  await held.begun();
+  jobs[0]?.cancel();
+  expect(aborted).toEqual(["a", "b"]);
+  held.release();
+  expect(await outcome).toMatchObject({ code: "CANCELLED" });
 });
 
 describe("a job before its T0", () => {

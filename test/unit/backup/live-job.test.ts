@@ -11,6 +11,7 @@ import { CNT_DONE_BYTES, CTL_RUN, RUN_ABORTING, type SharedBuffers } from "../..
 import { CowcatcherError } from "../../../src/errors.js";
 import type { Image } from "../../../src/block/device.js";
 import type { Target } from "../../../src/target/target.js";
+import { LocalHands } from "../../support/storage-hands.js";
 import { ColdDisk, MiB, turns } from "../../support/cow-engine.js";
 
 const WAIT_MS = 60_000;
@@ -174,7 +175,7 @@ beforeEach(() => {
     ["a", nodeOf("a", a)],
     ["b", nodeOf("b", b)],
   ]);
-  host = new LiveHost(nodes, () => undefined);
+  host = new LiveHost(nodes, () => undefined, undefined, new Map(), new LocalHands());
 });
 
 afterEach(() => host.close());
@@ -326,10 +327,10 @@ describe("a start that is cancelled", () => {
     pool.isStuck = true;
     job.cancel();
     expect(await starting).toMatchObject({ code: "CANCELLED" });
-    // Cleaned up later, when the run has given the worker up.
-    await vi.waitFor(() => expect(FakeTarget.made[0]?.calls).toEqual(["abort"]), { timeout: WAIT_MS });
     const first = sharedOf(pool);
-    const next = await start("a");
+    // Its target is free later, when the run has given the worker up.
+    const next = await vi.waitFor(() => start("a"), { timeout: WAIT_MS });
+    expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
     const second = sharedOf(next.pool);
     expect(next.pool).not.toBe(pool);
     expect(second.slots).not.toBe(first.slots);

@@ -7,6 +7,7 @@ import { backupFromArguments } from "../../../src/control/backup-arguments.js";
 import { DiskNode } from "../../../src/cow/disk-node.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import type { BlockDevice, Completion, Image } from "../../../src/block/device.js";
+import { LocalHands } from "../../support/storage-hands.js";
 import { ColdDisk, MiB, turns } from "../../support/cow-engine.js";
 
 class Disk extends ColdDisk {
@@ -30,22 +31,26 @@ beforeEach(() => {
   nodes = new Map([...disks].map(([name, disk]) => [name, nodeOf(name, disk)]));
   published = new Map();
   statuses = [];
-  host = new LiveHost(nodes, () => undefined, {
-    publish(name, device) {
+  const publisher = {
+    publish(name: string, device: BlockDevice) {
       if (published.has(name)) {
         throw new CowcatcherError({ code: "EXISTS", object: name, problem: "is there already" });
       }
       published.set(name, device);
       return () => published.delete(name);
     },
-  });
+  };
+  host = new LiveHost(nodes, () => undefined, publisher, new Map(), new LocalHands());
   host.onStatus((job, status) => statuses.push(`${job.disk} ${status}`));
 });
 
 afterEach(() => host.close());
 
 function nodeOf(name: string, disk: Disk): DiskNode {
-  const image = Object.assign(disk, { path: name, format: "raw", readOnly: false, clusterSizeBytes: 0 });
+  const image = Object.assign(disk, {
+    ...{ path: name, format: "raw", readOnly: false, clusterSizeBytes: 0 },
+    ...{ files: [], backing: null },
+  });
   return new DiskNode(name, image as unknown as Image);
 }
 
@@ -179,7 +184,7 @@ describe("is refused", () => {
   });
 
   it("where nothing exports it", async () => {
-    const lonely = new LiveHost(nodes, () => undefined);
+    const lonely = new LiveHost(nodes, () => undefined, undefined, new Map(), new LocalHands());
     await expect(lonely.startBackups([order("a")])).rejects.toMatchObject({ code: "UNSUPPORTED" });
     await lonely.close();
   });

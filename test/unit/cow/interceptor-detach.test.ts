@@ -7,7 +7,7 @@ import { afterEach, beforeEach, expect, it } from "vitest";
 import { Interceptor } from "../../../src/cow/interceptor.js";
 import { BLOCK_BYTES, geometryOf, SLOT_BYTES } from "../../../src/cow/geometry.js";
 import { createSharedState, OWNER_MASK, type SharedState } from "../../../src/cow/shared.js";
-import { SpillFile } from "../../../src/cow/spill.js";
+import { spillBitmapBytes, SpillFile } from "../../../src/cow/spill.js";
 import { MemoryDevice } from "../../support/nbd-peer.js";
 
 const DISK_BYTES = 1024 * 1024;
@@ -33,10 +33,11 @@ afterEach(() => {
 function intercept(bufferBytes: number): Interceptor {
   const geometry = geometryOf(DISK_BYTES);
   shared = createSharedState(geometry, new SharedArrayBuffer(bufferBytes), bufferBytes);
+  const bitmaps = new SharedArrayBuffer(spillBitmapBytes(geometry));
   return new Interceptor({
     shared,
     image,
-    openSpill: () => new SpillFile({ path: join(folder, "spill"), fd: spillFd }, geometry),
+    openSpill: () => new SpillFile({ path: join(folder, "spill"), fd: spillFd, bitmaps }, geometry),
     spillLimitBytes: DISK_BYTES,
     policy: { onBufferFull: "spill", onCbwError: "break-snapshot", guestTimeoutMs: 1e9 },
     onBroken: (error) => {

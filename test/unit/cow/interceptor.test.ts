@@ -75,7 +75,7 @@ describe("a capture whose read fails later", () => {
 describe("after detach", () => {
   it("a cold read that ends does not write to the spill, whose descriptor may be another file's by then", async () => {
     // Buffer of one slot less than the write needs, so that the capture goes to the spill.
-    const { disk, interceptor, shared, spillFd } = make({ bufferBytes: CLUSTER });
+    const { disk, interceptor, shared, spillFd, spill: description } = make({ bufferBytes: CLUSTER });
     disk.cold = true;
     const write = interceptor.beforeWrite(0, 2 * CLUSTER);
     expect(disk.reads.length).toBeGreaterThan(0);
@@ -83,7 +83,7 @@ describe("after detach", () => {
     disk.cold = false;
     for (const read of disk.reads) read.finish();
     await write;
-    const spill = new SpillFile({ path: "spill", fd: spillFd }, shared.geometry);
+    const spill = new SpillFile(description, shared.geometry);
     const bitmap = new Uint8Array(shared.geometry.blocksPerChunk / 8);
     spill.readBitmap(0, bitmap);
     expect(bitmap.every((byte) => byte === 0)).toBe(true);

@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
-import { SpillFile } from "../../../src/cow/spill.js";
+import { spillBitmapBytes, SpillFile } from "../../../src/cow/spill.js";
 import { CowcatcherError } from "../../../src/errors.js";
 
 const MiB = 1024 * 1024;
@@ -21,7 +21,13 @@ afterEach(() => {
 });
 
 function spillOf(sizeBytes: number): SpillFile {
-  return new SpillFile({ path: "spill", fd }, geometryOf(sizeBytes));
+  return spillOn(fd, sizeBytes);
+}
+
+function spillOn(file: number, sizeBytes: number): SpillFile {
+  const geometry = geometryOf(sizeBytes);
+  const bitmaps = new SharedArrayBuffer(spillBitmapBytes(geometry));
+  return new SpillFile({ path: "spill", fd: file, bitmaps }, geometry);
 }
 
 function errorOf(call: () => void): CowcatcherError {
@@ -43,7 +49,7 @@ describe.each([1, 4097, MiB + 512, 3 * MiB])("the spill of a disk of %i bytes", 
     for (let chunk = 0; chunk < chunkCount; chunk++) {
       spill.writeBitmap(chunk, bitmapOf(chunk));
       const block = Math.min(blocksPerChunk - 1, lastBlock - chunk * blocksPerChunk);
-      spill.writeBlocks(new Uint8Array(BLOCK_BYTES).fill(0x40 + chunk), 0, chunk, block, 1);
+      void spill.writeBlocks(new Uint8Array(BLOCK_BYTES).fill(0x40 + chunk), 0, chunk, block, 1);
     }
     const data = new Uint8Array(BLOCK_BYTES);
     const bitmap = new Uint8Array(blocksPerChunk / 8);
@@ -66,7 +72,7 @@ describe.each([1, 4097, MiB + 512, 3 * MiB])("the spill of a disk of %i bytes", 
 
 it("gives the room of drained blocks back", () => {
   const spill = spillOf(4 * MiB);
-  spill.writeBlocks(new Uint8Array(16 * BLOCK_BYTES).fill(1), 0, 1, 0, 16);
+  void spill.writeBlocks(new Uint8Array(16 * BLOCK_BYTES).fill(1), 0, 1, 0, 16);
   const before = fs.fstatSync(fd).blocks;
   spill.punch(1, 0, 16);
   expect(fs.fstatSync(fd).blocks).toBeLessThan(before);
@@ -74,7 +80,7 @@ it("gives the room of drained blocks back", () => {
 
 it("says so when blocks are gone that were spilled, and never hands on what the buffer held", () => {
   const spill = spillOf(MiB);
-  spill.writeBlocks(new Uint8Array(2 * BLOCK_BYTES).fill(1), 0, 0, 0, 2);
+  void spill.writeBlocks(new Uint8Array(2 * BLOCK_BYTES).fill(1), 0, 0, 0, 2);
   fs.ftruncateSync(fd, BLOCK_BYTES);
   const error = errorOf(() => spill.readBlocks(new Uint8Array(2 * BLOCK_BYTES), 0, 0, 0, 2));
   expect(error).toMatchObject({ code: "IO", object: "spill", offsetBytes: 0 });
@@ -82,8 +88,8 @@ it("says so when blocks are gone that were spilled, and never hands on what the 
 
 it("names the file and the place of a failed write", () => {
   const readOnly = fs.openSync(join(folder, "spill"), "r");
-  const spill = new SpillFile({ path: "spill", fd: readOnly }, geometryOf(MiB));
-  const error = errorOf(() => spill.writeBlocks(new Uint8Array(BLOCK_BYTES), 0, 0, 3, 1));
+  const spill = spillOn(readOnly, MiB);
+  const error = errorOf(() => void spill.writeBlocks(new Uint8Array(BLOCK_BYTES), 0, 0, 3, 1));
   expect(error).toMatchObject({ code: "IO", object: "spill", errno: "EBADF", offsetBytes: 3 * BLOCK_BYTES });
   fs.closeSync(readOnly);
 });

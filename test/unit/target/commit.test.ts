@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { CowcatcherError } from "../../../src/errors.js";
-import * as fileio from "../../../src/block/file/fileio.js";
+import type * as calls from "../../../src/block/file/calls.js";
 import { acquireImageLock } from "../../../src/block/file/locks.js";
 import { libc } from "../../../src/native/libc.js";
 import { createTarget } from "../../../src/target/create.js";
@@ -14,8 +14,8 @@ import { MiB } from "../../../src/units.js";
 
 let folderSync: (() => Promise<void>) | null;
 
-vi.mock("../../../src/block/file/fileio.js", async (importOriginal) => {
-  const original = await importOriginal<typeof fileio>();
+vi.mock("../../../src/block/file/calls.js", async (importOriginal) => {
+  const original = await importOriginal<typeof calls>();
   return {
     ...original,
     syncFileData: (fd: number): Promise<void> =>
@@ -114,11 +114,11 @@ describe.each([false, true])("a folder that cannot be synced (--force %s)", (for
 it("a temporary name that cannot be taken away does not fail a target that has its final one", async () => {
   const target = await open(false);
   await target.complete();
-  const rm = vi
-    .spyOn(fs.promises, "rm")
+  const unlink = vi
+    .spyOn(fs.promises, "unlink")
     .mockRejectedValueOnce(Object.assign(new Error("EIO"), { code: "EIO" }));
   await target.commit();
-  expect(rm).toHaveBeenCalledOnce();
+  expect(unlink).toHaveBeenCalledTimes(2);
   expect(fs.statSync(path).size).toBe(1 * MiB);
   expect(fs.readdirSync(folder)).toEqual(["disk.img"]);
 });

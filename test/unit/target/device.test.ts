@@ -22,10 +22,19 @@ vi.mock("../../../src/target/file/file.js", () => ({
     const fd = fs.openSync(path, "r+");
     openDescriptorCount++;
     return Promise.resolve({
-      ...{ name: path, path, bufferedFd: fd, dataFd: fd, direct: false, startsZeroed: false },
+      ...{
+        name: path,
+        readPath: path,
+        temporaryPaths: [],
+        bufferedFd: fd,
+        dataFd: fd,
+        direct: false,
+        startsZeroed: false,
+      },
       capacityBytes: fs.fstatSync(fd).size,
       commit: () => Promise.resolve(),
-      unlink: () => undefined,
+      unlink: () => Promise.resolve(),
+      unlinkSync: () => undefined,
       closeDescriptors: () => {
         fs.closeSync(fd);
         openDescriptorCount--;

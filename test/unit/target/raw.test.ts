@@ -225,9 +225,9 @@ describe("an aborted target", () => {
 
   it("while it finishes is either gone or complete", async () => {
     const target = await createTarget(options());
-    const finished = target.finish();
+    const finished = refusal(target.finish());
     await target.abort();
-    expect((await refusal(finished)).code).toBe("CANCELLED");
+    expect((await finished).code).toBe("CANCELLED");
     expect(fs.readdirSync(folder)).toEqual([]);
   });
 

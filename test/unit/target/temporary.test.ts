@@ -33,25 +33,26 @@ function place(name: string): string {
 }
 
 describe("temporary files", () => {
-  it("are hidden, open for writing, and gone after unlinkTemporary", () => {
-    const temporary = createTemporary(folder, "disk.qcow2");
+  it("are hidden, open for writing, and gone after unlinkTemporary", async () => {
+    const temporary = await createTemporary(folder, "disk.qcow2");
     expect(fs.readdirSync(folder)[0]).toMatch(/^\.disk\.qcow2\.cowcatcher-\d+-u?[0-9a-f]{12}\.tmp$/);
     fs.writeSync(temporary.fd, "x");
-    unlinkTemporary(temporary);
-    unlinkTemporary(temporary);
+    expect(fs.fstatSync(temporary.fd).mode & 0o777).toBe(0o600);
+    await unlinkTemporary(temporary);
+    await unlinkTemporary(temporary);
     fs.closeSync(temporary.fd);
     expect(fs.readdirSync(folder)).toEqual([]);
   });
 
-  it("have names that the file system takes, however long the final one is", () => {
-    const temporary = createTemporary(folder, "n".repeat(255));
+  it("have names that the file system takes, however long the final one is", async () => {
+    const temporary = await createTemporary(folder, "n".repeat(255));
     fs.closeSync(temporary.fd);
-    unlinkTemporary(temporary);
+    await unlinkTemporary(temporary);
   });
 
-  it("go with the process, but not the one that was kept", () => {
-    const kept = createTemporary(folder, "kept");
-    const other = createTemporary(folder, "other");
+  it("go with the process, but not the one that was kept", async () => {
+    const kept = await createTemporary(folder, "kept");
+    const other = await createTemporary(folder, "other");
     keepTemporary(kept);
     unlinkAllTemporaries();
     fs.closeSync(kept.fd);
@@ -60,27 +61,32 @@ describe("temporary files", () => {
     expect(fs.existsSync(other.path)).toBe(false);
   });
 
-  it("name the folder where they cannot be made", () => {
-    expect(() => createTemporary(join(folder, "none"), "x")).toThrow(
+  it("name the folder where they cannot be made", async () => {
+    await expect(createTemporary(join(folder, "none"), "x")).rejects.toThrow(
       /none: cannot create a file in this folder/,
     );
   });
 });
 
 describe("stale files", () => {
-  it("of a dead process are removed, under their own final name only", async () => {
-    const stale = place(`.disk.cowcatcher-${deadPid()}-0123456789ab.tmp`);
-    const others = [
+  it("of a dead process are removed, whatever the final name was, and nothing else", async () => {
+    const stale = [
+      place(`.disk.cowcatcher-${deadPid()}-0123456789ab.tmp`),
       place(`.disk2.cowcatcher-${deadPid()}-0123456789ab.tmp`),
+    ];
+    const others = [
       place(`.disk.cowcatcher-x-0123456789ab.tmp`),
+      place(`.disk2.cowcatcher-${deadPid()}-u0123456789ab.tmp`),
       place("disk"),
     ];
-    expect(await removeStaleTemporaries(join(folder, "disk"))).toEqual([stale]);
+    // Names of other targets count where locks are known to hold for everybody.
+    const expected = libc === null ? stale.slice(0, 1) : stale;
+    expect((await removeStaleTemporaries(join(folder, "disk"))).sort()).toEqual(expected);
     for (const path of others) expect(fs.existsSync(path)).toBe(true);
   });
 
   it("are not those of this process", async () => {
-    const mine = createTemporary(folder, "disk");
+    const mine = await createTemporary(folder, "disk");
     expect(await removeStale(folder, "disk")).toEqual([]);
     fs.closeSync(mine.fd);
   });
