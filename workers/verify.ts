@@ -5,6 +5,7 @@
 // lock is taken, as the process that writes the target holds its own.
 
 import { closeSync, openSync } from "node:fs";
+import { systemName } from "../src/file-names.js";
 import { FAULTS_VARIABLE, withTargetReadFaults } from "../src/backup/copy/faults.js";
 import {
   CTL_NEXT_STRETCH,
@@ -77,7 +78,7 @@ export async function dropCache(task: VerifyTask): Promise<VerifyResult> {
   return withErrors(task, { differingClusterCount: 0, firstDifferenceBytes: Infinity }, () => {
     // Whether an NBD server reads its medium or its memory is its own business.
     if (libc === null || isNbdUri(task.path) || task.source !== undefined) return;
-    const fd = openSync(task.path, "r");
+    const fd = openSync(systemName(task.path), "r");
     try {
       libc.fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
     } finally {

@@ -1,6 +1,8 @@
 // The program around the commands: parses the arguments, gives the command its context, reports what it throws
 // and says which exit code that is. Nothing here ends the process.
 import { Command } from "commander";
+import { hasProtocol } from "../image/backing-name.js";
+import { isTextName } from "../file-names.js";
 import { DEFAULT_LOG_LEVEL } from "../log-levels.js";
 import { addCommands } from "./commands/all.js";
 import type { CommonFlags } from "./commands/definition.js";
@@ -39,7 +41,6 @@ export async function runProgram(argv: readonly string[], io: ProgramIo): Promis
   const asked = COMMAND_NAMES.find((name) => name === argv[0]);
   const program = buildProgram(io, session, asked);
   try {
-    refuseUndecodable(argv);
     await program.parseAsync(argv, { from: "user" });
     return session.exitCode;
   } catch (thrown) {
@@ -48,13 +49,33 @@ export async function runProgram(argv: readonly string[], io: ProgramIo): Promis
   }
 }
 
+/** Commands whose arguments are files that this process opens itself, as names of any bytes (file-names.ts). */
+const TAKES_BYTES: ReadonlySet<string> = new Set([
+  ...["backup", "restore", "info", "map", "check", "compare", "create"],
+]);
+/** With these, files are named to another process, in JSON, or in a repository, as text. */
+const TAKES_TEXT = ["control", "qmp", "libvirt", "repo"] as const;
+
 /**
- * Node hands over arguments as text, in which bytes that are not UTF-8 have become U+FFFD: such a name would lead to
- * another file, or make one.
+ * Bytes that are not UTF-8 are a file's name, and only where it goes to the system as it is. Elsewhere (sockets,
+ * URIs, what is written down as text) Node would make U+FFFD of them: such a name would lead to another file, or make
+ * one.
  */
-function refuseUndecodable(argv: readonly string[]): void {
-  const wrong = argv.find((argument) => argument.includes("\uFFFD"));
-  if (wrong !== undefined) throw usageError(wrong, "is not UTF-8", "rename the file, or make a link to it");
+function refuseBytes(command: Command): void {
+  const { backingFile, ...options } = command.opts<Record<string, unknown>>();
+  const isFile = TAKES_BYTES.has(command.name()) && TAKES_TEXT.every((name) => options[name] === undefined);
+  const names = [...command.args, backingFile];
+  const others = Object.values(options).flat();
+  const wrong = [...names.filter((name) => !isFile || !isPlainPath(name)), ...others].find(
+    (value) => typeof value === "string" && (!isTextName(value) || value.includes("\uFFFD")),
+  );
+  if (typeof wrong === "string") {
+    throw usageError(wrong, "is not UTF-8", "rename the file, or make a link to it");
+  }
+}
+
+function isPlainPath(name: unknown): boolean {
+  return typeof name !== "string" || !(hasProtocol(name) || name.includes("::") || name.includes("\uFFFD"));
 }
 
 function buildProgram(io: ProgramIo, session: Session, asked: CommandName | undefined): Command {
@@ -82,6 +103,9 @@ function buildProgram(io: ProgramIo, session: Session, asked: CommandName | unde
     session.exitCode = await body(session.context);
   };
   addCommands(program, run, io.environment, asked);
+  program.hook("preAction", (_, command) => {
+    refuseBytes(command);
+  });
   return program;
 }
 

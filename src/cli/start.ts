@@ -6,7 +6,7 @@ import { OFFLINE_WORKER_COUNT } from "../backup/options.js";
 import { endProcess, mayEndProcess } from "../backup/copy/thread-boots.js";
 import { errorLine, reportError } from "./output/report.js";
 import { keepInterrupts } from "./signals.js";
-import { leaveWorkingFolder } from "../file-names.js";
+import { exactArguments, leaveWorkingFolder } from "../file-names.js";
 
 // Node starts its debugger at SIGUSR1 unless someone listens; here the signal asks for a line of progress.
 process.on("SIGUSR1", () => undefined);
@@ -41,7 +41,7 @@ try {
 } catch {
   leaveWorkingFolder();
 }
-const argv = process.argv.slice(2);
+const argv = exactArguments(process.argv.slice(2));
 if (argv[0] === "serve") {
   // The command's own handler takes over when it is loaded.
   process.on("SIGHUP", () => undefined);

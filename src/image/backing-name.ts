@@ -20,7 +20,7 @@
 
 import * as path from "node:path";
 import { CowcatcherError, type ErrorCode } from "../errors.js";
-import { besides } from "../file-names.js";
+import { besides, workingFolder } from "../file-names.js";
 import {
   NBD_DEFAULT_PORT,
   type NbdAddress,
@@ -65,7 +65,7 @@ export function resolveBacking(
   overlayPath: string,
   name: string,
   namedFormat: string | null = null,
-  processFolder: string = process.cwd(),
+  processFolder: string = workingFolder(),
 ): BackingLayer {
   const origin = { overlayPath, processFolder };
   const layer = placeOf(origin, name);

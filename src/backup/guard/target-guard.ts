@@ -12,7 +12,8 @@
 // A target may well be built on the file that the source is built on. But what a guest writes to, or what is behind
 // this server's own exports, changes under a target that is built on it: `refuseChangingBacking`.
 
-import { basename, dirname, resolve } from "node:path";
+import { basename, dirname } from "node:path";
+import { absoluteName } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import type { Image } from "../../block/device.js";
 import { realPath } from "../../block/file/calls.js";
@@ -84,7 +85,7 @@ export async function placeOf(target: string): Promise<TargetPlace | null> {
   if (isRbdAddress(target)) return { kind: "rbd", address: parseRbdAddress(target) };
   const storage = await storageAt(target);
   if (storage?.isBlockDevice === true) return { kind: "device", storage };
-  const path = await realPath(target).catch(() => resolve(target));
+  const path = await realPath(target).catch(() => absoluteName(target));
   const folder = await storageAt(dirname(path));
   return folder === null ? null : { kind: "file", name: `${folder.id}/${basename(path)}` };
 }

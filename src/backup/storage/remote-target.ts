@@ -5,6 +5,7 @@
 
 import { setTimeout as delay } from "node:timers/promises";
 import { unlinkSync } from "node:fs";
+import { systemName } from "../../file-names.js";
 import type { Target, TargetDescription, TargetOptions } from "../../target/target.js";
 import type { MadeTarget, StorageHand } from "./protocol.js";
 
@@ -95,7 +96,7 @@ export class RemoteTarget implements Target {
     if (this.#hand.isBusy) return;
     for (const path of this.temporaryPaths) {
       try {
-        unlinkSync(path);
+        unlinkSync(systemName(path));
       } catch {
         // Gone already, or its folder is.
       }

@@ -1,5 +1,6 @@
 // Why a command that copies has ended. Of one that a signal ended: what has become of its targets, and of them alone.
 import { statSync } from "node:fs";
+import { systemName } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
 import type { CommandContext } from "../output/context.js";
@@ -23,7 +24,7 @@ function remainsOf(target: string): string | undefined {
   if (target === STDIO) return "the reader of standard output has a part of the disk";
   if (isNbdUri(target)) return "the export holds a part of the copy";
   if (isRbdAddress(target)) return "the image holds a part of the copy";
-  if (statSync(target, { throwIfNoEntry: false })?.isBlockDevice() === true) {
+  if (statSync(systemName(target), { throwIfNoEntry: false })?.isBlockDevice() === true) {
     return "the device holds a part of the copy";
   }
   return "the unfinished file was removed";

@@ -7,11 +7,12 @@ import {
   fsyncSync,
   ftruncateSync,
   openSync,
-  promises,
   rmSync,
   statSync,
 } from "node:fs";
-import { dirname, resolve } from "node:path";
+import { dirname } from "node:path";
+import { realPath } from "../../block/file/calls.js";
+import { systemName, absoluteName } from "../../file-names.js";
 import { ioError } from "../../errors.js";
 import type { ImageFormat } from "../../block/format.js";
 import { acquireImageLock } from "../../block/file/locks.js";
@@ -55,9 +56,9 @@ export async function runCreate(
 }
 
 async function refuseNewDevice(path: string): Promise<void> {
-  if (statSync(path, { throwIfNoEntry: false }) !== undefined) return;
+  if (statSync(systemName(path), { throwIfNoEntry: false }) !== undefined) return;
   // Where there is no such folder, to create the file says so.
-  const folder = await promises.realpath(dirname(resolve(path))).catch(() => undefined);
+  const folder = await realPath(dirname(absoluteName(path))).catch(() => undefined);
   if (folder !== undefined) await refuseDeviceFolder(path, folder);
 }
 
@@ -115,7 +116,7 @@ function write(image: NewImage): void {
       else writeRaw(fd, path, image);
     });
   } catch (error) {
-    if (isNewDataFile) rmSync(dataPath, { force: true });
+    if (isNewDataFile) rmSync(systemName(dataPath), { force: true });
     throw error;
   }
 }
@@ -154,7 +155,7 @@ function writeFile(path: string, fill: (fd: number) => void, imagePath?: string)
     sync(fd, path);
     return isNew;
   } catch (error) {
-    if (isNew) rmSync(path, { force: true });
+    if (isNew) rmSync(systemName(path), { force: true });
     else if (isEmptied) giveBackSpace(fd);
     throw error;
   } finally {
@@ -172,15 +173,15 @@ function giveBackSpace(fd: number): void {
 }
 
 function isSameFile(fd: number, path: string): boolean {
-  const other = statSync(path, { throwIfNoEntry: false });
+  const other = statSync(systemName(path), { throwIfNoEntry: false });
   const { dev, ino } = fstatSync(fd);
   return other !== undefined && other.dev === dev && other.ino === ino;
 }
 
 function openForCreation(path: string): { fd: number; isNew: boolean } {
-  const isNew = statSync(path, { throwIfNoEntry: false }) === undefined;
+  const isNew = statSync(systemName(path), { throwIfNoEntry: false }) === undefined;
   try {
-    const fd = openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_NONBLOCK, 0o644);
+    const fd = openSync(systemName(path), constants.O_RDWR | constants.O_CREAT | constants.O_NONBLOCK, 0o644);
     if (fstatSync(fd).isFile()) return { fd, isNew };
     closeSync(fd);
   } catch (cause) {

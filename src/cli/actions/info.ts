@@ -4,6 +4,7 @@
 // those whose data file is missing.
 import { fstatSync, statSync } from "node:fs";
 import { dirname, isAbsolute } from "node:path";
+import { systemName } from "../../file-names.js";
 import { CowcatcherError, ioError } from "../../errors.js";
 import { type BackingLayer, hasProtocol, resolveBacking } from "../../image/backing-name.js";
 import { sizeOf } from "../../block/file/device-size.js";
@@ -136,7 +137,7 @@ function backingLayer(path: string, layer: ImageInfoDocument): BackingLayer | un
 /** A missing file has none: opening it says so better. @throws CowcatcherError IO for a name that leads nowhere */
 function fileIdentity(path: string): string {
   try {
-    const { dev, ino } = statSync(path, { throwIfNoEntry: false }) ?? { dev: -1, ino: -1 };
+    const { dev, ino } = statSync(systemName(path), { throwIfNoEntry: false }) ?? { dev: -1, ino: -1 };
     return `${dev}:${ino}`;
   } catch (error) {
     throw ioError("examine", path, error);

@@ -3,7 +3,8 @@
 // What will be needed is known from above only: a copy leaves out zeroes that it meets in data, and compression makes it
 // smaller by nobody knows how much. So it is a warning, and none for a compressed target.
 import { stat, statfs } from "node:fs/promises";
-import { dirname, resolve } from "node:path";
+import { dirname } from "node:path";
+import { systemName, absoluteName } from "../../file-names.js";
 import type { Image } from "../../block/device.js";
 import { formatBytes } from "../../units.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
@@ -18,9 +19,9 @@ export async function freeBytesFor(target: string): Promise<number | undefined> 
   if (target === NULL_TARGET || target === STDIO || isNbdUri(target) || isRbdAddress(target))
     return undefined;
   try {
-    const existing = await stat(target).catch(() => undefined);
+    const existing = await stat(systemName(target)).catch(() => undefined);
     if (existing?.isFile() === false) return undefined;
-    const { bavail, bsize } = await statfs(dirname(resolve(target)));
+    const { bavail, bsize } = await statfs(systemName(dirname(absoluteName(target))));
     return bavail * bsize;
   } catch {
     // Whoever makes the target says what is wrong with its folder.

@@ -4,7 +4,7 @@ import { existsSync } from "node:fs";
 import { Option } from "commander";
 import { MAX_PAGE_MEMORY_BYTES } from "../../cow/buffer-limit.js";
 import { CowcatcherError } from "../../errors.js";
-import { absoluteName, isFolderless } from "../../file-names.js";
+import { absoluteName, isFolderless, systemName } from "../../file-names.js";
 import { IMAGE_FORMATS, type ImageFormat } from "../../block/format.js";
 import { formatNbdUri, isNbdUri, isOldNbdName, parseNbdUri, parseOldNbdName } from "../../nbd/wire/uri.js";
 import { absoluteRbdAddress, isRbdAddress, parseRbdAddress } from "../../rbd/address.js";
@@ -141,7 +141,7 @@ export function refuseStdio(
  */
 export function parseImage(text: string, argument = "IMAGE"): string {
   refuseStdio(text);
-  if (isOldNbdName(text) && !existsSync(text)) return formatNbdUri(parseOldNbdName(text));
+  if (isOldNbdName(text) && !existsSync(systemName(text))) return formatNbdUri(parseOldNbdName(text));
   if (isNbdUri(text)) parseNbdUri(text);
   if (isRbdAddress(text)) parseRbdAddress(text);
   if (text === "") throw usageError(argument, "is empty", "give the path of an image, or an NBD URI");
@@ -170,7 +170,7 @@ function refuseForeignAddress(text: string): void {
     isRbdAddress(text) ||
     text === NULL_TARGET ||
     !FOREIGN_ADDRESS.test(text) ||
-    existsSync(text)
+    existsSync(systemName(text))
   )
     return;
   throw usageError(

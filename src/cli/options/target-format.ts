@@ -1,5 +1,6 @@
 // The format that a new image gets where nobody says it: by its extension, and by what stands there.
 import { statSync } from "node:fs";
+import { systemName } from "../../file-names.js";
 import type { ImageFormat } from "../../block/format.js";
 import { isOldNbdName } from "../../nbd/wire/uri.js";
 import { formatByExtension, isNbdUri, isRbdAddress, STDIO, usageError } from "./options.js";
@@ -40,7 +41,7 @@ export function targetFormatOf(
 /** False where it cannot be looked at: whoever opens it says why. */
 function isBlockDevice(path: string): boolean {
   try {
-    return statSync(path).isBlockDevice();
+    return statSync(systemName(path)).isBlockDevice();
   } catch {
     return false;
   }

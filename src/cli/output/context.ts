@@ -1,4 +1,5 @@
 // What a command gets from the program around it.
+import { printableName } from "../../file-names.js";
 import type { Logger } from "../../log.js";
 import type { CommandName, InterruptSignal } from "./exit-codes.js";
 
@@ -37,7 +38,7 @@ export function keepStdoutForData(context: Pick<CommandContext, "output">): void
 }
 
 export function printLine({ stdout }: OutputSettings, text: string): void {
-  stdout.write(`${text}\n`);
+  stdout.write(`${printableName(text)}\n`);
 }
 
 /** One JSON document, indented as qemu-img's. */

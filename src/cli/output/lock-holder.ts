@@ -5,6 +5,7 @@
 // root may look at; then nothing is added. Bounded, as a machine may have many processes. In the command's own process
 // alone: a server has a guest to serve.
 import { readdirSync, readFileSync, statSync, type Stats } from "node:fs";
+import { systemName } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import type { CommandName } from "./exit-codes.js";
 
@@ -21,7 +22,7 @@ export interface Holder {
 /** The error with its holder named, where it is about a lock and the holder can be found. */
 export function withLockHolder(error: CowcatcherError, command: CommandName | undefined): CowcatcherError {
   if (error.code !== "LOCKED") return error;
-  const stats = statSync(error.object, { throwIfNoEntry: false });
+  const stats = statSync(systemName(error.object), { throwIfNoEntry: false });
   const holder = stats === undefined ? undefined : findHolder(stats);
   const hint = hintFor(holder, command);
   if (holder === undefined && hint === undefined) return error;

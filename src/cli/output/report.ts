@@ -1,5 +1,6 @@
 // How an error reaches the user: one line on stderr, its stack in the log at debug level, and, with --json, an
 // object on stdout as well.
+import { printableName } from "../../file-names.js";
 import type { CowcatcherError } from "../../errors.js";
 import type { Logger } from "../../log.js";
 import { printJsonLine, type OutputSettings } from "./context.js";
@@ -60,5 +61,7 @@ export function warn({ quiet, stderr }: OutputSettings, text: string): void {
 
 /** Control characters, of which a file's name may have any, would break the line or drive the terminal. */
 function onOneLine(text: string): string {
-  return text.replace(/\s*[\r\n]+\s*/g, " ").replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");
+  return printableName(text)
+    .replace(/\s*[\r\n]+\s*/g, " ")
+    .replace(/[\u0000-\u001f\u007f-\u009f]/g, "?");
 }

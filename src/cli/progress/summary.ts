@@ -1,5 +1,6 @@
 // What a finished backup or restore says: a few lines for people, one object for scripts.
 import { statSync } from "node:fs";
+import { systemName } from "../../file-names.js";
 import type { BasisInfo } from "../../backup/host.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { formatBytes, formatDuration } from "../../units.js";
@@ -142,7 +143,7 @@ function onTarget({ bytesOnTarget: bytes }: JobInfo): string {
 /** What a finished target takes of its storage; undefined for what is no file, or may not be looked at. */
 export function bytesOnTarget(target: string): number | undefined {
   try {
-    const stats = statSync(target);
+    const stats = statSync(systemName(target));
     return stats.isFile() ? stats.blocks * STAT_BLOCK_BYTES : undefined;
   } catch {
     return undefined;

@@ -1,7 +1,8 @@
 // Where a target's final name leads, and whether a target may be put there. Nothing is changed here.
 
 import * as fs from "node:fs";
-import { dirname, basename, join, resolve } from "node:path";
+import { dirname, basename, join } from "node:path";
+import { absoluteName } from "../../file-names.js";
 import { mountPointsIn } from "../../block/file/mounts.js";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import { readDeviceAttribute, refuseReadOnlyDevice } from "../../block/file/read-only-device.js";
@@ -88,7 +89,7 @@ async function statTarget(path: string): Promise<fs.Stats | null> {
 }
 
 async function newFile(path: string): Promise<FileDestination> {
-  const folder = dirname(resolve(path));
+  const folder = dirname(absoluteName(path));
   // With a slash, or a dot, at its end it can only be a folder.
   if (/\/\.{0,2}$/.test(path)) throw wrongKind(path, "names a folder that does not exist", "name a file");
   try {

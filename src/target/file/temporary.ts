@@ -27,6 +27,7 @@ import * as fs from "node:fs";
 import { createHash, randomBytes } from "node:crypto";
 import { constants as os } from "node:os";
 import { basename, dirname, join } from "node:path";
+import { systemName } from "../../file-names.js";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import {
   closeFile,
@@ -160,7 +161,7 @@ export async function unlinkTemporary(temporary: Pick<Temporary, "path">): Promi
 export function unlinkTemporarySync({ path }: Pick<Temporary, "path">): void {
   live.delete(path);
   try {
-    fs.unlinkSync(path);
+    fs.unlinkSync(systemName(path));
   } catch {
     // Gone already, or the folder is.
   }

@@ -1,6 +1,7 @@
 // The header cluster of a qcow2 version 3 image, as QEMU's docs/interop/qcow2.txt has it: 112 bytes of fields, the
 // extensions, the backing file's name.
 
+import { nameBytes } from "../../file-names.js";
 import { CowcatcherError } from "../../errors.js";
 import type { ImageFormat } from "../../block/format.js";
 import type { CompressionType } from "../../image/qcow2/format/header.js";
@@ -106,7 +107,7 @@ function featureNameTable(): Buffer {
 }
 
 function writeBackingName(name: string, cluster: Buffer, at: number, file: string): void {
-  const bytes = Buffer.from(file);
+  const bytes = nameBytes(file);
   const most = Math.min(BACKING_NAME_BYTES_MAX, cluster.length - at);
   if (bytes.length > most) {
     throw new CowcatcherError({

@@ -122,18 +122,6 @@ describe("names", () => {
     expect(existsSync(join(folder, "nbd:new.img"))).toBe(true);
   });
 
-  it("bytes that are not UTF-8 are refused, not replaced", async () => {
-    const before = readdirSync(folder);
-    const { code, stderr } = await run(
-      "bash",
-      ["-c", `"$0" "$1" backup disk.img $'bad\\xff.img'`, process.execPath, COWCATCHER_BIN],
-      { cwd: folder },
-    );
-    expect(stderr).toMatch(/^cowcatcher: bad.*\.img: is not UTF-8 \(.*\)\n$/);
-    expect(code).toBe(2);
-    expect(readdirSync(folder)).toEqual(before);
-  });
-
   it("an empty disk and one of an odd size are copied as they are", async () => {
     writeFileSync(join(folder, "empty.img"), "");
     writeFileSync(join(folder, "odd.img"), Buffer.alloc(1000, 3));

@@ -8,6 +8,7 @@
 // Of the last cluster, what lies behind the disk's end is written as zeroes: nobody else will.
 
 import { ftruncateSync } from "node:fs";
+import { nameBytes } from "../../../file-names.js";
 import { CowcatcherError, ioError } from "../../../errors.js";
 import { TiB, formatBytes, roundUp } from "../../../units.js";
 import { writeFullySync } from "../../../block/file/fileio.js";
@@ -200,7 +201,7 @@ function headerOf(
   if (version === 2) return header;
   // The table is a courtesy to other programs; in a cluster of 512 bytes a backing file's name goes first.
   const texts = [options.backingFile, options.backingFormat, options.dataFile];
-  const textBytes = texts.reduce((sum, text) => sum + roundUp(Buffer.byteLength(text ?? ""), 8), 0);
+  const textBytes = texts.reduce((sum, text) => sum + roundUp(nameBytes(text ?? "").length, 8), 0);
   const features = featureNameTable();
   const leastBytes = 112 + 2 * 8 + (8 + features.data.length) + 8 + textBytes + 8;
   if (leastBytes <= clusterSizeBytes) header.extensions.push(features);

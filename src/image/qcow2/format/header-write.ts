@@ -1,6 +1,7 @@
 // The other way: a Qcow2Header becomes the first cluster of an image (qcow2 specification: "Header", "Header
 // extensions", "Feature name table"). Pure, as header.ts is.
 
+import { nameBytes } from "../../../file-names.js";
 import {
   EXTENSION_BACKING_FORMAT,
   EXTENSION_EXTERNAL_DATA,
@@ -60,7 +61,7 @@ export function serialiseHeader(header: Qcow2Header, name: string): Uint8Array {
 }
 
 function writeBackingName(bytes: Uint8Array, backingFile: string, offset: number, name: string): void {
-  const encoded = Buffer.from(backingFile, "utf8");
+  const encoded = nameBytes(backingFile);
   if (encoded.length > MAX_BACKING_NAME_BYTES || offset + encoded.length > bytes.length) {
     throw limitError(
       name,
@@ -77,7 +78,7 @@ function extensionsToWrite(header: Qcow2Header): HeaderExtension[] {
   const extensions = [...header.extensions];
   const addMissing = (type: number, text: string | null): void => {
     if (text === null || extensions.some((extension) => extension.type === type)) return;
-    extensions.unshift({ type, data: Buffer.from(text, "utf8") });
+    extensions.unshift({ type, data: nameBytes(text) });
   };
   addMissing(EXTENSION_EXTERNAL_DATA, header.externalDataFile);
   addMissing(EXTENSION_BACKING_FORMAT, header.backingFormat);

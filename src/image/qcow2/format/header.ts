@@ -7,6 +7,7 @@
 // Numbers. Offsets and counts of 64 bits become JS numbers; those beyond 2^53 are refused by name. Feature masks
 // stay bigints, as unknown bits must survive.
 
+import { decodeName } from "../../../file-names.js";
 import { CowcatcherError } from "../../../errors.js";
 import { KiB, MiB, TiB, formatBytes } from "../../../units.js";
 
@@ -439,8 +440,8 @@ export function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
-/** Text as QEMU takes it: up to the first zero byte, if there is one. */
+/** A name as QEMU takes it: up to the first zero byte, if there is one. */
 function textOf(bytes: Uint8Array): string {
   const end = bytes.indexOf(0);
-  return Buffer.from(bytes.buffer, bytes.byteOffset, end < 0 ? bytes.byteLength : end).toString("utf8");
+  return decodeName(Buffer.from(bytes.buffer, bytes.byteOffset, end < 0 ? bytes.byteLength : end));
 }
