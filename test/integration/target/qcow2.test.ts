@@ -505,7 +505,9 @@ describe.each(["0", "1"])("a process (COWCATCHER_NO_NATIVE=%s)", (noNative) => {
     const first = spawn(process.execPath, args("wait"), { env, stdio: ["ignore", "pipe", "inherit"] });
     await once(first.stdout, "data");
     const [living] = fs.readdirSync(folder);
-    await (await createTarget(options())).abort();
+    await expect(createTarget(options())).rejects.toMatchObject({ code: "LOCKED" });
+    expect(fs.readdirSync(folder)).toEqual([living]);
+    await (await createTarget({ ...options(), path: join(folder, "other.qcow2") })).abort();
     expect(fs.readdirSync(folder)).toEqual([living]);
     first.kill("SIGKILL");
     await once(first, "exit");
@@ -596,7 +598,8 @@ describe.runIf(loopDevice !== null)("a block device full of old data", () => {
   it("is no image any more when a complete one is given up", async () => {
     const target = await createTarget(device());
     await target.complete();
-    const info = ["info", "-U", "-f", "qcow2", target.unfinishedPath ?? ""];
+    const ours = target.unfinishedPath?.replace("/proc/self/", `/proc/${process.pid}/`) ?? "";
+    const info = ["info", "-U", "-f", "qcow2", ours];
     expect(spawnSync("qemu-img", info).status).toBe(0);
     await target.abort();
     expect(spawnSync("qemu-img", info).status).not.toBe(0);

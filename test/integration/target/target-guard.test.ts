@@ -20,6 +20,7 @@ import { argumentsFromBackup } from "../../../src/control/backup-arguments.js";
 import { ControlClient } from "../../../src/qmp/client.js";
 import { watchJob } from "../../../src/control/jobs-from-qmp.js";
 import { CowcatcherError } from "../../../src/errors.js";
+import { absoluteName } from "../../../src/file-names.js";
 import { cowcatcher, run } from "../../support/cli.js";
 import { expectSame, makeDisk, noise } from "../../support/disks.js";
 import { type RunningServer, startServer } from "../../support/nbd-servers.js";
@@ -137,7 +138,7 @@ class Orders {
     const before = readdirSync(folder).sort();
     const error = await this.start(target, options, disk).catch((reason: unknown) => reason);
     expect(error, target).toBeInstanceOf(CowcatcherError);
-    expect(error).toMatchObject({ code: "USAGE", object: target });
+    expect(error).toMatchObject({ code: "USAGE", object: absoluteName(target) });
     expect((error as CowcatcherError).message).toMatch(about);
     expect((error as CowcatcherError).hint).toBeDefined();
     expect(readdirSync(folder).sort()).toEqual(before);
