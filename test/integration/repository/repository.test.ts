@@ -70,6 +70,24 @@ function chunks(): string[] {
     .map((name) => join(repo, "chunks", name));
 }
 
+/** What becomes of a chunk's file. */
+const DAMAGES: [string, (file: string) => void][] = [
+  ["a bit flipped", (file: string) => flip(file, fs.statSync(file).size >> 1)],
+  ["its first byte changed", (file: string) => flip(file, 0)],
+  ["a byte cut", (file: string) => fs.truncateSync(file, fs.statSync(file).size - 1)],
+  ["emptied", (file: string) => fs.truncateSync(file, 0)],
+  ["removed", (file: string) => fs.rmSync(file)],
+  [
+    "exchanged with another",
+    (file: string) => {
+      const other = chunks().find((name) => name !== file) ?? "";
+      fs.renameSync(file, `${file}x`);
+      fs.renameSync(other, file);
+      fs.renameSync(`${file}x`, other);
+    },
+  ],
+];
+
 describe.each([
   ["not encrypted", false],
   ["encrypted", true],
@@ -136,22 +154,11 @@ describe.each([
     expect((await restored(`${repo}::copy`)).equals(content)).toBe(true);
   });
 
-  it.each([
-    ["a bit flipped", (file: string) => flip(file, fs.statSync(file).size >> 1)],
-    ["its first byte changed", (file: string) => flip(file, 0)],
-    ["a byte cut", (file: string) => fs.truncateSync(file, fs.statSync(file).size - 1)],
-    ["emptied", (file: string) => fs.truncateSync(file, 0)],
-    ["removed", (file: string) => fs.rmSync(file)],
-    [
-      "exchanged with another",
-      (file: string) => {
-        const other = chunks().find((name) => name !== file) ?? "";
-        fs.renameSync(file, `${file}x`);
-        fs.renameSync(other, file);
-        fs.renameSync(`${file}x`, other);
-      },
-    ],
-  ])(
+  // Each kind of damage in one of the two; the campaign has all of them in both.
+  const damages = DAMAGES.filter(
+    (_, i) => (i % 2 === 1) === isEncrypted || process.env["COWCATCHER_LONG"] === "1",
+  );
+  it.each(damages)(
     "a chunk with %s: never a wrong byte, named by verify, healed by the next backup",
     async (_what, harm) => {
       const content = makeDisk("disk.img");

@@ -4,8 +4,8 @@ import { once } from "node:events";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { COWCATCHER_BIN, cowcatcher, type RunResult } from "../../support/cli.js";
-import { Process, scratchFolder, stopAll, until } from "../../support/server.js";
+import { COWCATCHER_BIN, cowcatcher, type RunResult } from "../support/cli.js";
+import { Process, scratchFolder, stopAll, until } from "../support/server.js";
 
 const TINY = ["--size", "8M", "--runtime", "200ms", "--rate-limit", "40M"];
 /** A backup of that size takes six seconds: its guest gets at it, and a signal finds it at work. */

@@ -6,9 +6,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { COWCATCHER_BIN, cowcatcher, run } from "../../support/cli.js";
-import { Random } from "../../support/random.js";
-import { FakeS3 } from "../../support/repository/fake-s3.js";
+import { COWCATCHER_BIN, cowcatcher, run } from "../support/cli.js";
+import { Random } from "../support/random.js";
+import { FakeS3 } from "../support/repository/fake-s3.js";
 
 const MiB = 1024 * 1024;
 const ROUNDS = Number(process.env["COWCATCHER_KILL_ROUNDS"] ?? 6);

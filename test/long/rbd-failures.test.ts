@@ -4,11 +4,11 @@
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { cephDaemon, restartOsd } from "../../../bench/lib/ceph.js";
-import { cowcatcher } from "../../support/cli.js";
-import { testPool, type TestPool } from "../../support/ceph.js";
-import { expectSame, noise } from "../../support/disks.js";
-import { Backup, type Guest, mustRun, scratchFolder, Server, stopAll, until } from "../../support/server.js";
+import { cephDaemon, restartOsd } from "../../bench/lib/ceph.js";
+import { cowcatcher } from "../support/cli.js";
+import { testPool, type TestPool } from "../support/ceph.js";
+import { expectSame, noise } from "../support/disks.js";
+import { Backup, type Guest, mustRun, scratchFolder, Server, stopAll, until } from "../support/server.js";
 
 const MiB = 1024 * 1024;
 const SIZE = 12 * MiB;
