@@ -3,8 +3,7 @@ import { defineConfig } from "vitest/config";
 /** Campaigns of minutes, not part of CI: `npm run test:long` (CONTRIBUTING.md). */
 export default defineConfig({
   test: {
-    include: ["test/long/**/*.test.ts", "test/integration/repository/repository.test.ts"],
-    env: { COWCATCHER_LONG: "1" },
+    include: ["test/long/**/*.test.ts"],
     globalSetup: ["test/support/ceph-setup.ts"],
     testTimeout: 3_600_000,
     hookTimeout: 600_000,

@@ -3,10 +3,10 @@
 import { copyFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { cowcatcher } from "../../support/cli.js";
-import { expectClean, expectSame, makeDisk, noise } from "../../support/disks.js";
-import { RawQmp } from "../../support/raw-qmp.js";
-import { leftovers, mustRun, Process, scratchFolder, Server, stopAll } from "../../support/server.js";
+import { cowcatcher } from "../support/cli.js";
+import { expectClean, expectSame, makeDisk, noise } from "../support/disks.js";
+import { RawQmp } from "../support/raw-qmp.js";
+import { leftovers, mustRun, Process, scratchFolder, Server, stopAll } from "../support/server.js";
 
 const MiB = 2 ** 20;
 const SIZE = 8 * MiB + 512;

@@ -4,15 +4,15 @@
 import { closeSync, copyFileSync, mkdirSync, openSync, statSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import type { CompressionType } from "../../../src/image/qcow2/format/header.js";
-import { createTarget } from "../../../src/target/create.js";
-import type { TargetWriter } from "../../../src/cow/target-writer.js";
-import { openTarget } from "../../../src/target/writer.js";
-import { KiB, MiB, TiB } from "../../../src/units.js";
-import { cowcatcher, type RunResult } from "../../support/cli.js";
-import { expectClean, expectSame, makeDisk } from "../../support/disks.js";
-import { Random } from "../../support/random.js";
-import { leftovers, mustRun, scratchFolder, Server, stopAll } from "../../support/server.js";
+import type { CompressionType } from "../../src/image/qcow2/format/header.js";
+import { createTarget } from "../../src/target/create.js";
+import type { TargetWriter } from "../../src/cow/target-writer.js";
+import { openTarget } from "../../src/target/writer.js";
+import { KiB, MiB, TiB } from "../../src/units.js";
+import { cowcatcher, type RunResult } from "../support/cli.js";
+import { expectClean, expectSame, makeDisk } from "../support/disks.js";
+import { Random } from "../support/random.js";
+import { leftovers, mustRun, scratchFolder, Server, stopAll } from "../support/server.js";
 
 let folder: string;
 beforeAll(() => {
