@@ -69,10 +69,7 @@ async function smoke(version, node) {
   const tests = ["run", "--maxWorkers=1"];
   const steps = [
     ["demo", ["dist/bench/demo.js"]],
-    [
-      "live and zstd",
-      [VITEST, ...tests, "test/integration/target/compress.test.ts", "-t", "live backup|command line"],
-    ],
+    ["live and zstd", [VITEST, ...tests, "test/integration/target/compressed.test.ts"]],
     ["kill", [VITEST, ...tests, "test/integration/backup/kill-points.test.ts", "-t", "serve, killed"]],
   ];
   for (const [name, args] of steps) {

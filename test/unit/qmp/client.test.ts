@@ -75,10 +75,15 @@ describe("against the server", () => {
       object: path,
     });
     await expect(
-      client.execute("drive-backup", { device: "disk", target: "/b/a", sync: "bitmap" }),
+      client.execute("drive-backup", {
+        device: "disk",
+        target: "/b/a",
+        sync: "full",
+        "discard-source": true,
+      }),
     ).rejects.toMatchObject({
       code: "UNSUPPORTED",
-      problem: "Sync mode 'bitmap' is not supported by this version",
+      problem: "'discard-source' is not supported by this version",
     });
     const both = [client.execute("query-version"), client.execute("job-pause", { id: "x" })];
     const [version, pause] = await Promise.allSettled(both);
