@@ -4,6 +4,7 @@
 import type { CowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../block/format.js";
 import type { JobOptions } from "./options.js";
+import type { GuestFreezer } from "./job/while-frozen.js";
 import type { JobProgress } from "./progress.js";
 
 /** QEMU's JobStatus (qapi/job.json). */
@@ -112,13 +113,14 @@ export interface JobHost {
   jobs(): readonly BackupJob[];
   /**
    * Starts all at one T0, or none. Resolves after T0; a job that fails later says so by its status. Before T0 the jobs
-   * are listed as `created`; when one of them is cancelled then, all are.
+   * are listed as `created`; when one of them is cancelled then, all are. A freezer has the guest hold still for T0.
    * @throws CowcatcherError: NOT_FOUND (disk), BUSY (disk or id in use), EXISTS, IO, CANCELLED, … Nothing is left behind
    *   then, but for what a hanging system call has yet to yield: that goes when it returns.
    */
   startBackups(
     requests: readonly BackupRequest[],
     marks?: readonly MarkRequest[],
+    freezer?: GuestFreezer,
   ): Promise<readonly BackupJob[]>;
   /** Forgets a concluded job. */
   dismiss(id: string): void;

@@ -88,6 +88,7 @@ export const BACKUP_COMMON = {
   "x-checkpoint": optional(string),
   "x-since": optional(string),
   "x-since-or-full": optional(boolean),
+  "x-guest-agent": optional(fileName),
   "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
   "x-compression-level": optional(integer),
 };
@@ -104,6 +105,8 @@ export type DriveBackupArguments = Arguments<typeof DRIVE_BACKUP>;
 export interface BackupStart {
   request: BackupRequest;
   autoDismiss: boolean;
+  /** The socket of the agent that freezes the guest for T0. */
+  guestAgent: string | undefined;
 }
 
 /** @throws QmpError GenericError for a disk or job id that does not fit, and for what is not supported. */
@@ -121,6 +124,7 @@ export function backupFromArguments(
   return {
     request: { id, disk: disk.name, options: optionsFrom(args, disk, defaults) },
     autoDismiss: args["auto-dismiss"] ?? true,
+    guestAgent: args["x-guest-agent"] === undefined ? undefined : absoluteName(args["x-guest-agent"]),
   };
 }
 
@@ -293,10 +297,12 @@ export interface BackupOrder {
   id: string;
   disk: string;
   options: Partial<JobOptions> & { target: string };
+  /** As in BackupStart. */
+  guestAgent?: string | undefined;
 }
 
 /** drive-backup's arguments for an order. Paths go as they are: the server resolves them in its own folder. */
-export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObject {
+export function argumentsFromBackup({ id, disk, options, guestAgent }: BackupOrder): JsonObject {
   return {
     "job-id": id,
     device: disk,
@@ -324,6 +330,7 @@ export function argumentsFromBackup({ id, disk, options }: BackupOrder): JsonObj
     "x-checkpoint": options.checkpoint,
     "x-since": options.since,
     "x-since-or-full": options.sinceOrFull,
+    "x-guest-agent": guestAgent,
     compress: options.compression === undefined ? undefined : true,
     "x-compression-type": options.compression?.type,
     "x-compression-level": options.compression?.level,

@@ -4,6 +4,8 @@
 import { userInfo } from "node:os";
 import { CowcatcherError } from "../errors.js";
 import type { MarkRequest } from "../backup/host.js";
+import { GuestFreeze } from "../qemu/guest-freeze.js";
+import { freezeToWire } from "./job-wire.js";
 import { addMark, BITMAP_SCHEMAS, clearMark, removeBitmap, requireBitmap } from "./bitmap-commands.js";
 import { existingTarget } from "./existing-target.js";
 import { backupFromArguments, BACKUP_COMMON, diskOf, DRIVE_BACKUP } from "./backup-arguments.js";
@@ -75,8 +77,9 @@ async function start(
   marks: readonly MarkRequest[],
   grouped: boolean,
   context: CommandContext,
-): Promise<void> {
+): Promise<JsonObject> {
   const { host, monitor } = context;
+  const freezer = freezerOf(starts);
   const ids = starts.map(({ request }) => request.id);
   const group = grouped ? ids : undefined;
   monitor.expect(
@@ -87,13 +90,22 @@ async function start(
     await host.startBackups(
       starts.map(({ request }) => request),
       marks,
+      freezer,
     );
     worked = true;
+    return freezer?.info === undefined ? {} : { "x-freeze": freezeToWire(freezer.info) };
   } catch (error) {
     throw namingUser(error);
   } finally {
     monitor.started(ids, worked);
   }
+}
+
+/** Disks that start at one T0 are one guest's. */
+function freezerOf(starts: readonly BackupStart[]): GuestFreeze | undefined {
+  const [path, other] = new Set(starts.flatMap(({ guestAgent = [] }) => guestAgent));
+  if (other !== undefined) throw genericError("A transaction has one 'x-guest-agent' at most");
+  return path === undefined ? undefined : new GuestFreeze(path);
 }
 
 /** Whoever asks is often root, and wonders why a permission is missing. */
@@ -161,12 +173,10 @@ async function prepareAction(
 
 export const BACKUP_COMMANDS: Record<string, Command> = {
   "drive-backup": command(DRIVE_BACKUP, async (args, context) => {
-    await start([await prepareDrive(args, context)], [], false, context);
-    return {};
+    return start([await prepareDrive(args, context)], [], false, context);
   }),
   "blockdev-backup": command(BLOCKDEV_BACKUP, async (args, context) => {
-    await start([await prepareBlockdev(args, context)], [], false, context);
-    return {};
+    return start([await prepareBlockdev(args, context)], [], false, context);
   }),
   transaction: command(TRANSACTION, async ({ actions, properties }, context) => {
     if (actions.length > ACTION_COUNT_MAX) {
@@ -177,9 +187,9 @@ export const BACKUP_COMMANDS: Record<string, Command> = {
       await prepareAction(plan, type, data, `actions[${index}].data`, context);
     }
     const grouped = properties?.["completion-mode"] === "grouped";
-    if (plan.starts.length > 0 || plan.marks.length > 0)
-      await start(plan.starts, plan.marks, grouped, context);
+    const hasStarts = plan.starts.length > 0 || plan.marks.length > 0;
+    const answer = hasStarts ? await start(plan.starts, plan.marks, grouped, context) : {};
     for (const removal of plan.removals) await removeBitmap(removal, context);
-    return {};
+    return answer;
   }),
 };

@@ -1,8 +1,9 @@
 // The `x-cowcatcher` object of a job: the counters that QMP has no field for. Written and read here and nowhere else.
 
 import { type BackupJob, type BasisInfo, BITMAP_ACTIONS } from "../backup/host.js";
+import type { FreezeInfo } from "../backup/job/while-frozen.js";
 import type { JobProgress } from "../backup/progress.js";
-import { errorToWire, type JsonObject } from "../qmp/protocol.js";
+import { errorToWire, isJsonObject, type JsonObject } from "../qmp/protocol.js";
 
 const PROGRESS_FIELDS: Record<keyof JobProgress, string> = {
   bytesDone: "bytes-done",
@@ -55,4 +56,20 @@ export function progressFromWire(wire: JsonObject): JobProgress {
     return [key, typeof value === "number" ? value : 0] as const;
   });
   return Object.fromEntries(entries) as unknown as JobProgress;
+}
+
+/** The `x-freeze` object of a start's answer. */
+export function freezeToWire({ frozenMs, fileSystemCount, isHeld }: FreezeInfo): JsonObject {
+  return { "frozen-ms": frozenMs, "file-systems": fileSystemCount, held: isHeld };
+}
+
+/** The inverse, from the answer; undefined: there was no freeze. */
+export function freezeFromWire(answer: unknown): FreezeInfo | undefined {
+  const wire = isJsonObject(answer) ? answer["x-freeze"] : undefined;
+  if (!isJsonObject(wire)) return undefined;
+  return {
+    frozenMs: Number(wire["frozen-ms"]),
+    fileSystemCount: Number(wire["file-systems"]),
+    isHeld: wire["held"] === true,
+  };
 }

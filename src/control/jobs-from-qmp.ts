@@ -10,13 +10,15 @@ import { isRbdAddress } from "../rbd/address.js";
 import { CowcatcherError } from "../errors.js";
 import type { BasisInfo, JobStatus } from "../backup/host.js";
 import { JOB_DEFAULTS } from "../backup/options.js";
+import type { FreezeInfo } from "../backup/job/while-frozen.js";
 import type { JobProgress } from "../backup/progress.js";
 import { argumentsFromBackup } from "./backup-arguments.js";
 import type { BackupOrder } from "./backup-arguments.js";
 import { COMMAND_MS, type ControlClient, type ControlEvent } from "../qmp/client.js";
 import { errorFromWire, isJsonObject } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { basisFromWire, progressFromWire } from "./job-wire.js";
+import { FREEZE_MS_MAX } from "../qemu/guest-freeze.js";
+import { basisFromWire, freezeFromWire, progressFromWire } from "./job-wire.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
 
@@ -60,26 +62,25 @@ const endedJobs = new WeakMap<ControlClient, Map<string, JobResult>>();
 /**
  * Starts backups, several at one T0, or none. Returns after T0. Relative paths are resolved in this process's
  * folder, not the server's. Until it returns the server takes no other command from this client; to cancel what it starts
- * takes another one.
+ * takes another one. Resolves to what became of the freeze, if one was asked for.
  * @throws CowcatcherError as JobHost.startBackups does.
  */
 export async function startBackup(
   client: ControlClient,
   orders: readonly BackupOrder[],
   { grouped = false }: StartOptions = {},
-): Promise<void> {
+): Promise<FreezeInfo | undefined> {
   const forget = keepLastEvents(client, new Set(orders.map(({ id }) => id)));
   const requests = orders.map((order) => argumentsFromBackup(withAbsolutePaths(order)));
   const limits = { timeoutMs: startLimitMs(orders) };
   try {
     const [only] = requests;
     if (requests.length === 1 && only !== undefined) {
-      await client.execute("drive-backup", only, limits);
-    } else {
-      const actions = requests.map((data) => ({ type: "drive-backup", data }));
-      const properties = { "completion-mode": grouped ? "grouped" : "individual" };
-      await client.execute("transaction", { actions, properties }, limits);
+      return freezeFromWire(await client.execute("drive-backup", only, limits));
     }
+    const actions = requests.map((data) => ({ type: "drive-backup", data }));
+    const properties = { "completion-mode": grouped ? "grouped" : "individual" };
+    return freezeFromWire(await client.execute("transaction", { actions, properties }, limits));
   } catch (error) {
     forget();
     throw error;
@@ -89,7 +90,8 @@ export async function startBackup(
 /** The server waits for the guests' writes in flight for as long as they may take; who gave up before left it a job. */
 function startLimitMs(orders: readonly BackupOrder[]): number {
   const guestMs = orders.map(({ options }) => options.guestTimeoutMs ?? JOB_DEFAULTS.guestTimeoutMs);
-  return Math.min(COMMAND_MS + Math.max(0, ...guestMs), TIMER_MS_MAX);
+  const freezeMs = orders.some(({ guestAgent }) => guestAgent !== undefined) ? FREEZE_MS_MAX : 0;
+  return Math.min(COMMAND_MS + freezeMs + Math.max(0, ...guestMs), TIMER_MS_MAX);
 }
 
 /**

@@ -10,6 +10,7 @@
 
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
+import { type FreezeInfo, whileFrozen } from "../backup/job/while-frozen.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../block/format.js";
 import { gatherZeroes } from "../nbd/client/extent-map.js";
@@ -19,6 +20,7 @@ import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy } from "./disk-copy.js";
 import { addFleeceNodes, exportSnapshots, insertFilters, startServer } from "./filter.js";
+import { GuestFreeze } from "./guest-freeze.js";
 import { findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
 import { chooseMethod, type MethodChoice } from "./method.js";
 import type { QemuMethod } from "./methods.js";
@@ -50,6 +52,8 @@ export interface QemuBackupRequest {
   /** Of QEMU's NBD server where it runs already; undefined: it is started. */
   server: ServerAddress | undefined;
   acceptGuestRisk: boolean;
+  /** Socket of the guest's agent, which freezes its file systems for T0. */
+  guestAgent: string | undefined;
   isCancelled: () => boolean;
   onStopped: (error: CowcatcherError) => void;
 }
@@ -68,6 +72,8 @@ export interface QemuBackup {
   readonly choice: MethodChoice;
   /** How long the guest was stopped for T0, in ms. */
   readonly stoppedMs: number;
+  /** Where the guest's agent was asked to freeze it. */
+  readonly freeze: FreezeInfo | undefined;
   /** The instant that all disks' backups show, in milliseconds since 1970 UTC. */
   readonly t0Ms: number;
   cancel(error: CowcatcherError): void;
@@ -97,6 +103,7 @@ class RunningBackup implements QemuBackup {
   #folder: RunFolder | undefined;
   /** What the disks have in common: the server. */
   readonly #undo = new UndoStack();
+  readonly #freezer: GuestFreeze | undefined;
   /** Our own connections, which stay until the exports are gone. */
   readonly #clients: NbdClient[] = [];
   readonly #notUndone: string[] = [];
@@ -105,17 +112,21 @@ class RunningBackup implements QemuBackup {
   choice: MethodChoice = { method: "filter", reason: "" };
   stoppedMs = 0;
   t0Ms = 0;
+  freeze: FreezeInfo | undefined;
   over: Promise<void> = Promise.resolve();
 
   constructor(request: QemuBackupRequest) {
     this.#request = request;
     this.#monitor = new QemuMonitor(request.monitor);
+    const { guestAgent } = request;
+    this.#freezer = guestAgent === undefined ? undefined : new GuestFreeze(guestAgent);
   }
 
   async start(): Promise<void> {
     const { monitor, fleeceDir } = this.#request;
     const { graph, disks } = await this.#monitor.visit((visit) => this.#lookAround(visit));
     this.choice = chooseMethod(graph, disks, this.#request);
+    await this.#freezer?.check();
     this.#folder = await RunFolder.create(fleeceDir, monitor);
     await this.#prepareAll(graph, disks, this.#folder);
     this.#throwIfCancelled();
@@ -137,6 +148,7 @@ class RunningBackup implements QemuBackup {
   async #lookAround(visit: Visit): Promise<{ graph: QemuGraph; disks: QemuDisk[] }> {
     await cleanUpDead(visit);
     const graph = await readGraph(visit);
+    if (this.#freezer !== undefined) refuseSilentGuest(this.#freezer, graph);
     const disks: QemuDisk[] = [];
     for (const { name } of this.#request.disks) disks.push(await findDisk(visit, graph, name));
     for (const [index, { name, node }] of disks.entries()) {
@@ -176,7 +188,8 @@ class RunningBackup implements QemuBackup {
     try {
       if (server === undefined) await startServer(visit, this.#folder.socket, this.#undo);
       await addFleeceNodes(visit, this.#run, this.#copies);
-      const times = await insertFilters(visit, this.#run, this.#copies, first.job);
+      const insert = () => insertFilters(visit, this.#run, this.#copies, first.job);
+      const times = await this.#whileFrozen(insert);
       this.stoppedMs = times.stoppedMs;
       this.t0Ms = times.t0Ms;
       await exportSnapshots(visit, this.#run, this.#copies);
@@ -184,6 +197,20 @@ class RunningBackup implements QemuBackup {
       for (const { undo } of this.#copies) this.#notUndone.push(...(await undo.run(visit)));
       this.#notUndone.push(...(await this.#undo.run(visit)));
       throw error;
+    }
+  }
+
+  async #whileFrozen<T>(step: () => Promise<T>): Promise<T> {
+    const { isCancelled } = this.#request;
+    const abort = new AbortController();
+    const timer = setInterval(() => {
+      if (isCancelled()) abort.abort(this.#cancelled());
+    }, LOOK_MS);
+    try {
+      return await whileFrozen(this.#freezer, step, abort.signal);
+    } finally {
+      clearInterval(timer);
+      this.freeze = this.#freezer?.info;
     }
   }
 
@@ -267,12 +294,12 @@ class RunningBackup implements QemuBackup {
   }
 
   #throwIfCancelled(): void {
-    if (!this.#request.isCancelled()) return;
-    throw new CowcatcherError({
-      code: "CANCELLED",
-      object: this.#request.monitor,
-      problem: "given up, as asked",
-    });
+    if (this.#request.isCancelled()) throw this.#cancelled();
+  }
+
+  #cancelled(): CowcatcherError {
+    const { monitor } = this.#request;
+    return new CowcatcherError({ code: "CANCELLED", object: monitor, problem: "given up, as asked" });
   }
 
   cancel(error: CowcatcherError): void {
@@ -282,6 +309,12 @@ class RunningBackup implements QemuBackup {
   abortSync(): void {
     for (const copy of this.#copies) copy.abortSync();
   }
+}
+
+function refuseSilentGuest({ path }: GuestFreeze, { status }: QemuGraph): void {
+  if (status === undefined || status === "running") return;
+  const problem = `the guest is ${status}, so its agent cannot answer`;
+  throw busy(path, problem, "leave out --freeze: what does not run writes nothing");
 }
 
 function busy(object: string, problem: string, hint: string): CowcatcherError {

@@ -31,6 +31,7 @@ import type { SnapshotPublisher } from "./snapshot.js";
 import { SnapshotJob } from "./snapshot-job.js";
 import type { StorageHands } from "../storage/protocol.js";
 import { StorageThreads } from "../storage/threads.js";
+import type { GuestFreezer } from "./while-frozen.js";
 import { TableStore } from "../memory/table-store.js";
 import { type TargetClaim, TargetClaims } from "../guard/target-claims.js";
 import type { InUse } from "../guard/target-guard.js";
@@ -132,6 +133,7 @@ export class LiveHost implements JobHost {
   async startBackups(
     asked: readonly BackupRequest[],
     marks: readonly MarkRequest[] = [],
+    freezer?: GuestFreezer,
   ): Promise<readonly BackupJob[]> {
     this.#refuseIfClosing();
     const requests = asked.map((request) => ({
@@ -143,6 +145,7 @@ export class LiveHost implements JobHost {
     const start = new JobStart({
       requests,
       marks: checkpoints,
+      freezer,
       nodeOf: (disk) => this.#node(disk),
       claim: (request) => this.#targets.claim(request, this.#inUseBy(request)),
       prepare: (request, ...parts) =>

@@ -21,6 +21,7 @@ import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import { JOB_DEFAULTS, type JobOptions } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import type { TargetClaim } from "../guard/target-claims.js";
+import { type GuestFreezer, whileFrozen } from "./while-frozen.js";
 
 /** How long a cancelled start may take to be undone before its jobs conclude without it. */
 export const UNDO_GRACE_MS = 1_000;
@@ -38,6 +39,8 @@ export interface StartParts {
   ) => Promise<HostedJob>;
   /** Boundaries of T0 besides those of the jobs. */
   marks: readonly StartMark[];
+  /** Has the guest hold still for T0. */
+  freezer?: GuestFreezer | undefined;
   /** Puts the job into the list in the place of the one with its id. */
   list: (job: ListedJob) => void;
   /** Takes the stand-in off the list, and dismisses it. */
@@ -116,8 +119,9 @@ export class JobStart {
   }
 
   async #work(): Promise<readonly HostedJob[]> {
-    const { requests, nodeOf, marks } = this.#parts;
+    const { requests, nodeOf, marks, freezer } = this.#parts;
     try {
+      await freezer?.check();
       await this.#prepareAll();
       const nodes = [...requests.map(({ disk }) => nodeOf(disk)), ...marks.map(({ node }) => node)];
       const limits = requests.map(({ options }) => options.guestTimeoutMs);
@@ -125,7 +129,10 @@ export class JobStart {
       const prepare = async (): Promise<void> => {
         await Promise.all([...this.#prepared, ...marks].map((part) => part.beforeT0()));
       };
-      await DiskNode.quiesceAll(nodes, () => this.#atT0(), limitMs, this.#abort.signal, prepare);
+      const { signal } = this.#abort;
+      const start = (): Promise<void> =>
+        DiskNode.quiesceAll(nodes, () => this.#atT0(), limitMs, signal, prepare);
+      await whileFrozen(freezer, start, signal);
     } catch (error) {
       this.#cause ??= error;
       await this.#undo();

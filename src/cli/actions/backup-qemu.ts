@@ -1,5 +1,6 @@
 // `backup --qmp`: disks of a guest that QEMU runs, copied in this process.
 import { startQemuBackup, type QemuBackup, type QemuDiskBackup } from "../../qemu/backup.js";
+import { thawGuest } from "../../qemu/guest-freeze.js";
 import { cleanUp } from "../../qemu/cleanup.js";
 import { type CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { QemuBackupSettings, QemuCleanupSettings } from "../options/qemu-options.js";
@@ -62,7 +63,10 @@ export async function runQemuBackup(settings: QemuBackupSettings, context: Comma
   }
 }
 
-function infoOf({ disk, job, totalBytes }: QemuDiskBackup, { choice, stoppedMs, t0Ms }: QemuBackup): JobInfo {
+function infoOf(
+  { disk, job, totalBytes }: QemuDiskBackup,
+  { choice, stoppedMs, t0Ms, freeze }: QemuBackup,
+): JobInfo {
   return {
     jobId: `backup-${disk}`,
     disk,
@@ -72,6 +76,7 @@ function infoOf({ disk, job, totalBytes }: QemuDiskBackup, { choice, stoppedMs, 
     t0: new Date(t0Ms).toISOString(),
     targetFormat: job.targetFormat,
     verify: job.verify,
+    freeze,
     qemu: { method: choice.method, reason: choice.reason, stoppedMs },
   };
 }
@@ -96,15 +101,19 @@ async function follow(
   return error;
 }
 
-/** `backup --qmp SOCK --cleanup` */
+/** `backup --cleanup` with --qmp SOCK, --freeze SOCK or both: the guest first. */
 export async function runQemuCleanup(
-  { monitor, fleeceDir }: QemuCleanupSettings,
+  { monitor, guestAgent, fleeceDir }: QemuCleanupSettings,
   { output }: CommandContext,
 ): Promise<number> {
-  const removed = await cleanUp(monitor, fleeceDir);
-  if (output.json) printJsonDocument(output, { removed });
-  else if (!output.quiet) {
-    if (removed.length === 0) printLine(output, `${monitor}: nothing was left`);
+  const thawedCount = guestAgent === undefined ? undefined : await thawGuest(guestAgent);
+  const removed = monitor === undefined ? [] : await cleanUp(monitor, fleeceDir);
+  if (output.json) {
+    const thawed = thawedCount === undefined ? {} : { thawed_file_systems: thawedCount };
+    printJsonDocument(output, { removed, ...thawed });
+  } else if (!output.quiet) {
+    if (guestAgent !== undefined) printLine(output, `${guestAgent}: ${thawedCount} file systems thawed`);
+    if (monitor !== undefined && removed.length === 0) printLine(output, `${monitor}: nothing was left`);
     for (const name of removed) printLine(output, `${monitor}: removed ${name}`);
   }
   return EXIT.done;

@@ -42,7 +42,8 @@ export async function runLive(settings: LiveBackupSettings, context: CommandCont
     if (context.interruptedBy !== undefined) throw interruption();
     try {
       isStarting = true;
-      await startBackup(client, orders, { grouped: true });
+      const freeze = await startBackup(client, orders, { grouped: true });
+      for (const info of infos) info.freeze = freeze;
     } catch (error) {
       const isOurs = error instanceof CowcatcherError && error.code === "CANCELLED";
       throw isOurs && context.interruptedBy !== undefined ? interruption() : error;
@@ -104,7 +105,7 @@ function planJobs(
     const disk = chooseDisk(asked, disks);
     const id = jobIdOf(disk, ids);
     ids.add(id);
-    orders.push({ id, disk: disk.name, options: job });
+    orders.push({ id, disk: disk.name, options: job, guestAgent: settings.guestAgent });
     const isCopy = job.sync !== "none";
     return {
       jobId: id,

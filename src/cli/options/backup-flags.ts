@@ -34,6 +34,7 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   nbd?: string;
   acceptGuestRisk?: boolean;
   cleanup?: boolean;
+  freeze?: string;
   disk?: string[];
   backingFile?: string;
   backingFormat?: ImageFormat;

@@ -57,6 +57,8 @@ export interface LiveBackupSettings {
   mode: "live";
   /** Path of the control socket. */
   control: string;
+  /** Socket of the guest's agent. */
+  guestAgent: string | undefined;
   /** At least one; paths are absolute, as the server's folder may be another. */
   disks: LiveDiskSettings[];
 }
@@ -87,6 +89,9 @@ export function addBackupOptions(command: Command): Command {
       "disk of a live backup, once for each TARGET (the server's only disk)",
       collectDisks,
     );
+  command.addOption(
+    pathOption("--freeze <SOCK>", "live: have the QEMU guest agent at this socket freeze the guest for T0"),
+  );
   addQemuOptions(command);
   addFormatOptions(command)
     .addOption(compressOption())
@@ -334,7 +339,12 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   }
   if (flags.sync === "none") checkSnapshotFlags(targets, flags);
   for (const target of targets) checkCheckpointFlags(target, flags);
-  return { mode: "live", control: absoluteName(control), disks: diskSettings(targets, flags, "--control") };
+  return {
+    mode: "live",
+    control: absoluteName(control),
+    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
+    disks: diskSettings(targets, flags, "--control"),
+  };
 }
 
 /** A disk for each target, of whoever has them open: that which `option` names. */

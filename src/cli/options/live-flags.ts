@@ -4,8 +4,9 @@ import { NULL_TARGET, usageError } from "./options.js";
 
 /** What is about the guest's writes. Passed over in silence, it would look as if it had been heeded. */
 export function refuseLiveFlags(flags: BackupFlags): void {
-  const { cowBufferSize, onBufferFull, spillDir, spillLimit, guestTimeout, onCbwError } = flags;
+  const { cowBufferSize, onBufferFull, spillDir, spillLimit, guestTimeout, onCbwError, freeze } = flags;
   const ofGuests = {
+    freeze,
     "cow-buffer-size": cowBufferSize,
     "on-buffer-full": onBufferFull,
     "spill-dir": spillDir,

@@ -16,11 +16,14 @@ const MAX_PORT = 65_535;
 export type QemuBackupSettings = {
   mode: "qemu";
   disks: LiveDiskSettings[];
-} & Pick<QemuBackupRequest, "monitor" | "method" | "fleeceDir" | "server" | "acceptGuestRisk">;
+} & Pick<QemuBackupRequest, "monitor" | "method" | "fleeceDir" | "server" | "acceptGuestRisk" | "guestAgent">;
 
 export interface QemuCleanupSettings {
   mode: "qemu-cleanup";
-  monitor: string;
+  /** Undefined: there is only a guest to be thawed. */
+  monitor: string | undefined;
+  /** Of a guest that is to be thawed. */
+  guestAgent: string | undefined;
   fleeceDir: string;
 }
 
@@ -45,7 +48,10 @@ export function addQemuOptions(command: Command): Command {
     )
     .option("--accept-guest-risk", "also where the guest would be harmed if this process were killed")
     .addOption(
-      new Option("--cleanup", "with --qmp: remove what an earlier run left in QEMU, and nothing else"),
+      new Option(
+        "--cleanup",
+        "with --qmp: remove what an earlier run left in QEMU; with --freeze: thaw the guest; and nothing else",
+      ),
     );
 }
 
@@ -74,21 +80,23 @@ export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: Back
     fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
     server: flags.nbd === undefined ? undefined : parseServer(flags.nbd),
     acceptGuestRisk: flags.acceptGuestRisk ?? false,
+    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
   };
 }
 
 /** @throws CowcatcherError USAGE for anything besides */
 export function cleanupSettings(
   args: readonly string[],
-  { qmp, fleeceDir, disk, control }: BackupFlags,
+  { qmp, fleeceDir, disk, control, freeze }: BackupFlags,
 ): QemuCleanupSettings {
-  if (qmp === undefined || control !== undefined)
-    throw usageError("--cleanup", "needs --qmp", "give QEMU's QMP socket");
+  if ((qmp === undefined && freeze === undefined) || control !== undefined)
+    throw usageError("--cleanup", "needs --qmp or --freeze", "give QEMU's QMP socket, or the guest agent's");
   if (args[0] !== undefined) throw usageError(args[0], "does not go with --cleanup", "leave it out");
   if (disk !== undefined) throw usageError("--disk", "does not go with --cleanup", "leave it out");
   return {
     mode: "qemu-cleanup",
-    monitor: absoluteName(qmp),
+    monitor: qmp === undefined ? undefined : absoluteName(qmp),
+    guestAgent: freeze === undefined ? undefined : absoluteName(freeze),
     fleeceDir: absoluteName(fleeceDir ?? FLEECE_DIR),
   };
 }

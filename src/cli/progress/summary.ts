@@ -2,6 +2,7 @@
 import { statSync } from "node:fs";
 import { systemName } from "../../file-names.js";
 import type { BasisInfo } from "../../backup/host.js";
+import type { FreezeInfo } from "../../backup/job/while-frozen.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { formatBytes, formatDuration } from "../../units.js";
 import { printJsonLine, printLine, type OutputSettings } from "../output/context.js";
@@ -53,6 +54,10 @@ export interface SummaryMessage {
   method?: string;
   method_reason?: string;
   guest_stopped_ms?: number;
+  /** Of --freeze. */
+  guest_frozen_ms?: number;
+  guest_frozen_file_systems?: number;
+  guest_freeze_held?: boolean;
 }
 
 export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: BasisInfo): SummaryMessage {
@@ -82,6 +87,15 @@ export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: Bas
     ...(basis && { level: basis.level, bitmap_action: basis.bitmapAction }),
     ...(basis?.reason !== undefined && { bitmap_reason: basis.reason }),
     ...(info.qemu === undefined ? {} : qemuMembers(info.qemu)),
+    ...(info.freeze === undefined ? {} : freezeMembers(info.freeze)),
+  };
+}
+
+function freezeMembers({ frozenMs, fileSystemCount, isHeld }: FreezeInfo) {
+  return {
+    guest_frozen_ms: Math.round(frozenMs * 10) / 10,
+    guest_frozen_file_systems: fileSystemCount,
+    guest_freeze_held: isHeld,
   };
 }
 
@@ -102,6 +116,7 @@ export function summaryLines(info: JobInfo, progress: JobProgress, basis?: Basis
   if (basis?.reason !== undefined) lines.push(`  ${basis.level}: ${basis.reason}`);
   if (info.live) lines.push(captureLine(progress));
   if (info.qemu !== undefined) lines.push(qemuLine(info.qemu));
+  if (info.freeze !== undefined) lines.push(freezeLine(info.freeze));
   if (progress.ignoredErrorCount > 0) {
     lines.push(`  ${counted(progress.ignoredErrorCount, "error")} ignored as asked: the backup has gaps`);
   }
@@ -126,6 +141,11 @@ export function printSummary(
 function qemuLine({ method, reason, stoppedMs }: QemuFacts): string {
   const stopped = stoppedMs === 0 ? "" : `; the guest stood still for ${formatDuration(stoppedMs)}`;
   return `  method ${method}: ${reason}${stopped}`;
+}
+
+function freezeLine({ frozenMs, fileSystemCount, isHeld }: FreezeInfo): string {
+  const frozen = `  ${counted(fileSystemCount, "file system")} of the guest frozen for ${formatDuration(frozenMs)}`;
+  return isHeld ? frozen : `${frozen}; some thawed before, so the guest may have written at T0`;
 }
 
 function captureLine(progress: JobProgress): string {

@@ -4,6 +4,7 @@
 // The caller may call `update` as often as it likes: each view limits its own rate. A view prints nothing after
 // `stop`. All on the main thread.
 import type { BasisInfo } from "../../backup/host.js";
+import type { FreezeInfo } from "../../backup/job/while-frozen.js";
 import type { JobProgress } from "../../backup/progress.js";
 import type { CowcatcherError } from "../../errors.js";
 
@@ -28,6 +29,8 @@ export interface JobInfo {
   snapshotOnly?: boolean;
   /** Of a backup of a guest that QEMU runs. */
   qemu?: QemuFacts | undefined;
+  /** Where the guest's agent was asked to freeze it. */
+  freeze?: FreezeInfo | undefined;
   /** Name of the export of the disk's T0 view, where there is one. */
   snapshotExport?: string | undefined;
 }
