@@ -51,6 +51,21 @@ export interface CheckpointInfo {
   createdMs: number;
 }
 
+/** Of a job whose disk is one of a backup in a repository. */
+export interface RepositoryOutcome {
+  address: string;
+  group: string;
+  /** The disk's name there. */
+  disk: string;
+  /** T0, which is the backup's name; undefined before it. */
+  time: string | undefined;
+  /** What the clock said at T0, where that was before the group's last backup. */
+  clockBehind?: string | undefined;
+  newChunks: number;
+  newBytes: number;
+  readBytes: number;
+}
+
 export interface BackupJob {
   readonly id: string;
   /** The node name of the disk. */
@@ -65,6 +80,7 @@ export interface BackupJob {
   readonly t0Ms?: number | undefined;
   /** How much is copied, and why; undefined before that is known. */
   readonly basis?: BasisInfo | undefined;
+  readonly repository?: RepositoryOutcome | undefined;
   /** While the job offers one. */
   readonly snapshot?: SnapshotInfo | undefined;
   progress(): JobProgress;

@@ -14,9 +14,31 @@ import type { OnBufferFull, OnCbwError, OnIoError } from "../cow/policies.js";
 export const SYNC_MODES = ["full", "top", "none"] as const;
 export type SyncMode = (typeof SYNC_MODES)[number];
 
+/** Of a backup into a repository: how much of the disk is read (repository/backup/). */
+export const BACKUP_LEVELS = ["auto", "full", "incremental"] as const;
+export type LevelChoice = (typeof BACKUP_LEVELS)[number];
+
+/** Which disk of which backup in a repository, and how it is opened. */
+export interface RepositoryPlace {
+  /** An absolute path, or s3:… */
+  address: string;
+  group: string;
+  /** The disk's name in the backup. */
+  disk: string;
+  level: LevelChoice;
+  /** Absolute paths of what opens an encrypted one; without either, the environment of the process that writes. */
+  keyFile?: string | undefined;
+  passphraseFile?: string | undefined;
+  vmConfig?: string | undefined;
+  /** Name and version of what made the backup. */
+  tool: string;
+}
+
 export interface JobOptions {
-  /** Final path of the target, or "null:". */
+  /** Final path of the target, or "null:"; of a repository its name for people. */
   target: string;
+  /** Live: the target is a disk of a backup there. All that have this place's group and start together are one backup. */
+  repository?: RepositoryPlace | undefined;
   targetFormat: ImageFormat;
   force: boolean;
   clusterSizeBytes: number;
@@ -82,7 +104,3 @@ export const JOB_DEFAULTS: Omit<JobOptions, "target" | "targetFormat"> = {
   sync: "full",
   snapshotExport: false,
 };
-
-/** Of a backup into a repository: how much of the disk is read (repository/backup/). */
-export const BACKUP_LEVELS = ["auto", "full", "incremental"] as const;
-export type LevelChoice = (typeof BACKUP_LEVELS)[number];

@@ -9,7 +9,7 @@ import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
 import { JOB_DEFAULTS, SYNC_MODES } from "../backup/options.js";
 import { ON_BUFFER_FULL, ON_CBW_ERROR } from "../cow/policies.js";
-import type { JobOptions } from "../backup/options.js";
+import type { JobOptions, RepositoryPlace } from "../backup/options.js";
 import type { OnIoError } from "../cow/policies.js";
 import { IMAGE_FORMATS, isImageFormat } from "../block/format.js";
 import type { ImageFormat } from "../block/format.js";
@@ -22,6 +22,12 @@ import type { Compression } from "../image/qcow2/format/compression.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { isRbdAddress } from "../rbd/address.js";
 import { KiB } from "../units.js";
+import {
+  argumentsFromRepository,
+  REPOSITORY_ARGUMENTS,
+  repositoryFrom,
+  repositoryTargetName,
+} from "./repository-arguments.js";
 import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import {
@@ -95,6 +101,7 @@ export const BACKUP_COMMON = {
 
 export const DRIVE_BACKUP = {
   ...BACKUP_COMMON,
+  ...REPOSITORY_ARGUMENTS,
   target: fileName,
   format: optional(string),
   mode: optional(oneOf(["existing", "absolute-paths"])),
@@ -114,6 +121,7 @@ export function backupFromArguments(
   args: DriveBackupArguments,
   disks: readonly DiskInfo[],
   defaults: Partial<JobOptions>,
+  tool = "cowcatcher",
 ): BackupStart {
   refuseUnsupported(args);
   const disk = diskOf(args.device, disks);
@@ -122,7 +130,11 @@ export function backupFromArguments(
   // QEMU's rule for ids (util/id.c): a letter, then letters, digits, '-', '.' and '_'.
   if (!/^[A-Za-z][A-Za-z0-9._-]*$/.test(id)) throw genericError(`Invalid job ID '${id}'`);
   return {
-    request: { id, disk: disk.name, options: optionsFrom(args, disk, defaults) },
+    request: {
+      id,
+      disk: disk.name,
+      options: optionsFrom(args, disk, defaults, repositoryFrom(args, disk.name, tool)),
+    },
     autoDismiss: args["auto-dismiss"] ?? true,
     guestAgent: args["x-guest-agent"] === undefined ? undefined : absoluteName(args["x-guest-agent"]),
   };
@@ -166,7 +178,12 @@ function refuseBitmap(args: DriveBackupArguments, { tracking }: DiskInfo): void 
   if (args["x-verify"] === true) throw notSupported(`'x-verify' with sync mode '${sync}'`);
 }
 
-function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Partial<JobOptions>): JobOptions {
+function optionsFrom(
+  args: DriveBackupArguments,
+  disk: DiskInfo,
+  defaults: Partial<JobOptions>,
+  repository: RepositoryPlace | undefined,
+): JobOptions {
   const given: { [K in keyof JobOptions]?: JobOptions[K] | undefined } = {
     workerCount: args["x-perf"]?.["max-workers"],
     rateLimitBytes: args.speed,
@@ -198,12 +215,15 @@ function optionsFrom(args: DriveBackupArguments, disk: DiskInfo, defaults: Parti
     ...JOB_DEFAULTS,
     ...defaults,
     ...(Object.fromEntries(present) as Partial<JobOptions>),
-    target: targetName(args.target),
-    targetFormat: targetFormat(
-      args.format ?? (isNbdUri(args.target) || isRbdAddress(args.target) ? "raw" : undefined),
-      disk,
-    ),
+    repository,
+    target: repository === undefined ? targetName(args.target) : repositoryTargetName(repository),
+    targetFormat: repository === undefined ? formatFrom(args, disk) : "raw",
   };
+}
+
+function formatFrom(args: DriveBackupArguments, disk: DiskInfo): ImageFormat {
+  const isRaw = isNbdUri(args.target) || isRbdAddress(args.target);
+  return targetFormat(args.format ?? (isRaw ? "raw" : undefined), disk);
 }
 
 /** What an incremental backup needs, and what it cannot do: without a basis it would be a heap of clusters. */
@@ -334,5 +354,6 @@ export function argumentsFromBackup({ id, disk, options, guestAgent }: BackupOrd
     compress: options.compression === undefined ? undefined : true,
     "x-compression-type": options.compression?.type,
     "x-compression-level": options.compression?.level,
+    ...argumentsFromRepository(options.repository),
   };
 }

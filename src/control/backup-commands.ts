@@ -44,7 +44,8 @@ const TRANSACTION = {
 };
 
 async function prepareDrive(args: DriveBackupArguments, context: CommandContext): Promise<BackupStart> {
-  const start = backupFromArguments(args, context.host.disks(), context.jobDefaults);
+  const tool = `cowcatcher ${context.version}`;
+  const start = backupFromArguments(args, context.host.disks(), context.jobDefaults, tool);
   return args.mode === "existing" ? intoExisting(start, args, context) : start;
 }
 

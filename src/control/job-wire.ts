@@ -1,6 +1,6 @@
 // The `x-cowcatcher` object of a job: the counters that QMP has no field for. Written and read here and nowhere else.
 
-import { type BackupJob, type BasisInfo, BITMAP_ACTIONS } from "../backup/host.js";
+import { type BackupJob, type BasisInfo, BITMAP_ACTIONS, type RepositoryOutcome } from "../backup/host.js";
 import type { FreezeInfo } from "../backup/job/while-frozen.js";
 import type { JobProgress } from "../backup/progress.js";
 import { errorToWire, isJsonObject, type JsonObject } from "../qmp/protocol.js";
@@ -33,12 +33,50 @@ export function jobToWire(job: BackupJob): JsonObject {
     const { level, bitmapAction, reason } = job.basis;
     Object.assign(wire, { level, "bitmap-action": bitmapAction, "bitmap-reason": reason });
   }
+  if (job.repository !== undefined) wire["repository"] = repositoryToWire(job.repository);
   if (job.error !== undefined) wire.error = errorToWire(job.error);
   if (job.snapshot !== undefined) {
     wire["snapshot-export"] = job.snapshot.exportName;
     if (job.snapshot.error !== undefined) wire["snapshot-error"] = errorToWire(job.snapshot.error);
   }
   return wire;
+}
+
+function repositoryToWire(outcome: RepositoryOutcome): JsonObject {
+  const { address, group, disk, time, clockBehind, newChunks, newBytes, readBytes } = outcome;
+  return {
+    address,
+    group,
+    disk,
+    time,
+    "clock-behind": clockBehind,
+    "new-chunks": newChunks,
+    "new-bytes": newBytes,
+    "read-bytes": readBytes,
+  };
+}
+
+/** Undefined where the job's target is no repository. */
+export function repositoryFromWire({ repository: wire }: JsonObject): RepositoryOutcome | undefined {
+  if (!isJsonObject(wire)) return undefined;
+  const textOf = (name: string): string | undefined => {
+    const value = wire[name];
+    return typeof value === "string" ? value : undefined;
+  };
+  const numberOf = (name: string): number => {
+    const value = wire[name];
+    return typeof value === "number" ? value : 0;
+  };
+  return {
+    address: textOf("address") ?? "",
+    group: textOf("group") ?? "",
+    disk: textOf("disk") ?? "",
+    time: textOf("time"),
+    clockBehind: textOf("clock-behind"),
+    newChunks: numberOf("new-chunks"),
+    newBytes: numberOf("new-bytes"),
+    readBytes: numberOf("read-bytes"),
+  };
 }
 
 /** Undefined where the server says nothing of it. */

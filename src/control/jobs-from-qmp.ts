@@ -8,7 +8,7 @@
 import { absoluteName } from "../file-names.js";
 import { isRbdAddress } from "../rbd/address.js";
 import { CowcatcherError } from "../errors.js";
-import type { BasisInfo, JobStatus } from "../backup/host.js";
+import type { BasisInfo, JobStatus, RepositoryOutcome } from "../backup/host.js";
 import { JOB_DEFAULTS } from "../backup/options.js";
 import type { FreezeInfo } from "../backup/job/while-frozen.js";
 import type { JobProgress } from "../backup/progress.js";
@@ -18,7 +18,7 @@ import { COMMAND_MS, type ControlClient, type ControlEvent } from "../qmp/client
 import { errorFromWire, isJsonObject } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import { FREEZE_MS_MAX } from "../qemu/guest-freeze.js";
-import { basisFromWire, freezeFromWire, progressFromWire } from "./job-wire.js";
+import { basisFromWire, freezeFromWire, progressFromWire, repositoryFromWire } from "./job-wire.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
 
@@ -45,6 +45,8 @@ export interface JobResult {
   progress: JobProgress;
   /** How much was copied, and why. */
   basis?: BasisInfo | undefined;
+  /** Of a disk of a backup in a repository. */
+  repository?: RepositoryOutcome | undefined;
   /** The first cause; absent when the backup is complete. Code CANCELLED for a cancelled one. */
   error?: CowcatcherError | undefined;
   /** As in JobSummary. */
@@ -174,6 +176,7 @@ function lastEventOf({ event, data }: ControlEvent, id: string): JobResult | und
   return {
     progress: progressFromWire(wire),
     basis: basisFromWire(wire),
+    repository: repositoryFromWire(wire),
     error: readError(wire.error, fallback, id),
     t0: typeof wire.t0 === "string" ? wire.t0 : undefined,
   };
@@ -214,8 +217,10 @@ export function endedJob(client: ControlClient, id: string): JobResult | undefin
 function withAbsolutePaths(order: BackupOrder): BackupOrder {
   const { target, spillDir } = order.options;
   const options = { ...order.options };
-  // "null:" and URIs (nbd://…) are no paths.
-  if (!/^(null:$|[a-z+]+:\/\/)/.test(target) && !isRbdAddress(target)) options.target = absoluteName(target);
+  // "null:" and URIs (nbd://…) are no paths; a repository's address is absolute.
+  const isPath = options.repository === undefined;
+  if (isPath && !/^(null:$|[a-z+]+:\/\/)/.test(target) && !isRbdAddress(target))
+    options.target = absoluteName(target);
   if (spillDir !== undefined) options.spillDir = absoluteName(spillDir);
   return { ...order, options };
 }

@@ -13,6 +13,7 @@ import type { JobProgress } from "../backup/progress.js";
 import { type FreezeInfo, whileFrozen } from "../backup/job/while-frozen.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../block/format.js";
+import type { Target } from "../target/target.js";
 import { gatherZeroes } from "../nbd/client/extent-map.js";
 import { NbdClient } from "../nbd/client/client.js";
 import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
@@ -21,7 +22,7 @@ import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy } from "./disk-copy.js";
 import { addFleeceNodes, exportSnapshots, insertFilters, startServer } from "./filter.js";
 import { GuestFreeze } from "./guest-freeze.js";
-import { findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
+import { diskNames, findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
 import { chooseMethod, type MethodChoice } from "./method.js";
 import type { QemuMethod } from "./methods.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
@@ -39,6 +40,13 @@ export interface QemuDiskRequest {
   job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
 }
 
+/** A disk of the guest, before anything is made for it. */
+export interface FoundDisk {
+  name: string;
+  sizeBytes: number;
+  format: ImageFormat;
+}
+
 /** Where a server listens. */
 export type ServerAddress = { path: string } | { host: string; port: number };
 
@@ -46,6 +54,12 @@ export interface QemuBackupRequest {
   /** QEMU's QMP socket. */
   monitor: string;
   disks: readonly QemuDiskRequest[];
+  /** In the place of `disks`: all that the guest writes, each with this job. */
+  allDisks?: QemuDiskRequest["job"] | undefined;
+  /** Makes the targets, in order, where they are not those that the jobs name. What it has made is its own to undo. */
+  makeTargets?: ((disks: readonly FoundDisk[]) => Promise<readonly Target[]>) | undefined;
+  /** T0 was at this instant, in milliseconds since 1970 UTC: no target has been written to yet. */
+  onT0?: ((t0Ms: number) => void) | undefined;
   method: QemuMethod;
   /** Where fleecing files and QEMU's socket for us go. */
   fleeceDir: string;
@@ -98,6 +112,7 @@ export async function startQemuBackup(request: QemuBackupRequest): Promise<QemuB
 class RunningBackup implements QemuBackup {
   readonly #request: QemuBackupRequest;
   readonly #monitor: QemuMonitor;
+  #jobs: readonly QemuDiskRequest[];
   readonly #run = runName();
   #copies: DiskCopy[] = [];
   #folder: RunFolder | undefined;
@@ -117,6 +132,7 @@ class RunningBackup implements QemuBackup {
 
   constructor(request: QemuBackupRequest) {
     this.#request = request;
+    this.#jobs = request.disks;
     this.#monitor = new QemuMonitor(request.monitor);
     const { guestAgent } = request;
     this.#freezer = guestAgent === undefined ? undefined : new GuestFreeze(guestAgent);
@@ -150,7 +166,11 @@ class RunningBackup implements QemuBackup {
     const graph = await readGraph(visit);
     if (this.#freezer !== undefined) refuseSilentGuest(this.#freezer, graph);
     const disks: QemuDisk[] = [];
-    for (const { name } of this.#request.disks) disks.push(await findDisk(visit, graph, name));
+    const { allDisks } = this.#request;
+    if (allDisks !== undefined) {
+      this.#jobs = diskNames(graph).map((name) => ({ name, job: allDisks }));
+    }
+    for (const { name } of this.#jobs) disks.push(await findDisk(visit, graph, name));
     for (const [index, { name, node }] of disks.entries()) {
       const isTwice = disks.findIndex((other) => other.node.name === node.name) !== index;
       if (isTwice) throw busy(name, "is given twice, under two names", "name each disk once");
@@ -161,15 +181,24 @@ class RunningBackup implements QemuBackup {
   /** One after another: each starts threads, and the guest is to go on meanwhile. */
   async #prepareAll(graph: QemuGraph, disks: readonly QemuDisk[], folder: RunFolder): Promise<void> {
     const filesInUse = [...graph.nodes.values()].map(({ filename }) => filename);
+    const formats = disks.map(({ node }) => (node.driver === "qcow2" ? "qcow2" : "raw"));
+    const targets = await this.#request.makeTargets?.(
+      disks.map(({ name, node: { sizeBytes } }, index) => ({
+        name,
+        sizeBytes,
+        format: formats[index] ?? "raw",
+      })),
+    );
     for (const [index, disk] of disks.entries()) {
-      const given = this.#request.disks[index]?.job;
+      const given = this.#jobs[index]?.job;
+      const format = formats[index];
       if (given === undefined) continue;
-      const format = disk.node.driver === "qcow2" ? "qcow2" : "raw";
       this.#copies.push(
         await DiskCopy.prepare({
           disk,
           index,
-          job: { ...given, targetFormat: given.targetFormat ?? format },
+          target: targets?.[index],
+          job: { ...given, targetFormat: given.targetFormat ?? format ?? "raw" },
           folder,
           filesInUse,
           isCancelled: this.#request.isCancelled,
@@ -192,6 +221,7 @@ class RunningBackup implements QemuBackup {
       const times = await this.#whileFrozen(insert);
       this.stoppedMs = times.stoppedMs;
       this.t0Ms = times.t0Ms;
+      this.#request.onT0?.(times.t0Ms);
       await exportSnapshots(visit, this.#run, this.#copies);
     } catch (error) {
       for (const { undo } of this.#copies) this.#notUndone.push(...(await undo.run(visit)));

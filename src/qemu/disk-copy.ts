@@ -35,6 +35,8 @@ export interface DiskCopyRequest {
   disk: QemuDisk;
   index: number;
   job: JobOptions;
+  /** Made already; undefined: the one that the job names. */
+  target?: Target | undefined;
   folder: RunFolder;
   /** Files that QEMU has open: none is a target. */
   filesInUse: readonly string[];
@@ -76,13 +78,13 @@ export class DiskCopy implements FilteredDisk {
   /** @throws CowcatcherError; nothing is left behind. */
   static async prepare(request: DiskCopyRequest): Promise<DiskCopy> {
     const { disk, index, job, folder, filesInUse, isCancelled, onStopped, leaveQemu } = request;
-    await refuseFileAsTarget(job.target, filesInUse);
     const { sizeBytes } = disk.node;
-    const backing = await openBacking({ ...job, path: job.target });
-    let target: Target | undefined;
+    let { target } = request;
+    if (target === undefined) await refuseFileAsTarget(job.target, filesInUse);
+    const backing = target === undefined ? await openBacking({ ...job, path: job.target }) : null;
     let file: { path: string; fd: number } | undefined;
     try {
-      target = await createTarget({
+      target ??= await createTarget({
         ...job,
         path: job.target,
         format: job.targetFormat,

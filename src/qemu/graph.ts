@@ -190,6 +190,12 @@ function onlyDisk(object: string, graph: QemuGraph): FoundDisk {
   });
 }
 
+/** Names of the disks that are written, each of which findDisk takes. @throws CowcatcherError NOT_FOUND where there is none */
+export function diskNames(graph: QemuGraph): string[] {
+  const disks = disksOf(graph).filter(({ node }) => !node.readOnly);
+  return disks.length === 0 ? [nameOf(onlyDisk("QEMU", graph))] : disks.map(nameOf);
+}
+
 /** Disks of the guest; in a storage daemon the nodes that no other node uses. */
 function disksOf({ devices, nodes, edges }: QemuGraph): FoundDisk[] {
   if (devices.length > 0) {

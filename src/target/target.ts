@@ -47,11 +47,13 @@ export interface Target {
   readonly chunkBytes?: number | undefined;
   /** commit() waits for a server: a cancel ends the wait, and abort() undoes what comes of it. */
   readonly commitMayHang?: boolean | undefined;
+  /** commit() waits for other disks: abort() ends the wait, and which of both came first is what commit() says. */
+  readonly commitWaits?: boolean | undefined;
   /** Most workers that may write at a time; undefined: any number. */
   readonly workerLimit?: number | undefined;
   /** A worker has written: what was kept open until then may go. Never rejects; may be called again. */
   workersAreIn?(): Promise<void>;
-  /** T0 is now. Synchronous. */
+  /** T0 is now. Synchronous; does not throw. */
   started?(): void;
   /** Where a complete target can be read before it has its final name; null for `null:`. */
   readonly unfinishedPath: string | null;

@@ -7,6 +7,7 @@
 // sits in a write to a target that does not answer is left behind after ABORT_GRACE_MS. Either way `ended`
 // settles, once, with the first cause.
 
+import { join } from "node:path";
 import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
 import type { Piscina } from "piscina";
@@ -28,6 +29,8 @@ import {
 import { changeLimit } from "../../cow/throttle.js";
 import { CowcatcherError, messageOf, threadStartError, workingFolderError } from "../../errors.js";
 import type { FrozenSource, SourceDescription } from "../../block/device.js";
+import { describeStore } from "../../repository/store/open-store.js";
+import { NULL_TARGET_PATH } from "../../target/null.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer, type PreparedMemory } from "./page-preparer.js";
@@ -423,7 +426,14 @@ async function openSpill(
   if (hands === undefined || bufferBytes === 0 || job.onBufferFull !== "spill") return null;
   const bytes = spillBitmapBytes(geometry);
   const bitmaps = allocateTable?.(bytes) ?? new SharedArrayBuffer(bytes);
-  return RemoteSpill.open(hands, { spillDir: job.spillDir, target: job.target }, geometry, bitmaps, signal);
+  const target = job.repository === undefined ? job.target : neighbourOf(job.repository.address);
+  return RemoteSpill.open(hands, { spillDir: job.spillDir, target }, geometry, bitmaps, signal);
+}
+
+/** A repository's folder is as good a place for a spill as a target's. */
+function neighbourOf(repository: string): string {
+  const store = describeStore(repository);
+  return store.kind === "folder" ? join(store.path, "spill") : NULL_TARGET_PATH;
 }
 
 /** A server that takes one connection at a time makes it one worker. */

@@ -48,7 +48,8 @@ export class TargetClaims {
    */
   async claim({ id, options }: BackupRequest, inUse: InUse): Promise<TargetClaim> {
     const { target, backingFile, backingFormat } = options;
-    if (target === NULL_TARGET_PATH && backingFile === undefined) {
+    // A repository is any number of backups' at a time (repository/work/claims.ts).
+    if (options.repository !== undefined || (target === NULL_TARGET_PATH && backingFile === undefined)) {
       return { hand: null, release: () => Promise.resolve() };
     }
     const parts = await partsInUse(inUse);

@@ -10,6 +10,7 @@ import { CNT_DONE_BYTES, DONE, PENDING, REGION_CHUNKED, type SharedState } from 
 import { CowcatcherError } from "../../errors.js";
 import type { Bits } from "../../tracking/bits.js";
 import type { DiskTracker, Following } from "../../tracking/tracker.js";
+import type { DirtyRuns } from "../copy/incremental.js";
 import type { BasisInfo, BitmapAction } from "../host.js";
 import type { JobOptions } from "../options.js";
 
@@ -19,6 +20,10 @@ export interface Basis {
   readonly info: BasisInfo;
   /** Of an incremental one; to be ended. */
   readonly changes: Following | undefined;
+  /** What is copied, where that is not just what `changes` knows. */
+  readonly dirty?: DirtyRuns | undefined;
+  /** The name under which T0 is remembered though nobody asked for it: without it the backup is as good. */
+  readonly checkpoint?: string | undefined;
 }
 
 /**

@@ -19,6 +19,10 @@ export class Finishing {
   #check: VerifyRun | null = null;
   #cancelled: CowcatcherError | undefined;
   #named = false;
+  /** The commit is under way, and abort() may still come before it. */
+  #isUndecided = false;
+  /** Of storage that does not say whether the target has its name. */
+  #silence: CowcatcherError | undefined;
   #giveUp: (error: CowcatcherError) => void = () => {};
   /** Rejects at `cancel`: a sync to storage that does not answer may never end, and nobody has to wait for it. */
   readonly #givenUp = new Promise<never>((_resolve, reject) => {
@@ -41,6 +45,10 @@ export class Finishing {
     this.#throwIfCancelled();
     await this.#verify();
     this.#throwIfCancelled();
+    if (this.#target.commitWaits === true) {
+      await this.#commitWithOthers();
+      return;
+    }
     if (this.#target.commitMayHang === true) {
       await Promise.race([this.#target.commit(), this.#givenUp]);
       this.#named = true;
@@ -50,13 +58,29 @@ export class Finishing {
     await Promise.race([this.#target.commit(), this.#givenUp]);
   }
 
+  async #commitWithOthers(): Promise<void> {
+    this.#isUndecided = true;
+    try {
+      await Promise.race([this.#target.commit(), this.#givenUp]);
+    } catch (error) {
+      throw error === this.#silence ? error : (this.#cancelled ?? error);
+    } finally {
+      this.#isUndecided = false;
+      this.#named = true;
+    }
+  }
+
   /**
    * Ends it with this error. False: too late, the target is getting its name; if that does not come about in a while it
    * ends nevertheless, as nobody has to wait for storage that does not answer.
    */
   cancel(error: CowcatcherError): boolean {
-    if (this.#named) {
-      setTimeout(() => this.#giveUp(this.#unnamed(error)), NAMING_GRACE_MS).unref();
+    if (this.#isUndecided) {
+      this.#cancelled ??= error;
+      void this.#target.abort();
+    }
+    if (this.#named || this.#isUndecided) {
+      setTimeout(() => this.#giveUp((this.#silence = this.#unnamed(error))), NAMING_GRACE_MS).unref();
       return false;
     }
     this.#cancelled ??= error;

@@ -8,6 +8,7 @@ import type { CopyThreads } from "../copy/threads.js";
 import type { StorageHand, StorageHands } from "../storage/protocol.js";
 import type { BackupJob, JobStatus } from "../host.js";
 import type { JobOptions } from "../options.js";
+import type { RepositoryGroup } from "./repository-group.js";
 import type { SnapshotPublisher } from "./snapshot.js";
 import type { DiskTracker } from "../../tracking/tracker.js";
 import type { TableStore } from "../memory/table-store.js";
@@ -25,6 +26,8 @@ export interface HostedJobParts {
   checkpointUuid?: string | undefined;
   /** Why it cannot go by a checkpoint, for reasons of its companions. */
   basisRefusal?: string | undefined;
+  /** Of the backup in a repository that the disk is one of. */
+  group?: RepositoryGroup | undefined;
   /** Where storage that is not the guest's is dealt with; the target's is `hand`'s, null for `null:`. */
   hands: StorageHands;
   hand: StorageHand | null;

@@ -22,6 +22,7 @@ import type {
   JobStatusListener,
 } from "../host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
+import { groupsOf } from "./repository-group.js";
 import { JobStart } from "./start.js";
 import { CheckpointMark } from "./mark.js";
 import { LiveJob } from "./live-job.js";
@@ -142,6 +143,8 @@ export class LiveHost implements JobHost {
     }));
     const checkpointUuid = randomUUID();
     const checkpoints = marks.map((mark) => this.#mark(mark, checkpointUuid));
+    const sizeOf = (disk: string): number => this.#node(disk).sizeBytes;
+    const groups = groupsOf(requests, sizeOf, checkpointUuid, this.#hands);
     const start = new JobStart({
       requests,
       marks: checkpoints,
@@ -151,7 +154,11 @@ export class LiveHost implements JobHost {
       prepare: (request, ...parts) =>
         this.#prepare(
           request,
-          { checkpointUuid, basisRefusal: this.#refusalOf(request, requests) },
+          {
+            checkpointUuid,
+            basisRefusal: this.#refusalOf(request, requests),
+            group: groups.get(request.disk),
+          },
           ...parts,
         ),
       list: (job) => this.#jobs.set(job.id, job),
@@ -163,7 +170,16 @@ export class LiveHost implements JobHost {
       onStatus: (job, status) => this.#changed(job, status),
     });
     this.#accept(start);
-    const jobs = await start.run(() => this.#starts.delete(start));
+    let jobs: readonly HostedJob[];
+    try {
+      jobs = await start.run(() => this.#starts.delete(start));
+    } catch (error) {
+      for (const group of groups.values()) void group.end();
+      throw error;
+    }
+    for (const group of new Set(groups.values())) {
+      group.watch(jobs.filter(({ disk }) => groups.get(disk) === group));
+    }
     try {
       for (const checkpoint of checkpoints) await checkpoint.commit();
     } catch (error) {
@@ -183,7 +199,7 @@ export class LiveHost implements JobHost {
 
   #prepare(
     { id, disk, options }: BackupRequest,
-    ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal">,
+    ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal" | "group">,
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
     { hand }: TargetClaim,

@@ -13,23 +13,19 @@ import { Interceptor } from "../../cow/interceptor.js";
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { FrozenSource } from "../../block/device.js";
 import type { FrozenEpoch } from "../../tracking/tracker.js";
-import { isRbdAddress } from "../../rbd/address.js";
-import { createTarget } from "../../target/create.js";
-import type { Target, TargetOptions } from "../../target/target.js";
+import type { Target } from "../../target/target.js";
 import { roundUp } from "../../units.js";
 import { CopyRun } from "../copy/run.js";
-import { type Basis, findBasis, markLate } from "./basis.js";
+import { type Basis, markLate } from "./basis.js";
 import { Finishing } from "./finishing.js";
-import type { BasisInfo, SnapshotInfo } from "../host.js";
+import type { BasisInfo, RepositoryOutcome, SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
 import { JobState } from "./job-state.js";
+import { type LiveTarget, makeLiveTarget } from "./live-target.js";
 import { type JobOptions, SMALLEST_BUFFER_BYTES } from "../options.js";
 import type { JobProgress } from "../progress.js";
 import type { BufferLease } from "../memory/buffer-store.js";
-import type { StorageHand } from "../storage/protocol.js";
-import { RemoteTarget } from "../storage/remote-target.js";
 import { Snapshot } from "./snapshot.js";
-import { accessOf } from "./source-access.js";
 import type { TableLease } from "../memory/table-store.js";
 
 export class LiveJob extends JobState implements HostedJob {
@@ -43,6 +39,11 @@ export class LiveJob extends JobState implements HostedJob {
   readonly #interceptor: Interceptor;
   #frozen: FrozenSource | null = null;
   readonly #basis: Basis;
+  readonly #outcome: LiveTarget["outcome"];
+  /** The name under which T0 is remembered when the backup is good. */
+  #checkpoint: string | undefined;
+  /** Why it is not, although it could have been. */
+  #forgotten: string | undefined;
   /** The epoch that ended at T0, where the job goes by one or makes a checkpoint of it. */
   #epoch: FrozenEpoch | null = null;
   /** Once the copy is done: what can still be cancelled. */
@@ -50,15 +51,16 @@ export class LiveJob extends JobState implements HostedJob {
 
   private constructor(
     parts: HostedJobParts,
-    target: Target,
+    { target, basis, outcome }: LiveTarget,
     run: CopyRun,
     lease: BufferLease,
     tables: TableLease,
     snapshot: Snapshot | null,
-    basis: Basis,
   ) {
     super(parts);
     this.#basis = basis;
+    this.#outcome = outcome;
+    this.#checkpoint = parts.options.checkpoint ?? basis.checkpoint;
     this.#target = target;
     this.#run = run;
     this.#lease = lease;
@@ -78,31 +80,9 @@ export class LiveJob extends JobState implements HostedJob {
 
   /** All that takes time before T0: target, buffer, workers. @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<LiveJob> {
-    const { options, node, buffers, publisher, threads, hands, hand, signal, tracker } = parts;
-    const basis = await findBasis(node.nodeName, options, tracker, parts.basisRefusal);
+    const { options, node, buffers, publisher, threads, hands, signal } = parts;
+    const { target, basis, outcome } = await makeLiveTarget(parts);
     const known = basis.changes?.known;
-    const isIncremental = known !== undefined;
-    const isFallback = options.since !== undefined && !isIncremental;
-    const targetOptions = {
-      path: options.target,
-      inPlace: isIncremental && options.targetFormat === "raw",
-      isPart: isIncremental,
-      format: options.targetFormat,
-      sizeBytes: node.sizeBytes,
-      clusterSizeBytes: options.clusterSizeBytes,
-      // A full one stands by itself.
-      backingFile: isFallback ? undefined : options.backingFile,
-      backingFormat: isFallback ? undefined : options.backingFormat,
-      compression: options.compression,
-      force: options.force,
-      direct: options.direct,
-      targetRetries: options.targetRetries,
-      targetSnapshot: options.targetSnapshot,
-    };
-    const target = await makeTarget(node, hand, targetOptions, signal).catch((error: unknown) => {
-      basis.changes?.end();
-      throw error;
-    });
     parts.onTarget(target);
     let lease: BufferLease | undefined;
     const tables = parts.tables.lease();
@@ -135,14 +115,14 @@ export class LiveJob extends JobState implements HostedJob {
         allocateTable: tables.allocate,
         threads,
         live: true,
-        dirty: known === undefined ? undefined : (at, count) => known.run(at, count),
+        dirty: basis.dirty ?? (known === undefined ? undefined : (at, count) => known.run(at, count)),
         hands,
         signal,
         onLeftBehind: () => (isLeftBehind = true),
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
       });
-      const job: LiveJob = new LiveJob(parts, target, run, lease, tables, snapshot, basis);
+      const job: LiveJob = new LiveJob(parts, { target, basis, outcome }, run, lease, tables, snapshot);
       // What the guest has sent meanwhile is not to wait for T0 as well.
       await nextTurn();
       return job;
@@ -160,16 +140,28 @@ export class LiveJob extends JobState implements HostedJob {
 
   get basis(): BasisInfo {
     const { info } = this.#basis;
-    return this.#hasGaps ? { ...info, reason: "errors were ignored, so no checkpoint was made of it" } : info;
+    const forgotten = this.#hasGaps
+      ? "errors were ignored, so no checkpoint was made of it"
+      : this.#forgotten;
+    if (forgotten === undefined) return info;
+    // In a repository the reason is what the level comes from.
+    return {
+      ...info,
+      reason: this.#outcome === undefined ? forgotten : `${info.reason ?? ""}; ${forgotten}`,
+    };
+  }
+
+  get repository(): RepositoryOutcome | undefined {
+    return this.#outcome?.();
   }
 
   /** What is missing in it would be missing in all that builds on it, and nobody would be told again. */
   get #hasGaps(): boolean {
-    return this.options.checkpoint !== undefined && this.#run.progress().ignoredErrorCount > 0;
+    return this.#checkpoint !== undefined && this.#run.progress().ignoredErrorCount > 0;
   }
 
   get #needsEpoch(): boolean {
-    return this.options.checkpoint !== undefined || this.#basis.changes !== undefined;
+    return this.#checkpoint !== undefined || this.#basis.changes !== undefined;
   }
 
   get snapshot(): SnapshotInfo | undefined {
@@ -177,7 +169,13 @@ export class LiveJob extends JobState implements HostedJob {
   }
 
   async beforeT0(): Promise<void> {
-    if (this.#needsEpoch) await this.parts.tracker?.prepareFreeze();
+    if (!this.#needsEpoch) return;
+    try {
+      await this.parts.tracker?.prepareFreeze();
+    } catch (error) {
+      if (this.options.checkpoint !== undefined || this.#basis.changes !== undefined) throw error;
+      this.#doWithoutCheckpoint(error);
+    }
   }
 
   /** @throws CowcatcherError what the workers have failed with since they were ready. */
@@ -250,18 +248,28 @@ export class LiveJob extends JobState implements HostedJob {
   /** After the target has its name: a checkpoint of a backup that is not there would be worse than none. */
   async #remember(): Promise<void> {
     const { tracker, checkpointUuid } = this.parts;
-    const { checkpoint } = this.options;
+    const checkpoint = this.#checkpoint;
     if (checkpoint === undefined || this.#epoch === null || checkpointUuid === undefined) return;
     if (this.#hasGaps) return;
     try {
       await tracker?.commit(this.#epoch, checkpoint, checkpointUuid, this.t0Ms ?? 0);
     } catch (error) {
+      if (this.options.checkpoint === undefined) {
+        this.#doWithoutCheckpoint(error);
+        return;
+      }
       const { problem, ...details } = toCowcatcherError(error, this.disk).toDetails();
       throw new CowcatcherError({
         ...details,
         problem: `the backup is complete, but its checkpoint could not be remembered: ${problem}`,
       });
     }
+  }
+
+  /** Nobody asked for it: the next backup reads all of the disk. */
+  #doWithoutCheckpoint(error: unknown): void {
+    this.#checkpoint = undefined;
+    this.#forgotten = `no checkpoint could be made: ${toCowcatcherError(error, this.disk).problem}`;
   }
 
   /** The first cause stays; the guest is free at once. */
@@ -331,20 +339,6 @@ export class LiveJob extends JobState implements HostedJob {
   abortSync(): void {
     this.#target.abortSync();
   }
-}
-
-async function makeTarget(
-  { image }: DiskNode,
-  hand: StorageHand | null,
-  given: Omit<TargetOptions, "isCancelled" | "sourceAccess">,
-  signal: AbortSignal,
-): Promise<Target> {
-  const options = { ...given, sourceAccess: await accessOf(image) };
-  // An RBD image has a thread of its own (rbd/keeper.ts).
-  if (hand === null || isRbdAddress(options.path)) {
-    return createTarget({ ...options, isCancelled: () => signal.aborted });
-  }
-  return RemoteTarget.make(hand, options, signal);
 }
 
 /**

@@ -13,12 +13,14 @@ import { openBacking } from "../guard/backing-check.js";
 import { placeOf, refuseImageAsTarget } from "../guard/target-guard.js";
 import { openSpillFile } from "../memory/spill-file.js";
 import type { ArgumentOf, MadeTarget, StorageCalls } from "./protocol.js";
+import { RepositorySessions } from "./sessions.js";
 
 const CANCELLED = 1;
 
 export class StorageOperations implements StorageCalls {
   readonly #targets = new Map<number, Target>();
   readonly #backings = new Map<number, Image>();
+  readonly #sessions = new RepositorySessions();
   #lastId = 0;
 
   async lookAtTarget({
@@ -45,7 +47,10 @@ export class StorageOperations implements StorageCalls {
   async makeTarget({ options, cancel }: ArgumentOf<"makeTarget">): Promise<MadeTarget> {
     const word = new Int32Array(cancel);
     const isCancelled = (): boolean => Atomics.load(word, 0) === CANCELLED;
-    const target = await createTarget({ ...options, isCancelled });
+    return this.#keep(await createTarget({ ...options, isCancelled }));
+  }
+
+  #keep(target: Target): MadeTarget {
     this.#targets.set(++this.#lastId, target);
     const { name, granularityBytes, description, workerLimit, unfinishedPath, temporaryPaths = [] } = target;
     return {
@@ -55,9 +60,32 @@ export class StorageOperations implements StorageCalls {
       description,
       workerLimit,
       awaitsWorkers: target.workersAreIn !== undefined,
+      commitWaits: target.commitWaits === true,
       unfinishedPath,
       temporaryPaths,
     };
+  }
+
+  beginSession(place: ArgumentOf<"beginSession">): ReturnType<StorageCalls["beginSession"]> {
+    return this.#sessions.begin(place);
+  }
+
+  async addSessionDisk(argument: ArgumentOf<"addSessionDisk">): ReturnType<StorageCalls["addSessionDisk"]> {
+    const { target, takeable } = this.#sessions.addDisk(argument);
+    return Promise.resolve({ ...this.#keep(target), takeable });
+  }
+
+  async setSessionLevel(argument: ArgumentOf<"setSessionLevel">): Promise<void> {
+    this.#sessions.setLevel(argument);
+    return Promise.resolve();
+  }
+
+  async startSession(argument: ArgumentOf<"startSession">): ReturnType<StorageCalls["startSession"]> {
+    return Promise.resolve(this.#sessions.start(argument));
+  }
+
+  endSession(session: number): Promise<void> {
+    return this.#sessions.end(session);
   }
 
   async workersAreIn(id: number): Promise<void> {

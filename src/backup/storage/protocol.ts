@@ -3,8 +3,11 @@
 // Objects stay where they were made and are known by number: a target, an opened backing chain, a spill file.
 
 import type { ErrorDetails } from "../../errors.js";
+import type { SessionRequest } from "../../repository/backup/session.js";
+import type { BackupLevel } from "../../repository/format/manifest.js";
 import type { TargetDescription, TargetOptions } from "../../target/target.js";
 import type { InUseParts, TargetPlace } from "../guard/target-guard.js";
+import type { RepositoryPlace } from "../options.js";
 
 /** A target as the main thread sees it. */
 export interface MadeTarget {
@@ -15,9 +18,29 @@ export interface MadeTarget {
   workerLimit: number | undefined;
   /** It is to hear of it when a worker has written (Target.workersAreIn). */
   awaitsWorkers: boolean;
+  /** Target.commitWaits */
+  commitWaits: boolean;
   unfinishedPath: string | null;
   temporaryPaths: readonly string[];
 }
+
+/** A disk of a backup in a repository. */
+export interface MadeSessionDisk extends MadeTarget {
+  /** One byte for each chunk of the last backup's disk, 1 where it is there to be taken over; null: there is no such disk. */
+  takeable: Uint8Array | null;
+}
+
+/** A backup in a repository has begun (repository/backup/session.ts). */
+export interface BegunSession {
+  id: number;
+  repositoryId: string;
+  chunkBytes: number;
+  /** The group's last backup. */
+  parent: { time: string; checkpoint: string | null } | null;
+}
+
+export type SessionPlace = Omit<RepositoryPlace, "disk" | "level"> &
+  Pick<SessionRequest, "diskCount" | "totalBytes" | "checkpoint">;
 
 export interface BackedTarget {
   path: string;
@@ -58,6 +81,26 @@ export interface StorageCalls {
   }): Promise<{ path: string; fd: number }>;
   writeSpill(argument: SpillTransfer): Promise<void>;
   readSpill(argument: SpillTransfer): Promise<void>;
+  /** @throws CowcatcherError as Repository.open and BackupSession.begin */
+  beginSession(place: SessionPlace): Promise<BegunSession>;
+  /** The target's id is then one of makeTarget's. @throws CowcatcherError as BackupSession.addDisk */
+  addSessionDisk(argument: {
+    session: number;
+    disk: string;
+    sizeBytes: number;
+    format: string;
+  }): Promise<MadeSessionDisk>;
+  /** An incremental disk takes over the last backup's chunks. */
+  setSessionLevel(argument: {
+    session: number;
+    disk: string;
+    level: BackupLevel;
+    reason: string;
+  }): Promise<void>;
+  /** @param ns T0. @returns what the backup is called, and what the clock said where that was too early */
+  startSession(argument: { session: number; ns: bigint }): Promise<{ time: string; clockBehind?: string }>;
+  /** Whatever is not complete is given up. Never rejects. */
+  endSession(session: number): Promise<void>;
   closeSpill(fd: number): Promise<void>;
 }
 

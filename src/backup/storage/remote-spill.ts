@@ -10,11 +10,11 @@
 // abandon(): the job has ended, and nobody waits any more for what is on its way. It goes on in the thread, in memory
 // that stays the spill's own; the file is closed behind it, in the same queue.
 
-import type { CowcatcherError } from "../../errors.js";
 import type { Completion } from "../../block/device.js";
 import { BLOCK_BYTES, BLOCKS_PER_SLOT, type Geometry } from "../../cow/geometry.js";
 import { SpillBitmaps, type SpillDescription, type SpillPlace } from "../../cow/spill.js";
 import { copyBytes } from "../../native/libc.js";
+import { orAborted } from "./or-aborted.js";
 import type { SpillTransfer, StorageHand, StorageHands } from "./protocol.js";
 
 /** A capture is at most one slot. */
@@ -180,21 +180,5 @@ export class RemoteSpill implements SpillPlace {
     // What is spilled is nobody's any more; nothing could be done about a failure.
     this.#hand.call("closeSpill", this.description.fd).catch(() => undefined);
     this.#hand.release();
-  }
-}
-
-/** The promise, or the signal's reason when that comes first. */
-async function orAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (signal === undefined) return work;
-  signal.throwIfAborted();
-  let stop: () => void = () => {};
-  const aborted = new Promise<never>((_resolve, reject) => {
-    stop = () => reject(signal.reason as CowcatcherError);
-    signal.addEventListener("abort", stop);
-  });
-  try {
-    return await Promise.race([work, aborted]);
-  } finally {
-    signal.removeEventListener("abort", stop);
   }
 }

@@ -21,13 +21,20 @@ export class RemoteTarget implements Target {
   readonly unfinishedPath: string | null;
   readonly temporaryPaths: readonly string[];
   readonly workersAreIn: (() => Promise<void>) | undefined;
+  readonly commitWaits: boolean;
   readonly #hand: StorageHand;
   readonly #id: number;
   readonly #cancel: Int32Array;
   #isFinished = false;
   #aborting: Promise<void> | undefined;
 
-  private constructor(hand: StorageHand, made: MadeTarget, cancel: Int32Array) {
+  /** @param started as Target.started */
+  private constructor(
+    hand: StorageHand,
+    made: MadeTarget,
+    cancel: Int32Array,
+    readonly started?: () => void,
+  ) {
     this.#hand = hand;
     this.#id = made.id;
     this.#cancel = cancel;
@@ -35,6 +42,7 @@ export class RemoteTarget implements Target {
     this.granularityBytes = made.granularityBytes;
     this.description = made.description;
     this.workerLimit = made.workerLimit;
+    this.commitWaits = made.commitWaits;
     this.unfinishedPath = made.unfinishedPath;
     this.temporaryPaths = made.temporaryPaths;
     if (made.awaitsWorkers) {
@@ -65,6 +73,11 @@ export class RemoteTarget implements Target {
     } finally {
       signal.removeEventListener("abort", onAbort);
     }
+  }
+
+  /** One that the thread has made otherwise. @param started as Target.started */
+  static adopt(hand: StorageHand, made: MadeTarget, started: () => void): RemoteTarget {
+    return new RemoteTarget(hand, made, new Int32Array(1), started);
   }
 
   complete(): Promise<void> {

@@ -1,5 +1,11 @@
 // `backup --qmp`: disks of a guest that QEMU runs, copied in this process.
-import { startQemuBackup, type QemuBackup, type QemuDiskBackup } from "../../qemu/backup.js";
+import {
+  startQemuBackup,
+  type QemuBackup,
+  type QemuBackupRequest,
+  type QemuDiskBackup,
+} from "../../qemu/backup.js";
+import type { JobProgress } from "../../backup/progress.js";
 import { thawGuest } from "../../qemu/guest-freeze.js";
 import { cleanUp } from "../../qemu/cleanup.js";
 import { type CowcatcherError, toCowcatcherError } from "../../errors.js";
@@ -15,13 +21,42 @@ import { JOB_DEFAULTS } from "../../backup/options.js";
 
 const UPDATE_MS = 200;
 
+/** What differs where the disks are one backup in a repository. */
+export interface QemuForm extends Pick<QemuBackupRequest, "allDisks" | "makeTargets" | "onT0"> {
+  /** Of the disk, for people. */
+  targetName?: (disk: string) => string;
+  print(ends: readonly QemuEnd[]): void;
+  /** What is left when the command is interrupted. */
+  remains?: string | undefined;
+}
+
+export interface QemuEnd {
+  info: JobInfo;
+  progress: JobProgress;
+}
+
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export async function runQemuBackup(settings: QemuBackupSettings, context: CommandContext): Promise<number> {
+export function runQemuBackup(settings: QemuBackupSettings, context: CommandContext): Promise<number> {
+  return runQemuJobs(settings, context, {
+    print(ends) {
+      for (const { info, progress } of ends) {
+        printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, progress);
+      }
+    },
+  });
+}
+
+/** As runQemuBackup. */
+export async function runQemuJobs(
+  settings: Omit<QemuBackupSettings, "mode">,
+  context: CommandContext,
+  form: QemuForm,
+): Promise<number> {
   const view = await createProgressView(context.output);
   let backup: QemuBackup | undefined;
   const targets = settings.disks.map(({ job }) => job.target);
   const interruption = (): CowcatcherError =>
-    interrupted(context.interruptedBy ?? "a signal", context, targets);
+    interrupted(context.interruptedBy ?? "a signal", context, targets, form.remains);
   const removeHandlers = onInterrupt(context, {
     onFirst: () => backup?.cancel(interruption()),
     onSecond: () => backup?.abortSync(),
@@ -30,6 +65,9 @@ export async function runQemuBackup(settings: QemuBackupSettings, context: Comma
     try {
       backup = await startQemuBackup({
         ...settings,
+        allDisks: form.allDisks,
+        makeTargets: form.makeTargets,
+        onT0: form.onT0,
         disks: settings.disks.map(({ disk, job }) => ({
           name: disk,
           job: { ...job, cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes },
@@ -42,7 +80,7 @@ export async function runQemuBackup(settings: QemuBackupSettings, context: Comma
     }
     if (context.interruptedBy !== undefined) backup.cancel(interruption());
     const running = backup;
-    const infos = running.disks.map((disk) => infoOf(disk, running));
+    const infos = running.disks.map((disk) => infoOf(disk, running, form.targetName));
     const errors = await Promise.all(running.disks.map((disk, i) => follow(disk, infos[i], view)));
     view.stop();
     const failed = firstCause(errors);
@@ -52,10 +90,7 @@ export async function runQemuBackup(settings: QemuBackupSettings, context: Comma
     });
     if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
     const results = running.disks.map((disk) => disk.progress());
-    for (const [i, progress] of results.entries()) {
-      const info = infos[i];
-      printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, progress);
-    }
+    form.print(results.map((progress, i) => ({ info: infos[i], progress })));
     return results.some(({ ignoredErrorCount }) => ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
   } finally {
     view.stop();
@@ -66,11 +101,12 @@ export async function runQemuBackup(settings: QemuBackupSettings, context: Comma
 function infoOf(
   { disk, job, totalBytes }: QemuDiskBackup,
   { choice, stoppedMs, t0Ms, freeze }: QemuBackup,
+  targetName: QemuForm["targetName"],
 ): JobInfo {
   return {
     jobId: `backup-${disk}`,
     disk,
-    target: job.target,
+    target: targetName?.(disk) ?? job.target,
     totalBytes,
     live: true,
     t0: new Date(t0Ms).toISOString(),

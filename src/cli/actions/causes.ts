@@ -5,12 +5,15 @@ import { CowcatcherError } from "../../errors.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, STDIO } from "../options/options.js";
 import type { CommandContext } from "../output/context.js";
 
+/** @param hint what has become of the targets, where their names do not tell */
 export function interrupted(
   signal: string,
   { command }: Pick<CommandContext, "command">,
   targets: readonly string[],
+  hint?: string,
 ): CowcatcherError {
-  const hints = [...new Set(targets.map(remainsOf))].filter((hint) => hint !== undefined);
+  const hints =
+    hint !== undefined ? [hint] : [...new Set(targets.map(remainsOf))].filter((hint) => hint !== undefined);
   return new CowcatcherError({
     code: "CANCELLED",
     object: command,

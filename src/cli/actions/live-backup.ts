@@ -4,7 +4,9 @@ import { setTimeout as delay } from "node:timers/promises";
 import { endedJob, listJobs, startBackup, watchJob, type BackupOrder } from "../../control/jobs-from-qmp.js";
 import { CowcatcherError } from "../../errors.js";
 import { ControlClient } from "../../qmp/client.js";
+import type { RepositoryOutcome } from "../../backup/host.js";
 import type { LiveBackupSettings } from "../options/backup-options.js";
+import type { LiveDiskSettings } from "../options/job-settings.js";
 import { type CommandContext, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { warn } from "../output/report.js";
@@ -20,24 +22,57 @@ import { warnOfSpace } from "./target-space.js";
 
 const CANCEL_RETRY_MS = 50;
 
+export interface JobEnd {
+  info: JobInfo;
+  result: JobResult;
+  /** Of a disk of a backup in a repository. */
+  repository?: RepositoryOutcome | undefined;
+}
+
+/** What differs between backups to targets of their own and one backup in a repository. */
+export interface LiveForm {
+  disks(served: ReadonlyMap<string, ServedDisk>): readonly LiveDiskSettings[];
+  print(ends: readonly JobEnd[]): void;
+  /** What is left when the command is interrupted, where the targets do not tell. */
+  remains?: string | undefined;
+}
+
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export async function runLive(settings: LiveBackupSettings, context: CommandContext): Promise<number> {
-  const client = await ControlClient.connect(settings.control);
+export function runLive(settings: LiveBackupSettings, context: CommandContext): Promise<number> {
+  const { control, disks } = settings;
+  return runLiveJobs(control, context, {
+    disks: () => disks,
+    print(ends) {
+      for (const { info, result } of ends) {
+        const summary = { ...info, bytesOnTarget: bytesOnTarget(info.target) };
+        printSummary(context.output, summary, result.progress, result.basis);
+      }
+    },
+  });
+}
+
+/** As runLive. */
+export async function runLiveJobs(control: string, context: CommandContext, form: LiveForm): Promise<number> {
+  const client = await ControlClient.connect(control);
   const view = await createProgressView(context.output);
   const orders: BackupOrder[] = [];
-  const targets = settings.disks.map(({ job }) => job.target);
   const interruption = (): CowcatcherError =>
-    interrupted(context.interruptedBy ?? "a signal", context, targets);
+    interrupted(
+      context.interruptedBy ?? "a signal",
+      context,
+      orders.map(({ options }) => options.target),
+      form.remains,
+    );
   let isStarting = false;
   const cancelAll = async (): Promise<void> => {
     const [first] = orders;
-    if (isStarting && first !== undefined) await cancelStart(settings.control, first.id, () => isStarting);
+    if (isStarting && first !== undefined) await cancelStart(control, first.id, () => isStarting);
     else for (const { id } of orders) await client.execute("job-cancel", { id }).catch(() => undefined);
   };
   const removeHandlers = onInterrupt(context, { onFirst: cancelAll });
   try {
     const disks = await servedDisks(client);
-    const infos = planJobs(settings, disks, orders);
+    const infos = planJobs(form.disks(disks), disks, orders);
     await warnOfAll(context, infos, orders);
     if (context.interruptedBy !== undefined) throw interruption();
     try {
@@ -57,14 +92,7 @@ export async function runLive(settings: LiveBackupSettings, context: CommandCont
     view.stop();
     const failed = firstCause(ends.filter((end) => !isOrderlyEnd(end)).map(({ result }) => result.error));
     if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
-    for (const { info, result } of ends) {
-      printSummary(
-        context.output,
-        { ...info, bytesOnTarget: bytesOnTarget(info.target) },
-        result.progress,
-        result.basis,
-      );
-    }
+    form.print(ends);
     return ends.some(({ result }) => result.progress.ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
   } finally {
     view.stop();
@@ -96,12 +124,12 @@ async function cancelStart(control: string, id: string, isStarting: () => boolea
 
 /** Fills `orders`, one for each job, in order. @throws CowcatcherError as chooseDisk. */
 function planJobs(
-  settings: LiveBackupSettings,
+  settings: readonly LiveDiskSettings[],
   disks: ReadonlyMap<string, ServedDisk>,
   orders: BackupOrder[],
 ): JobInfo[] {
   const ids = new Set<string>();
-  return settings.disks.map(({ disk: asked, job }) => {
+  return settings.map(({ disk: asked, job }) => {
     const disk = chooseDisk(asked, disks);
     const id = jobIdOf(disk, ids);
     ids.add(id);
@@ -128,7 +156,8 @@ async function warnOfAll(
 ): Promise<void> {
   for (const [index, { disk, target, totalBytes, dataBytes }] of infos.entries()) {
     warnOfEmptySource(output, disk, totalBytes);
-    if (orders[index]?.options.compression !== undefined) continue;
+    const { compression, repository } = orders[index]?.options ?? {};
+    if (compression !== undefined || repository !== undefined) continue;
     await warnOfSpace(output, target, dataBytes ?? totalBytes);
   }
 }
@@ -159,19 +188,14 @@ function announceSnapshot({ output }: CommandContext, { disk, snapshotExport }: 
   printLine(output, `${disk}: snapshot exported as ${snapshotExport}`);
 }
 
-interface JobEnd {
-  info: JobInfo;
-  result: JobResult;
-}
-
 async function follow(client: ControlClient, info: JobInfo, view: ProgressView): Promise<JobEnd> {
   const id = info.jobId;
   view.start(info);
-  const { progress, error, basis } = await watchJob(client, id, (now) => view.update(id, now));
+  const { progress, error, basis, repository } = await watchJob(client, id, (now) => view.update(id, now));
   view.update(id, progress);
   const result = { progress, error, basis };
   view.finish(id, result);
-  return { info, result };
+  return { info, result, repository };
 }
 
 /** A job of sync none ends by being cancelled, by this command's signal or by somebody else. */

@@ -2,12 +2,8 @@
 import { Repository } from "../../repository/repository.js";
 import type { KeyInfo } from "../../repository/format/keys.js";
 import { usageError } from "../options/options.js";
-import {
-  keyFromFile,
-  keySource,
-  passphraseFromFile,
-  repositoryArguments,
-} from "../options/repository-options.js";
+import { keyFromFile, passphraseFromFile } from "../../repository/key-files.js";
+import { keySource, repositoryArguments } from "../options/repository-options.js";
 import { type CommandContext, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { refuseRest, type RepoFlags, table, withRepository } from "./repo-common.js";

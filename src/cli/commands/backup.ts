@@ -36,7 +36,8 @@ export function addBackup(program: Command, run: RunCommand): void {
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...\n" +
       "       cowcatcher backup [options] --qmp SOCK [--disk NAME]... TARGET...\n" +
-      "       cowcatcher backup [options] SOURCE... --repo REPO --group NAME",
+      "       cowcatcher backup [options] SOURCE... --repo REPO --group NAME\n" +
+      "       cowcatcher backup [options] (--control|--qmp) SOCK [--disk NAME]... --repo REPO --group NAME",
     notes:
       "SOURCE and TARGET are paths, NBD URIs or RBD images; TARGET may be null:, which throws the data away, or -, standard output,\n" +
       "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
@@ -49,7 +50,10 @@ export function addBackup(program: Command, run: RunCommand): void {
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
       "With --repo all SOURCEs become one backup of the group, a disk each, named by --disk or by its file; what the\n" +
-      "repository has is not stored again, and each backup is a full one to whoever reads it. Not with --control yet.\n" +
+      "repository has is not stored again, and each backup is a full one to whoever reads it. With --control or --qmp there\n" +
+      "is no TARGET: all disks, or those of --disk, become one backup of one instant. With --control the server writes it,\n" +
+      "with its own user's rights, and reads the key's file and the S3 credentials of its own environment; what it has\n" +
+      "tracked as changed since the group's last backup is all that is read (--level).\n" +
       QEMU_NOTES +
       NBD_NOTES +
       "\n" +
@@ -58,6 +62,7 @@ export function addBackup(program: Command, run: RunCommand): void {
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
       "cowcatcher backup --qmp /run/vm1.qmp --disk vd0 /backup/vm1.qcow2",
+      "cowcatcher backup --control /run/vm1.ctl --repo /backup/repo --group vm1",
     ],
   }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
   addCommonOptions(addRepositoryBackupOptions(addBackupOptions(command))).action(
@@ -65,6 +70,10 @@ export function addBackup(program: Command, run: RunCommand): void {
       run("backup", flags, async (context) => {
         if (isRepositoryBackup(flags)) {
           const settings = parseRepositoryBackup(args, flags);
+          if (settings.mode === "repository-live")
+            return (await import("../actions/repository-live.js")).runRepositoryLive(settings, context);
+          if (settings.mode === "repository-qemu")
+            return (await import("../actions/repository-qemu.js")).runRepositoryQemu(settings, context);
           return (await import("../actions/repository-backup.js")).runRepositoryBackup(settings, context);
         }
         const settings = parseBackupSettings(args, flags);

@@ -390,7 +390,8 @@ function localPath(target: string): string {
   return target === NULL_TARGET ? target : absoluteImage(parseImage(target, "TARGET"));
 }
 
-function jobSettings(target: string, flags: BackupFlags): JobSettings {
+/** @throws CowcatcherError USAGE */
+export function jobSettings(target: string, flags: BackupFlags): JobSettings {
   // What is dirty alone can only be told apart in a format that has backing files, or written in place.
   const isOverlay = flags.since !== undefined && flags.backingFile !== undefined;
   const isPart = flags.bitmap !== undefined || isOverlay;

@@ -3,14 +3,24 @@ import { absoluteName } from "../../file-names.js";
 import { readFileSync } from "node:fs";
 import { basename } from "node:path";
 import type { Command } from "commander";
-import { BACKUP_LEVELS, JOB_DEFAULTS, type LevelChoice, OFFLINE_WORKER_COUNT } from "../../backup/options.js";
+import {
+  BACKUP_LEVELS,
+  JOB_DEFAULTS,
+  type LevelChoice,
+  OFFLINE_WORKER_COUNT,
+  type RepositoryPlace,
+} from "../../backup/options.js";
+import { describeStore } from "../../repository/store/open-store.js";
 import type { RepositoryBackupRequest } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import { refuseLiveFlags } from "./live-flags.js";
-import { choiceOption, listWords, parseImage, textOption, usageError } from "./options.js";
+import { jobSettings } from "./backup-options.js";
+import type { JobSettings } from "./job-settings.js";
+import { type QemuBackupSettings, qemuSettings, refuseQemuFlags } from "./qemu-options.js";
+import { choiceOption, listWords, NULL_TARGET, parseImage, textOption, usageError } from "./options.js";
 import { addKeyOptions, lazyKey } from "./repository-options.js";
 
 export interface RepositoryBackupSettings extends Pick<
@@ -18,6 +28,26 @@ export interface RepositoryBackupSettings extends Pick<
   "repository" | "key" | "group" | "level" | "sources" | "job" | "vmConfig"
 > {
   mode: "repository";
+}
+
+/** Disks that a server has open, as one backup. */
+export interface RepositoryLiveSettings {
+  mode: "repository-live";
+  control: string;
+  /** Node names; none: all that the server has. */
+  disks: readonly string[];
+  job: JobSettings;
+  place: Omit<RepositoryPlace, "disk">;
+}
+
+/** Disks of a guest that QEMU runs, as one backup. */
+export interface RepositoryQemuSettings
+  extends
+    Omit<QemuBackupSettings, "mode">,
+    Pick<RepositoryBackupRequest, "repository" | "key" | "group" | "level" | "vmConfig"> {
+  mode: "repository-qemu";
+  /** Of each disk. */
+  job: JobSettings;
 }
 
 const MAX_VM_CONFIG_BYTES = 1024 * 1024;
@@ -45,16 +75,121 @@ export function isRepositoryBackup(flags: BackupFlags): boolean {
   return flags.repo !== undefined || flags.group !== undefined;
 }
 
-/** @throws CowcatcherError USAGE for a combination that cannot mean anything; IO for a file that cannot be read. */
-export function parseRepositoryBackup(args: readonly string[], flags: BackupFlags): RepositoryBackupSettings {
-  const { group, level, disk: names = [] } = flags;
+/** Which backup of which repository. @throws CowcatcherError USAGE, IO */
+function repositoryOf(flags: BackupFlags) {
+  const { group, level } = flags;
   const repository = flags.repo ?? process.env["COWCATCHER_REPO"] ?? "";
   if (repository === "")
     throw usageError("--repo", "is missing", "name the repository, or set COWCATCHER_REPO");
   if (group === undefined)
     throw usageError("--group", "is missing", "name the group, such as the machine's name");
-  if (args.length === 0) throw usageError("SOURCE", "is missing", "give the images of the machine's disks");
   refuseUseless(flags);
+  return {
+    repository,
+    group: checkGroup(group),
+    level: level ?? "auto",
+    vmConfig: flags.vmConfig === undefined ? undefined : readVmConfig(flags.vmConfig),
+  };
+}
+
+/** @throws CowcatcherError USAGE for a combination that cannot mean anything; IO for a file that cannot be read. */
+export function parseRepositoryBackup(
+  args: readonly string[],
+  flags: BackupFlags,
+): RepositoryBackupSettings | RepositoryLiveSettings | RepositoryQemuSettings {
+  if (flags.qmp !== undefined) return parseQemuIntoRepository(args, flags, flags.qmp);
+  refuseQemuFlags(flags);
+  if (flags.control !== undefined) return parseLiveIntoRepository(args, flags, flags.control);
+  return parseOfflineIntoRepository(args, flags);
+}
+
+/** Of disks that others have open: what goes for both of them. */
+function liveParts(args: readonly string[], flags: BackupFlags, option: string) {
+  if (args[0] !== undefined) {
+    throw usageError(args[0], "does not go with --repo", `${option} says which disks: there is no TARGET`);
+  }
+  for (const name of ["checkpoint", "since", "sinceOrFull"] as const) {
+    if (flags[name] === undefined) continue;
+    const flag = `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
+    throw usageError(
+      flag,
+      "does not go with --repo",
+      "the repository keeps checkpoints of its own: see --level",
+    );
+  }
+  const { sourceFormat, snapshot, bitmap, bitmapMode } = flags;
+  const useless = Object.entries({
+    "source-format": sourceFormat,
+    snapshot,
+    bitmap,
+    "bitmap-mode": bitmapMode,
+  });
+  const given = useless.find(([, value]) => value !== undefined);
+  if (given !== undefined) throw usageError(`--${given[0]}`, `does not go with ${option}`, "leave it out");
+  const { disk: disks = [] } = flags;
+  const twice = disks.find((name, index) => disks.indexOf(name) !== index);
+  if (twice !== undefined) throw usageError("--disk", `'${twice}' is given twice`);
+  const job = { ...jobSettings(NULL_TARGET, { ...flags, verify: undefined }), targetFormat: "raw" as const };
+  return { disks, job };
+}
+
+function parseLiveIntoRepository(
+  args: readonly string[],
+  flags: BackupFlags,
+  control: string,
+): RepositoryLiveSettings {
+  const { repository, ...place } = repositoryOf(flags);
+  const { disks, job } = liveParts(args, flags, "--control");
+  const store = describeStore(repository);
+  return {
+    mode: "repository-live",
+    control: absoluteName(control),
+    disks,
+    job,
+    place: {
+      ...place,
+      address: store.kind === "folder" ? store.path : repository,
+      ...keyFiles(flags),
+      tool: "",
+    },
+  };
+}
+
+function parseQemuIntoRepository(
+  args: readonly string[],
+  flags: BackupFlags,
+  qmp: string,
+): RepositoryQemuSettings {
+  const place = repositoryOf(flags);
+  const { disks, job } = liveParts(args, flags, "--qmp");
+  const qemu = qemuSettings(
+    qmp,
+    disks.map((disk) => ({ disk, job })),
+    flags,
+  );
+  return { ...qemu, mode: "repository-qemu", job, key: lazyKey(flags), ...place };
+}
+
+/** For the process that has the disk open: it reads them, and no secret is sent. @throws CowcatcherError USAGE */
+function keyFiles({
+  keyFile,
+  passphraseFile,
+}: BackupFlags): Pick<RepositoryPlace, "keyFile" | "passphraseFile"> {
+  if (keyFile !== undefined && passphraseFile !== undefined) {
+    throw usageError("--key-file", "does not go with --passphrase-file", "give one of them");
+  }
+  const { COWCATCHER_KEY_FILE: file, COWCATCHER_PASSPHRASE_FILE: textFile } = process.env;
+  if (keyFile !== undefined) return { keyFile: absoluteName(keyFile) };
+  if (passphraseFile !== undefined) return { passphraseFile: absoluteName(passphraseFile) };
+  if (file !== undefined && file !== "") return { keyFile: absoluteName(file) };
+  if (textFile !== undefined && textFile !== "") return { passphraseFile: absoluteName(textFile) };
+  return {};
+}
+
+function parseOfflineIntoRepository(args: readonly string[], flags: BackupFlags): RepositoryBackupSettings {
+  const place = repositoryOf(flags);
+  const { disk: names = [] } = flags;
+  if (args.length === 0) throw usageError("SOURCE", "is missing", "give the images of the machine's disks");
   refuseCheckpointFlags(flags);
   refuseLiveFlags(flags);
   if (names.length > 0 && names.length !== args.length) {
@@ -82,12 +217,9 @@ export function parseRepositoryBackup(args: readonly string[], flags: BackupFlag
   }
   return {
     mode: "repository",
-    repository,
+    ...place,
     key: lazyKey(flags),
-    group: checkGroup(group),
-    level: level ?? "auto",
     sources,
-    vmConfig: flags.vmConfig === undefined ? undefined : readVmConfig(flags.vmConfig),
     job: {
       ...JOB_DEFAULTS,
       bitmap: flags.bitmap,

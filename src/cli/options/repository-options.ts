@@ -1,10 +1,9 @@
 // The options that say which repository, and what opens it. Secrets never stand on a command line: a key file and a
 // passphrase file are named, or the environment has them.
-import { absoluteName } from "../../file-names.js";
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync } from "node:fs";
 import type { Command } from "commander";
-import { ioError } from "../../errors.js";
-import { checkKeyFile, type KeySource, MAX_KEY_FILE_BYTES } from "../../repository/format/keys.js";
+import type { KeySource } from "../../repository/format/keys.js";
+import { environmentKey, keyFromFile, passphraseFromFile } from "../../repository/key-files.js";
 import type { Environment } from "../output/context.js";
 import { textOption, usageError } from "./options.js";
 
@@ -37,38 +36,7 @@ export function keySource(
   }
   if (keyFile !== undefined) return keyFromFile(keyFile);
   if (passphraseFile !== undefined) return passphraseFromFile(passphraseFile);
-  const {
-    COWCATCHER_KEY_FILE: file,
-    COWCATCHER_PASSPHRASE_FILE: textFile,
-    COWCATCHER_PASSPHRASE: passphrase,
-  } = environment;
-  if (file !== undefined && file !== "") return keyFromFile(file);
-  if (textFile !== undefined && textFile !== "") return passphraseFromFile(textFile);
-  if (passphrase !== undefined && passphrase !== "") return { kind: "passphrase", passphrase };
-  return undefined;
-}
-
-export function keyFromFile(path: string): KeySource {
-  const content = readSmallFile(path);
-  checkKeyFile(path, content);
-  return { kind: "file", path, content };
-}
-
-/** The file's first line. */
-export function passphraseFromFile(path: string): KeySource {
-  const passphrase = readSmallFile(path).toString("utf8").split(/\r?\n/)[0] ?? "";
-  if (passphrase === "") throw usageError(path, "has no passphrase in its first line");
-  return { kind: "passphrase", passphrase };
-}
-
-function readSmallFile(path: string): Buffer {
-  try {
-    const content = readFileSync(absoluteName(path));
-    if (content.length > MAX_KEY_FILE_BYTES) throw usageError(path, "is too large for a key or a passphrase");
-    return content;
-  } catch (error) {
-    throw ioError("read", path, error);
-  }
+  return environmentKey(environment);
 }
 
 /** Asked for once a repository says that it is encrypted, and for one that is not. */

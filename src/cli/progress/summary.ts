@@ -99,7 +99,7 @@ function freezeMembers({ frozenMs, fileSystemCount, isHeld }: FreezeInfo) {
   };
 }
 
-function qemuMembers({ method, reason, stoppedMs }: QemuFacts) {
+export function qemuMembers({ method, reason, stoppedMs }: QemuFacts) {
   return { method, method_reason: reason, guest_stopped_ms: Math.round(stoppedMs * 10) / 10 };
 }
 
@@ -138,7 +138,7 @@ export function printSummary(
   for (const line of summaryLines(info, progress, basis)) printLine(output, line);
 }
 
-function qemuLine({ method, reason, stoppedMs }: QemuFacts): string {
+export function qemuLine({ method, reason, stoppedMs }: QemuFacts): string {
   const stopped = stoppedMs === 0 ? "" : `; the guest stood still for ${formatDuration(stoppedMs)}`;
   return `  method ${method}: ${reason}${stopped}`;
 }
@@ -148,7 +148,7 @@ function freezeLine({ frozenMs, fileSystemCount, isHeld }: FreezeInfo): string {
   return isHeld ? frozen : `${frozen}; some thawed before, so the guest may have written at T0`;
 }
 
-function captureLine(progress: JobProgress): string {
+export function captureLine(progress: JobProgress): string {
   const captures = `${counted(progress.captureCount, "capture")} (${formatBytes(progress.capturedBytes)})`;
   const spilled = `${formatBytes(progress.spilledBytes)} spilled`;
   if (progress.guestWaitCount === 0) return `  ${captures}, ${spilled}, no guest write waited`;

@@ -29,6 +29,7 @@ import type { Repository } from "../repository.js";
 import { isRevoked, putDraft } from "../work/condemned.js";
 import { SharedIdSet } from "../work/id-set.js";
 import { Run } from "../work/runs.js";
+import { nowNs } from "./clock.js";
 import { addKnown, chunksOf, type Parent, readParent } from "./parent.js";
 import {
   type ChunkWriterDescription,
@@ -58,8 +59,6 @@ export const CHUNK_DONE = 1;
 /** Of a process's sessions: no two backups that it begins within one tick of the clock have the same time. */
 let lastTimeNs = 0n;
 const SAME_TIME_NS = 1_000_000n;
-/** Two clocks that differ by more have been set apart. */
-const CLOCKS_APART_MS = 2;
 const MAX_KNOWN = 2 ** 23;
 
 export class BackupSession {
@@ -80,6 +79,8 @@ export class BackupSession {
   #level: { level: BackupLevel; reason: string } | undefined;
   #failure: CowcatcherError | undefined;
   #isOver = false;
+  #completing: Promise<void> | undefined;
+  #aborting: Promise<void> | undefined;
   #settle: { resolve: () => void; reject: (error: CowcatcherError) => void } = { resolve() {}, reject() {} };
   /** Fulfilled when the backup exists; rejects when there will be none. */
   readonly completed: Promise<void>;
@@ -221,8 +222,9 @@ export class BackupSession {
   async diskDone(): Promise<void> {
     this.#throwIfFailed();
     if (this.#finished.length < this.#request.diskCount || this.#isOver) return;
+    this.#completing = this.#complete();
     try {
-      await this.#complete();
+      await this.#completing;
     } catch (error) {
       const typed = toCowcatcherError(error, this.repository.name);
       await this.abort(typed);
@@ -245,6 +247,8 @@ export class BackupSession {
       throw revokedError(this.repository.name);
     }
     await store.flush();
+    // Until here abort() undoes it; from here on it is too late.
+    this.#throwIfFailed();
     this.#isOver = true;
     // The backup exists. Claims that cannot be taken back are those of a run that was killed: prune finds them.
     await this.#run.end().catch(() => {});
@@ -274,12 +278,21 @@ export class BackupSession {
     if (this.#failure !== undefined) throw this.#failure;
   }
 
-  /** There will be no backup. Its chunks stay for the next one, or for prune. Never throws; idempotent. */
-  async abort(error: CowcatcherError): Promise<void> {
+  /**
+   * There will be no backup, unless it exists already. Its chunks stay for the next one, or for prune. Never throws;
+   * idempotent: the first error counts.
+   */
+  abort(error: CowcatcherError): Promise<void> {
+    return (this.#aborting ??= this.#abort(error));
+  }
+
+  async #abort(error: CowcatcherError): Promise<void> {
     if (this.#isOver) return;
-    this.#isOver = true;
     this.#failure = error;
     this.#settle.reject(error);
+    // A manifest that is on its way is awaited: one that came after it was deleted would be a backup without claims.
+    await this.#completing?.catch(() => {});
+    this.#isOver = true;
     try {
       // The manifest, which came last, first.
       for (const name of [...this.#own].reverse()) await this.repository.store.delete(name);
@@ -367,14 +380,6 @@ export function takeable(
     return undefined;
   const known = new SharedIdSet(session.writerDescription(disk.counters).known);
   return { index, isThere: (chunk) => isHole(index.ids, chunk) || known.has(index.ids, chunk * ID_BYTES) };
-}
-
-/** The finer clock counts from the process's start, and does not follow when the system's clock is set. */
-function nowNs(): bigint {
-  const wallMs = Date.now();
-  const fineMs = performance.timeOrigin + performance.now();
-  const nowMs = Math.abs(fineMs - wallMs) < CLOCKS_APART_MS ? fineMs : wallMs;
-  return BigInt(Math.floor(nowMs * 1000)) * 1000n;
 }
 
 function gapError(disk: string, offsetBytes: number): CowcatcherError {

@@ -1,5 +1,5 @@
 // A disk of a backup in a repository, as a target. Its unit is the chunk: a worker's write is a whole one, or the last
-// of the disk. Main thread.
+// of the disk. On the session's thread.
 
 import { CowcatcherError } from "../../errors.js";
 import type { SessionDisk } from "../../repository/backup/session.js";
@@ -11,10 +11,14 @@ export class RepositoryTarget implements Target {
   readonly description: RepositoryTargetDescription;
   /** Each chunk is checked when it is read; `repo verify` reads them all. */
   readonly unfinishedPath = null;
+  /** Of several disks that are copied side by side: the other ones are waited for, so a cancel may come meanwhile. */
+  readonly commitWaits: boolean;
   readonly #disk: SessionDisk;
   #isDone = false;
 
-  constructor(disk: SessionDisk) {
+  /** @param side disks of the backup are copied one after another, or all at a time */
+  constructor(disk: SessionDisk, side: "in-turn" | "side-by-side" = "in-turn") {
+    this.commitWaits = side === "side-by-side";
     const { session, name, sizeBytes, chunkBytes, ids, states, counters } = disk;
     const writer = session.writerDescription(counters);
     this.#disk = disk;
@@ -42,7 +46,9 @@ export class RepositoryTarget implements Target {
   }
 
   async commit(): Promise<void> {
-    await this.#disk.session.diskDone();
+    const { session } = this.#disk;
+    await session.diskDone();
+    if (this.commitWaits) await session.completed;
     this.#isDone = true;
   }
 

@@ -65,6 +65,36 @@ describe("a cancel while the target gets its name", () => {
     expect(finishing.cancel(CANCELLED)).toBe(false);
   });
 
+  it("is decided by the target where that waits for others", async () => {
+    for (const isInTime of [true, false]) {
+      const { target, hangs, end } = hangingTarget(false);
+      let refuse = (_error: Error): void => undefined;
+      const refused = new Promise<never>((_resolve, reject) => (refuse = reject));
+      const { commit } = target;
+      let abortCount = 0;
+      const finishing = finishingOf({
+        ...target,
+        commitWaits: true,
+        commit: () => Promise.race([commit(), refused]),
+        abort() {
+          abortCount++;
+          return Promise.resolve();
+        },
+      });
+      const run = finishing.run();
+      await hangs;
+      expect(finishing.cancel(CANCELLED)).toBe(false);
+      expect(abortCount).toBe(1);
+      if (isInTime) {
+        refuse(new Error("given up"));
+        await expect(run).rejects.toBe(CANCELLED);
+      } else {
+        end();
+        await run;
+      }
+    }
+  });
+
   it("is too late from the beginning on where it takes no time", async () => {
     const { target, hangs, end } = hangingTarget(false);
     const finishing = finishingOf(target);
