@@ -10,7 +10,7 @@ import {
   OFFLINE_WORKER_COUNT,
   type RepositoryPlace,
 } from "../../backup/options.js";
-import { describeStore } from "../../repository/store/open-store.js";
+import { isS3Address } from "../../repository/store/s3-address.js";
 import type { RepositoryBackupRequest } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
@@ -140,7 +140,6 @@ function parseLiveIntoRepository(
 ): RepositoryLiveSettings {
   const { repository, ...place } = repositoryOf(flags);
   const { disks, job } = liveParts(args, flags, "--control");
-  const store = describeStore(repository);
   return {
     mode: "repository-live",
     control: absoluteName(control),
@@ -148,7 +147,8 @@ function parseLiveIntoRepository(
     job,
     place: {
       ...place,
-      address: store.kind === "folder" ? store.path : repository,
+      // The credentials are the server's business.
+      address: isS3Address(repository) ? repository : absoluteName(repository),
       ...keyFiles(flags),
       tool: "",
     },

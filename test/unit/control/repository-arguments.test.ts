@@ -22,9 +22,6 @@ describe("drive-backup into a repository", () => {
     } as typeof GIVEN;
     expect(repositoryFrom(sent, "node", "cowcatcher 1")).toEqual(PLACE);
     expect(repositoryFrom(GIVEN, "node", "t")).toMatchObject({ disk: "node", level: "auto" });
-    expect(repositoryFrom({ ...GIVEN, target: "s3:https://s3.example.org/bucket" }, "node", "t")?.address).toBe(
-      "s3:https://s3.example.org/bucket",
-    );
   });
 
   it.each<[object, string]>([
