@@ -33,14 +33,17 @@ export interface JobEnd {
 export interface LiveForm {
   disks(served: ReadonlyMap<string, ServedDisk>): readonly LiveDiskSettings[];
   print(ends: readonly JobEnd[]): void;
+  /** Socket of the guest agent that freezes the guest for T0. */
+  guestAgent: string | undefined;
   /** What is left when the command is interrupted, where the targets do not tell. */
   remains?: string | undefined;
 }
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
 export function runLive(settings: LiveBackupSettings, context: CommandContext): Promise<number> {
-  const { control, disks } = settings;
+  const { control, disks, guestAgent } = settings;
   return runLiveJobs(control, context, {
+    guestAgent,
     disks: () => disks,
     print(ends) {
       for (const { info, result } of ends) {
@@ -72,7 +75,7 @@ export async function runLiveJobs(control: string, context: CommandContext, form
   const removeHandlers = onInterrupt(context, { onFirst: cancelAll });
   try {
     const disks = await servedDisks(client);
-    const infos = planJobs(form.disks(disks), disks, orders);
+    const infos = planJobs(form, disks, orders);
     await warnOfAll(context, infos, orders);
     if (context.interruptedBy !== undefined) throw interruption();
     try {
@@ -123,17 +126,13 @@ async function cancelStart(control: string, id: string, isStarting: () => boolea
 }
 
 /** Fills `orders`, one for each job, in order. @throws CowcatcherError as chooseDisk. */
-function planJobs(
-  settings: readonly LiveDiskSettings[],
-  disks: ReadonlyMap<string, ServedDisk>,
-  orders: BackupOrder[],
-): JobInfo[] {
+function planJobs(form: LiveForm, disks: ReadonlyMap<string, ServedDisk>, orders: BackupOrder[]): JobInfo[] {
   const ids = new Set<string>();
-  return settings.map(({ disk: asked, job }) => {
+  return form.disks(disks).map(({ disk: asked, job }) => {
     const disk = chooseDisk(asked, disks);
     const id = jobIdOf(disk, ids);
     ids.add(id);
-    orders.push({ id, disk: disk.name, options: job, guestAgent: settings.guestAgent });
+    orders.push({ id, disk: disk.name, options: job, guestAgent: form.guestAgent });
     const isCopy = job.sync !== "none";
     return {
       jobId: id,

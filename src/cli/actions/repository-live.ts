@@ -11,8 +11,9 @@ export function runRepositoryLive(
   settings: RepositoryLiveSettings,
   context: CommandContext,
 ): Promise<number> {
-  const { control, disks, job, place } = settings;
+  const { control, disks, job, place, guestAgent } = settings;
   return runLiveJobs(control, context, {
+    guestAgent,
     disks: (served) =>
       (disks.length > 0 ? disks : [...served.keys()]).map((disk) => {
         const repository = { ...place, disk: nameInBackup(disk) };
@@ -41,6 +42,7 @@ function print(ends: readonly JobEnd[], target: string, context: CommandContext)
       level: basis?.level ?? "full",
       reason: basis?.reason ?? "",
       clockBehind: first?.clockBehind,
+      freeze: ends[0]?.info.freeze,
       disks: ends.map(({ info, result: { progress }, repository }) => ({
         disk: repository?.disk ?? info.disk,
         sizeBytes: info.totalBytes,

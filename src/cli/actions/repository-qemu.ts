@@ -99,6 +99,7 @@ class QemuRepositoryBackup {
           guest: ends[index]?.progress,
         })),
         qemu: ends[0]?.info.qemu,
+        freeze: ends[0]?.info.freeze,
       },
       this.name,
       Math.max(0, ...ends.map(({ progress }) => progress.elapsedMs)),

@@ -60,7 +60,6 @@ export function addBackup(program: Command, run: RunCommand): void {
       RBD_NOTES,
     examples: [
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
-      "cowcatcher backup --control /run/vm1.ctl --disk root --disk data /backup/root.img /backup/data.img",
       "cowcatcher backup --qmp /run/vm1.qmp --disk vd0 /backup/vm1.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --repo /backup/repo --group vm1",
     ],

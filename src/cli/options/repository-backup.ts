@@ -34,6 +34,7 @@ export interface RepositoryBackupSettings extends Pick<
 export interface RepositoryLiveSettings {
   mode: "repository-live";
   control: string;
+  guestAgent: string | undefined;
   /** Node names; none: all that the server has. */
   disks: readonly string[];
   job: JobSettings;
@@ -143,6 +144,7 @@ function parseLiveIntoRepository(
   return {
     mode: "repository-live",
     control: absoluteName(control),
+    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
     disks,
     job,
     place: {

@@ -1,11 +1,12 @@
 // What a finished backup in a repository says: a few lines for people, one object for scripts. One for all its disks.
+import type { FreezeInfo } from "../../backup/job/while-frozen.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { formatBytes, formatDuration } from "../../units.js";
 import { type CommandContext, printJsonLine, printLine } from "../output/context.js";
 import { warn } from "../output/report.js";
 import { packageVersion } from "../version.js";
 import { now } from "./json.js";
-import { captureLine, qemuLine, qemuMembers } from "./summary.js";
+import { captureLine, freezeLine, freezeMembers, qemuLine, qemuMembers } from "./summary.js";
 import type { QemuFacts } from "./view.js";
 
 /** What is left when such a backup was given up. */
@@ -21,6 +22,7 @@ export interface RepositorySummary {
   clockBehind?: string | undefined;
   disks: readonly RepositoryDiskSummary[];
   qemu?: QemuFacts | undefined;
+  freeze?: FreezeInfo | undefined;
 }
 
 export interface RepositoryDiskSummary {
@@ -41,7 +43,7 @@ export function printRepositoryResult(
   elapsedMs: number,
   { output }: CommandContext,
 ): void {
-  const { group, time, level, reason, clockBehind, disks, qemu } = summary;
+  const { group, time, level, reason, clockBehind, disks, qemu, freeze } = summary;
   if (clockBehind !== undefined) {
     warn(
       output,
@@ -65,6 +67,7 @@ export function printRepositoryResult(
       seconds: Math.round(elapsedMs) / 1000,
       ignored_errors: disks.reduce((sum, { ignoredErrors }) => sum + ignoredErrors, 0),
       ...(qemu === undefined ? {} : qemuMembers(qemu)),
+      ...(freeze === undefined ? {} : freezeMembers(freeze)),
       disks: disks.map((disk) => ({
         disk: disk.disk,
         bytes: disk.sizeBytes,
@@ -88,6 +91,7 @@ export function printRepositoryResult(
     if (guest !== undefined) printLine(output, `  ${disk}:${captureLine(guest).replace(/^ /, "")}`);
   }
   if (qemu !== undefined) printLine(output, qemuLine(qemu));
+  if (freeze !== undefined) printLine(output, freezeLine(freeze));
 }
 
 function guestMembers(progress: JobProgress) {

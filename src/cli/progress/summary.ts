@@ -91,7 +91,7 @@ export function summaryMessage(info: JobInfo, progress: JobProgress, basis?: Bas
   };
 }
 
-function freezeMembers({ frozenMs, fileSystemCount, isHeld }: FreezeInfo) {
+export function freezeMembers({ frozenMs, fileSystemCount, isHeld }: FreezeInfo) {
   return {
     guest_frozen_ms: Math.round(frozenMs * 10) / 10,
     guest_frozen_file_systems: fileSystemCount,
@@ -143,7 +143,7 @@ export function qemuLine({ method, reason, stoppedMs }: QemuFacts): string {
   return `  method ${method}: ${reason}${stopped}`;
 }
 
-function freezeLine({ frozenMs, fileSystemCount, isHeld }: FreezeInfo): string {
+export function freezeLine({ frozenMs, fileSystemCount, isHeld }: FreezeInfo): string {
   const frozen = `  ${counted(fileSystemCount, "file system")} of the guest frozen for ${formatDuration(frozenMs)}`;
   return isHeld ? frozen : `${frozen}; some thawed before, so the guest may have written at T0`;
 }
