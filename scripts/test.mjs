@@ -2,7 +2,7 @@
 //   npm test                          all, then the fuzzers; with TEST_NODES=1 a smoke of the other versions of Node.js
 //   npm test -- test/unit/cow -t ring  those files and names (what vitest takes)
 //   npm run test:long                 the campaigns of test/long, then the fuzzers for a quarter of an hour
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -26,8 +26,13 @@ try {
   const counts = readCounts();
   // A file that could not even be loaded has no tests to count, and must not pass for a success.
   if (run.status !== 0 && counts.failed === 0) counts.failed++;
-  if (isWhole) count(counts, runFuzz());
-  if (isWhole && !isLong && process.env.TEST_NODES === "1") count(counts, runOtherNodes());
+  // Side by side: a fuzzer keeps one processor busy, and the smokes mostly wait.
+  const others = isWhole ? [runFuzz()] : [];
+  if (isWhole && !isLong && process.env.TEST_NODES === "1") others.push(runOtherNodes());
+  for (const { ok, output } of await Promise.all(others)) {
+    process.stdout.write(output);
+    count(counts, ok);
+  }
   process.exitCode = counts.failed > 0 || counts.passed === 0 ? 1 : 0;
   console.log(`${counts.passed} passed, ${counts.failed} failed`);
 } finally {
@@ -50,9 +55,9 @@ function count(counts, ok) {
 }
 
 /** All three fuzzers, with a new seed unless FUZZ_SEED gives one; it is printed. */
-function runFuzz() {
+async function runFuzz() {
   const seconds = process.env.FUZZ_SECONDS ?? (isLong ? FUZZ_SECONDS.long : FUZZ_SECONDS.usual);
-  if (seconds === "0") return true;
+  if (seconds === "0") return { ok: true, output: "" };
   const seed = process.env.FUZZ_SEED === undefined ? [] : ["--seed", process.env.FUZZ_SEED];
   return runNode(["--enable-source-maps", "dist/test/fuzz/main.js", "--seconds", seconds, ...seed]);
 }
@@ -61,6 +66,15 @@ function runOtherNodes() {
   return runNode(["scripts/test-nodes.mjs", "--skip-current"]);
 }
 
+/** Its output is kept until its end, as others run beside it. */
 function runNode(nodeArgs) {
-  return spawnSync(process.execPath, nodeArgs, { stdio: "inherit" }).status === 0;
+  return new Promise((settle, reject) => {
+    const child = spawn(process.execPath, nodeArgs, { stdio: ["ignore", "pipe", "pipe"] });
+    let output = "";
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding("utf8").on("data", (text) => (output += text));
+    }
+    child.on("error", reject);
+    child.on("close", (code) => settle({ ok: code === 0, output }));
+  });
 }

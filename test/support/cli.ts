@@ -1,10 +1,12 @@
-// Runs the built command as a user does: a process of its own, its output and its exit code.
+// Runs commands of the built program: their output and their exit code.
 import { spawn } from "node:child_process";
 import { constants } from "node:os";
 import { resolve } from "node:path";
+import { runKept } from "./kept-commands.js";
 
 /** The compiled entry; COWCATCHER_BIN names another. */
 export const COWCATCHER_BIN = resolve(process.env["COWCATCHER_BIN"] ?? "dist/src/cli/main.js");
+const KEPT_COMMAND = resolve("dist/test/support/kept-command.js");
 
 export interface RunOptions {
   cwd?: string;
@@ -21,8 +23,25 @@ export interface RunResult {
   stderr: string;
 }
 
+/** What the command prints and its exit code; in a process that stays for the next one, where nothing is against it. */
 export function cowcatcher(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
+  const wantsItsOwn =
+    process.env["COWCATCHER_BIN"] !== undefined ||
+    options.env !== undefined ||
+    options.input !== undefined ||
+    !args.every(isText);
+  if (wantsItsOwn) return cowcatcherProcess(args, options);
+  return runKept(KEPT_COMMAND, { args, cwd: options.cwd ?? process.cwd() });
+}
+
+/** As a user runs it: a process of its own, from its start to its end. */
+export function cowcatcherProcess(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
   return run(process.execPath, [COWCATCHER_BIN, ...args], options);
+}
+
+/** Node makes U+FFFD of other bytes; start.ts asks the system for them. */
+function isText(argument: string): boolean {
+  return !argument.includes("\uFFFD");
 }
 
 /** Another program, such as qemu-img. */

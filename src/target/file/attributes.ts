@@ -23,7 +23,7 @@ export interface SourceAccess {
   gid: number;
 }
 
-const ACL_ACCESS = "system.posix_acl_access";
+export const ACL_ACCESS = "system.posix_acl_access";
 const ACL_DEFAULT = "system.posix_acl_default";
 const ACL_HEADER_BYTES = 4;
 const ACL_ENTRY_BYTES = 8;

@@ -32,7 +32,14 @@ import { errnoError } from "../../block/file/fileio.js";
 import { acquireImageLock } from "../../block/file/locks.js";
 import { libc } from "../../native/libc.js";
 import { GiB } from "../../units.js";
-import { type Attributes, attributesOf, giveAttributes, modeOfNewFile, openToReaders } from "./attributes.js";
+import {
+  ACL_ACCESS,
+  type Attributes,
+  attributesOf,
+  giveAttributes,
+  modeOfNewFile,
+  openToReaders,
+} from "./attributes.js";
 import { existsError, type FileDestination, lockReplaced, resolveDestination } from "./destination.js";
 import type { TargetOptions } from "../target.js";
 import {
@@ -211,7 +218,10 @@ async function keptAttributes(
   try {
     const attributes = attributesOf(fd, name);
     giveAttributes(newFd, name, attributes);
-    await changeMode(newFd, OWNER_ONLY);
+    // An ACL has changed the mode. A file system whose modes are fixed (SMB, WebDAV) refuses, and has no ACLs either.
+    await changeMode(newFd, OWNER_ONLY).catch((error: unknown) => {
+      if (attributes.has(ACL_ACCESS)) throw error;
+    });
     return attributes;
   } finally {
     await closeFile(fd);

@@ -2,7 +2,7 @@
 import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join, resolve } from "node:path";
 import { afterEach, expect, it } from "vitest";
-import { COWCATCHER_BIN, cowcatcher, run } from "../../support/cli.js";
+import { COWCATCHER_BIN, cowcatcherProcess as cowcatcher, run } from "../../support/cli.js";
 import { Process, scratchFolder, stopAll } from "../../support/server.js";
 
 afterEach(stopAll);

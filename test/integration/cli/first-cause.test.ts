@@ -2,7 +2,7 @@
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { cowcatcher } from "../../support/cli.js";
+import { cowcatcherProcess as cowcatcher } from "../../support/cli.js";
 import { nbdkit } from "../../support/nbd-servers.js";
 import { RawQmp } from "../../support/raw-qmp.js";
 import { scratchFolder, Server, stopAll, until } from "../../support/server.js";

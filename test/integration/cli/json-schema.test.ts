@@ -3,7 +3,7 @@ import * as fs from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { COMMAND_NAMES } from "../../../src/cli/output/exit-codes.js";
-import { cowcatcher, run } from "../../support/cli.js";
+import { cowcatcherProcess as cowcatcher, run } from "../../support/cli.js";
 import { expectSchema } from "../../support/json-schema.js";
 import { scratchFolder, Server, stopAll } from "../../support/server.js";
 

@@ -20,6 +20,7 @@ import type { QcowFile } from "../format/file.js";
 import { FreeQueue, REGION_NUMBERS } from "./frees.js";
 import { type Qcow2Header, hasExternalDataFile, isExtendedL2 } from "../format/header.js";
 import { DataFileSpace, type HostSpace, ImageSpace } from "./host-space.js";
+import { assertNothingLost } from "./lost-clusters.js";
 import { type GuardedMetadata, MetadataGuard } from "./metadata-guard.js";
 import type { SnapshotTable } from "../format/snapshots.js";
 import { assertStored } from "../format/stored.js";
@@ -118,6 +119,9 @@ export class Mapping {
     hasBitmaps: boolean,
   ): void {
     this.refcounts.assertStored();
+    if (!this.file.isBlockDevice && !hasExternalDataFile(header)) {
+      assertNothingLost(this.file, this.refcounts, this.decoder, [header, ...entries]);
+    }
     const { fixedMetadata } = this;
     const addFixed = (what: string, offsetBytes: number, lengthBytes: number): void => {
       if (lengthBytes > 0) fixedMetadata.push({ what, offsetBytes, lengthBytes });

@@ -90,6 +90,19 @@ export class Refcounts {
     assertStored(this.file, "the refcount table", this.table.offsetBytes, this.table.lengthBytes);
   }
 
+  /** Whether a cluster from `firstCluster` on has a refcount. @throws CowcatcherError FORMAT, IO */
+  hasUsedFrom(firstCluster: number): boolean {
+    const { entriesPerBlock, table } = this;
+    for (let index = Math.floor(firstCluster / entriesPerBlock); index < table.length; index++) {
+      if (table.offsetAt(index, TABLE_HIGH_MASK) === 0) continue;
+      const start = index * entriesPerBlock;
+      for (let cluster = Math.max(firstCluster, start); cluster < start + entriesPerBlock; cluster++) {
+        if (this.get(cluster) !== 0) return true;
+      }
+    }
+    return false;
+  }
+
   get isDirty(): boolean {
     return this.blocks.dirtyCount > 0 || this.table.isDirty || this.outgrown.length > 0;
   }
