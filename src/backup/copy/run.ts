@@ -1,7 +1,7 @@
 // The copy itself, live or offline: a target, the memory that threads share, and the pool that drains into it.
 // Main thread.
 //
-//   prepare ──(workers ready)──► begin, at T0 ──► ended: every chunk is in the target, or the first failure
+//   prepare ──(a worker ready)──► begin, at T0 ──► ended: every chunk is in the target, or the first failure
 //
 // The run ends by itself when the sweep is over, or by `abort`: the workers see it at their next step; one that
 // sits in a write to a target that does not answer is left behind after ABORT_GRACE_MS. Either way `ended`
@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
 import type { Piscina } from "piscina";
-import { chunkedGeometryOf, type Geometry, BLOCK_BYTES } from "../../cow/geometry.js";
+import { BLOCK_BYTES, chunkedGeometryOf, type Geometry, SLOT_BYTES } from "../../cow/geometry.js";
 import {
   type AllocateTable,
   CNT_DONE_BYTES,
@@ -43,6 +43,7 @@ import { RateMeter } from "./rate-meter.js";
 import { spillBitmapBytes } from "../../cow/spill.js";
 import type { StorageHands } from "../storage/protocol.js";
 import { RemoteSpill } from "../storage/remote-spill.js";
+import { roundUp } from "../../units.js";
 import { mayHang } from "./thread-boots.js";
 
 /** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
@@ -103,9 +104,16 @@ export class CopyRun {
   #firstError: CowcatcherError | undefined;
   /** What a worker gave up with because another one had failed, whose own error may arrive later. */
   #consequence: CowcatcherError | undefined;
+  /** Of each worker that was started: see #seeToEnd. */
+  readonly #workers: Promise<boolean>[] = [];
+  /** A worker has found nothing left to do. */
+  #isDrained = false;
   #startMs = 0;
   #endMs: number | undefined;
-  #begun = false;
+  /** Set at T0. */
+  #source: SourceDescription | undefined;
+  /** Fulfilled at T0, or when the run is over before. */
+  readonly #hasBegun = withResolvers();
   #leftBehind = false;
   #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
 
@@ -126,8 +134,9 @@ export class CopyRun {
   }
 
   /**
-   * Starts the workers, and for a live backup waits until each is ready: T0 is to find them at their places. The buffer's
-   * pages are made ready from now on, ahead of the captures. An offline copy has no T0 to be ready for, and the first worker there begins.
+   * Starts the workers; for a live backup the first, and waits until it is ready: that a thread can be had is known
+   * before T0. The buffer's pages are made ready from now on, ahead of the captures. An offline copy has no T0 to be ready
+   * for, and the first worker there begins.
    * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
    */
   static async prepare(given: CopyRunOptions): Promise<CopyRun> {
@@ -164,30 +173,21 @@ export class CopyRun {
     return run;
   }
 
+  /**
+   * A live backup starts its other workers from T0 on, in turn, and none where the first has done everything by then:
+   * T0 need not wait for them, as what they would drain lies in the buffer.
+   */
   async #startWorkers(): Promise<void> {
     const { live, job } = this.#options;
-    const { workerCount } = job;
     const ready: Promise<void>[] = [];
-    const tasks: Promise<CopyResult>[] = [];
+    let others = Promise.resolve();
     try {
       if (live) await this.#prepareBuffer();
-      // One that began after an abort would not hear of it, and wait for T0 until it is given up.
-      for (let workerIndex = 0; workerIndex < workerCount && this.#firstError === undefined; workerIndex++) {
-        const { port1, port2 } = new MessageChannel();
-        this.#ports.push(port1);
-        const task = this.#pool.run(this.#task(workerIndex, port2), {
-          transferList: [port2],
-        }) as Promise<CopyResult>;
-        tasks.push(task);
-        const isReady = this.#listen(port1, task);
-        // Whoever awaits them all hears of it; until then a failure is not an unhandled one.
-        isReady.catch(() => {});
-        ready.push(isReady);
-        if (live) await this.#letGuestGoFirst();
-      }
+      for (let index = 0; index < (live ? 1 : job.workerCount); index++) ready.push(this.#startWorker(index));
+      if (live) others = this.#startOthers();
     } finally {
       // Also where the system has no thread for the next one: those that are there are seen to their end.
-      void this.#watch(tasks);
+      void this.#watch(others);
     }
     const allReady = Promise.all(ready);
     // One that is left behind says nothing any more.
@@ -196,10 +196,55 @@ export class CopyRun {
     else allReady.catch(() => {});
   }
 
+  /** Settles when no other one is to be started. Never rejects. */
+  async #startOthers(): Promise<void> {
+    await this.#hasBegun.promise;
+    try {
+      for (let index = 1; index < this.#options.job.workerCount; index++) {
+        await this.#letGuestGoFirst();
+        // One that began after an abort would not hear of it, and wait for T0 until it is given up.
+        if (this.#firstError !== undefined || this.#isDrained) return;
+        void this.#startWorker(index);
+      }
+    } catch (error) {
+      this.abort(workerError(error));
+    }
+  }
+
+  /** Fulfilled when it is ready. @throws what keeps the pool from starting a thread */
+  #startWorker(index: number): Promise<void> {
+    const { port1, port2 } = new MessageChannel();
+    this.#ports.push(port1);
+    const task = this.#pool.run(this.#task(index, port2), { transferList: [port2] }) as Promise<CopyResult>;
+    this.#workers.push(this.#seeToEnd(task));
+    const isReady = this.#listen(port1, task);
+    // Whoever awaits it hears of it; until then a failure is not an unhandled one.
+    isReady.catch(() => {});
+    if (this.#source !== undefined) command(port1, { kind: "begin", source: this.#source });
+    return isReady;
+  }
+
+  /** Whether the thread is fit for another task. Never rejects. */
+  async #seeToEnd(task: Promise<CopyResult>): Promise<boolean> {
+    try {
+      const { error, stack } = await task;
+      if (error) this.#workerFailed(new CowcatcherError({ ...error, cause: stack }));
+      else this.#isDrained = true;
+      return true;
+    } catch (error) {
+      this.abort(workerError(error));
+      return false;
+    }
+  }
+
   async #prepareBuffer(): Promise<void> {
-    const { threads, slots, bufferBytes } = this.#options;
+    const { threads, slots, bufferBytes, sizeBytes } = this.#options;
     if (threads === undefined || bufferBytes === 0) return;
-    this.#preparer = new PagePreparer(threads, slots, { bufferBytes, niceness: LIVE_WORKER_NICENESS });
+    this.#preparer = new PagePreparer(threads, slots, {
+      // Captures are of each block at most once.
+      bufferBytes: Math.min(bufferBytes, roundUp(sizeBytes, SLOT_BYTES)),
+      niceness: LIVE_WORKER_NICENESS,
+    });
     await this.#letGuestGoFirst();
   }
 
@@ -243,19 +288,8 @@ export class CopyRun {
   }
 
   /** Sees every worker to its end, whatever it is, then settles `ended`. */
-  async #watch(tasks: Promise<CopyResult>[]): Promise<void> {
-    const all = Promise.all(
-      tasks.map(async (task) => {
-        try {
-          const { error, stack } = await task;
-          if (error) this.#workerFailed(new CowcatcherError({ ...error, cause: stack }));
-          return true;
-        } catch (error) {
-          this.abort(workerError(error));
-          return false;
-        }
-      }),
-    );
+  async #watch(others: Promise<void>): Promise<void> {
+    const all = others.then(() => Promise.all(this.#workers));
     const areAlive = await Promise.race([all, this.#abandoned]);
     this.#leftBehind = areAlive === undefined;
     if (this.#leftBehind) {
@@ -312,12 +346,13 @@ export class CopyRun {
 
   /** T0: the workers start. Synchronous; `source` describes the disk as it is now. */
   begin(source: SourceDescription): void {
-    this.#begun = true;
+    this.#source = source;
     this.#options.target.started?.();
     this.#startMs = performance.now();
     // An abort may have come since the workers were ready.
     Atomics.compareExchange(this.shared.control, CTL_RUN, RUN_PREPARING, RUN_RUNNING);
-    this.#command({ kind: "begin", source });
+    this.#commandAll({ kind: "begin", source });
+    this.#hasBegun.resolve();
     this.#watchForFirstWrite();
   }
 
@@ -334,8 +369,8 @@ export class CopyRun {
     }, FIRST_WRITE_POLL_MS).unref();
   }
 
-  #command(command: WorkerCommand): void {
-    for (const port of this.#ports) port.postMessage(command);
+  #commandAll(given: WorkerCommand): void {
+    for (const port of this.#ports) command(port, given);
   }
 
   /** Ends the run with this error, unless it has failed already. Returns at once; idempotent. */
@@ -343,8 +378,9 @@ export class CopyRun {
     if (this.#firstError !== undefined || this.#endMs !== undefined) return;
     this.#firstError = error;
     this.#setRunState(RUN_ABORTING);
-    if (this.#begun) this.#options.onFailed?.(error);
-    else this.#command({ kind: "leave" });
+    if (this.#source !== undefined) this.#options.onFailed?.(error);
+    else this.#commandAll({ kind: "leave" });
+    this.#hasBegun.resolve();
     setTimeout(this.#giveUp, ABORT_GRACE_MS).unref();
   }
 
@@ -413,7 +449,7 @@ export class CopyRun {
       bufferBytesUsed: Atomics.load(control, CTL_USED_BLOCKS) * BLOCK_BYTES,
       bufferBytesTotal: bufferBlockCount * BLOCK_BYTES,
       targetRate: this.#rate.sample(nowMs, bytesWritten),
-      elapsedMs: this.#begun ? nowMs - this.#startMs : 0,
+      elapsedMs: this.#source !== undefined ? nowMs - this.#startMs : 0,
       ignoredErrorCount: Atomics.load(control, CTL_IGNORED_ERRORS),
     };
   }
@@ -441,6 +477,10 @@ function withinLimits(options: CopyRunOptions): CopyRunOptions {
   const { job, target, workerLimit } = options;
   const workerCount = Math.min(job.workerCount, workerLimit ?? Infinity, target.workerLimit ?? Infinity);
   return { ...options, job: { ...job, workerCount } };
+}
+
+function command(port: MessagePort, given: WorkerCommand): void {
+  port.postMessage(given);
 }
 
 function withResolvers(): {

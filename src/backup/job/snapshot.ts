@@ -127,7 +127,7 @@ export class Snapshot {
             )
           : null;
       const preparer = new PagePreparer(parts.threads, lease, {
-        bufferBytes,
+        bufferBytes: Math.min(bufferBytes, roundUp(node.sizeBytes, SLOT_BYTES)),
         niceness: LIVE_WORKER_NICENESS,
       });
       return new Snapshot(parts, publisher, shared, lease, tables, spill, preparer);

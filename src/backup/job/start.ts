@@ -203,6 +203,7 @@ export class JobStart {
     this.#abort.abort(error);
     // Threads that boot, or hang, are waited for; the unfinished target need not stay for so long.
     for (const target of this.#targets) void target.abort();
+    for (const claim of this.#claims) claim.giveUp();
     for (const job of this.jobs) if (!job.isReplaced) job.abort(error);
   }
 

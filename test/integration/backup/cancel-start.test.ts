@@ -101,14 +101,14 @@ describe("while a guest's write hangs", () => {
   async function expectGoesOn(): Promise<void> {
     await expectNothingLeft(server);
     await storage.resume();
-    expect((await hung.end(WAIT_MS)).code).toBe(0);
+    expect(await hung.end(WAIT_MS)).toMatchObject({ code: 0, stderr: "" });
     const backup = server.backup("--disk", "disk", "-O", "raw", target);
-    expect((await backup.end(WAIT_MS)).code).toBe(0);
+    expect(await backup.end(WAIT_MS)).toMatchObject({ code: 0, stderr: "" });
     expect((await write(server.uri(), "1M").end(WAIT_MS)).code).toBe(0);
     const check = await cowcatcher(["compare", target, server.uri()], { env: {} });
     expect(check.code).toBe(1);
     expect(check.stdout + check.stderr).toContain("1048576");
-    expect((await server.stop()).code).toBe(0);
+    expect(await server.stop()).toMatchObject({ code: 0, stderr: "" });
   }
 
   it("SIGINT and SIGTERM of the client end the backup at once", { timeout: 2 * WAIT_MS }, async () => {
@@ -136,11 +136,11 @@ describe("while a guest's write hangs", () => {
     // The gates are closed, or about to be; in either case the write goes through in the end.
     const guest = write(server.uri("other"), "64k");
     const id = ids.find((name) => name.startsWith("other")) ?? "";
-    expect((await server.jobs("cancel", id)).code).toBe(0);
+    expect(await server.jobs("cancel", id)).toMatchObject({ code: 0, stderr: "" });
     const { code, stderr } = await backup.end(WAIT_MS);
     expect(stderr).toMatch(/other-target\.raw: the backup was cancelled before it began\n$/);
     expect(code).toBe(1);
-    expect((await guest.end(WAIT_MS)).code).toBe(0);
+    expect(await guest.end(WAIT_MS)).toMatchObject({ code: 0, stderr: "" });
     expect(existsSync(join(folder, "other-target.raw"))).toBe(false);
     await expectGoesOn();
   });
@@ -224,13 +224,13 @@ describe("while the target is being made", () => {
     const uri = await makeTarget();
     const backup = server.backup("-O", "raw", uri);
     const [id = ""] = await untilStatus(server, "created");
-    expect((await server.jobs("cancel", id)).code).toBe(0);
+    expect(await server.jobs("cancel", id)).toMatchObject({ code: 0, stderr: "" });
     const { code, stderr } = await backup.end(WAIT_MS);
     expect(stderr).toContain("the backup was cancelled before it began");
     expect(code).toBe(1);
     expect((await server.backup("-O", "raw", target).end(WAIT_MS)).code).toBe(0);
     await expectSame(disk, target);
-    expect((await server.stop()).code).toBe(0);
+    expect(await server.stop()).toMatchObject({ code: 0, stderr: "" });
   });
 });
 
@@ -289,7 +289,7 @@ describe("at any moment of a start", () => {
       await until("no threads are left but the last job's", () => threadCount(server) <= threads, WAIT_MS);
       client.close();
       other.close();
-      expect((await server.stop()).code).toBe(0);
+      expect(await server.stop()).toMatchObject({ code: 0, stderr: "" });
     },
   );
 });

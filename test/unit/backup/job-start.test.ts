@@ -186,6 +186,7 @@ function start(...disks: string[]): Started {
       claimed.add(target);
       return {
         hand: null,
+        giveUp: () => undefined,
         release() {
           claimed.delete(target);
           return Promise.resolve();

@@ -209,7 +209,7 @@ describe("preparing", () => {
   it("fails with a typed error when the system gives no thread, and does not end the process", async () => {
     FakePool.startsWorkers = 0;
     const starting = host.startBackups([order("a")]).catch((error: unknown) => error);
-    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(2), { timeout: WAIT_MS });
+    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(1), { timeout: WAIT_MS });
     FakePool.made[0]?.emit("error", new Error("ERR_WORKER_INIT_FAILED: EAGAIN"));
     const error = (await starting) as CowcatcherError;
     expect(error).toBeInstanceOf(CowcatcherError);
@@ -218,7 +218,7 @@ describe("preparing", () => {
     expect(host.jobs()).toEqual([]);
   });
 
-  it("leaves the guest a turn of the event loop between any two workers' starts, and before T0", async () => {
+  it("starts the first worker a turn of the event loop before T0, the others in turns after it", async () => {
     let turn = 0;
     let handle = setImmediate(function count() {
       turn++;
@@ -227,30 +227,39 @@ describe("preparing", () => {
     const turnsOfStarts: number[] = [];
     FakePool.onRun = () => turnsOfStarts.push(turn);
     try {
-      await start("a");
+      await host.startBackups([order("a", { workerCount: 3 })]);
+      const turnOfT0 = turn;
+      expect(turnsOfStarts).toHaveLength(1);
+      expect(turnsOfStarts[0]).toBeLessThan(turnOfT0);
+      await vi.waitFor(() => expect(turnsOfStarts).toHaveLength(3), { interval: 1, timeout: WAIT_MS });
+      expect(new Set([...turnsOfStarts, turnOfT0]).size).toBe(4);
     } finally {
       clearImmediate(handle);
     }
-    expect(turnsOfStarts).toHaveLength(2);
-    expect(new Set([...turnsOfStarts, turn]).size).toBe(3);
   });
 
-  it("fails as well when the system has a thread for the first worker only, and lets that one go", async () => {
+  it("starts no other worker where the first has found nothing left to do", async () => {
+    const { job, pool } = await start("a");
+    pool.tasks[0]?.end({});
+    await untilStatus(job, "concluded");
+    expect(pool.tasks).toHaveLength(1);
+    expect(job.error).toBeUndefined();
+  });
+
+  it("fails after T0 when the system has a thread for the first worker only, and lets that one go", async () => {
     FakePool.threadsMax = 1;
-    const error = (await host
-      .startBackups([order("a")])
-      .catch((thrown: unknown) => thrown)) as CowcatcherError;
-    expect(error.code).toBe("WORKER");
+    const { job } = await start("a");
+    await untilStatus(job, "concluded");
+    expect(job.error?.code).toBe("WORKER");
     expect(FakePool.made[0]?.isDestroyed).toBe(false);
     expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
-    expect(host.jobs()).toEqual([]);
     FakePool.threadsMax = Infinity;
-    expect((await start("a")).job.status).toBe("running");
+    expect((await start("b")).job.status).toBe("running");
   });
 
   it("a worker that dies before T0 fails the request: no job starts that has failed already", async () => {
     const death = { code: "WORKER", object: "backup", problem: "a worker thread died" } as const;
-    FakePool.startsWorkers = 2;
+    FakePool.startsWorkers = 1;
     const starting = host.startBackups([order("a"), order("b")]).catch((error: unknown) => error);
     // The first of the two is ready, the second still comes up.
     await vi.waitFor(() => expect(FakePool.made.length).toBe(2), { interval: 0, timeout: WAIT_MS });
@@ -298,7 +307,7 @@ describe("a start that is cancelled", () => {
   async function startSlowly(disk: string) {
     FakePool.startsWorkers = 0;
     const starting = host.startBackups([order(disk)]).catch((error: unknown) => error);
-    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(2), { interval: 1, timeout: WAIT_MS });
+    await vi.waitFor(() => expect(FakePool.made[0]?.tasks.length).toBe(1), { interval: 1, timeout: WAIT_MS });
     FakePool.startsWorkers = Infinity;
     const [job] = host.jobs();
     const [pool] = FakePool.made;
