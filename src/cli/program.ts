@@ -64,7 +64,7 @@ const TAKES_TEXT = ["control", "qmp", "libvirt", "repo"] as const;
 function refuseBytes(command: Command): void {
   const { backingFile, ...options } = command.opts<Record<string, unknown>>();
   const isFile = TAKES_BYTES.has(command.name()) && TAKES_TEXT.every((name) => options[name] === undefined);
-  const names = [...command.args, backingFile];
+  const names = [...command.args, ...[backingFile].flat()];
   const others = Object.values(options).flat();
   const wrong = [...names.filter((name) => !isFile || !isPlainPath(name)), ...others].find(
     (value) => typeof value === "string" && (!isTextName(value) || value.includes("\uFFFD")),

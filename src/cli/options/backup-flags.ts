@@ -36,7 +36,8 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   cleanup?: boolean;
   freeze?: string;
   disk?: string[];
-  backingFile?: string;
+  /** One, or one for each TARGET. */
+  backingFile?: string[];
   backingFormat?: ImageFormat;
   snapshot?: string;
   compress?: Compression;

@@ -34,6 +34,7 @@ import {
   sizeOption,
   pathOption,
   refuseStdio,
+  repeatedPath,
   STDIO,
   textOption,
   unsupported,
@@ -111,7 +112,9 @@ export function addBackupOptions(command: Command): Command {
       ),
     )
     .option("--dry-run", "write nothing: say how large the target would be, as `qemu-img measure` does")
-    .addOption(pathOption("-b, --backing-file <FILE>", "backing file of the qcow2 target"))
+    .addOption(
+      repeatedPath("-b, --backing-file <FILE>", "backing file of the qcow2 target, once for each TARGET"),
+    )
     .addOption(formatOption("-B, --backing-format <FMT>", "format of the backing file: raw or qcow2"));
   addCheckpointOptions(command);
   addBufferOptions(command);
@@ -313,6 +316,9 @@ function offlineCopy(
     throw usageError(target, "is source and target at once", "choose another target");
   }
   const job = jobSettings(target, flags);
+  if ((flags.backingFile?.length ?? 0) > 1) {
+    throw usageError("--backing-file", "is given twice", "give one");
+  }
   return {
     mode: "offline",
     source: source === STDIO ? standardInput(sourceName) : parseImage(source, sourceName),
@@ -373,7 +379,15 @@ function diskSettings(targets: readonly string[], flags: BackupFlags, option: st
     "TARGET",
     paths.filter((path) => path !== NULL_TARGET),
   );
-  return paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags) }));
+  const { backingFile } = flags;
+  if (backingFile !== undefined && backingFile.length !== targets.length) {
+    throw usageError(
+      "--backing-file",
+      `${counted(backingFile.length, "backing file")} and ${counted(targets.length, "target")}`,
+      "give one for each TARGET, in the same order",
+    );
+  }
+  return paths.map((target, index) => ({ disk: names[index], job: jobSettings(target, flags, index) }));
 }
 
 function counted(count: number, noun: string): string {
@@ -390,8 +404,8 @@ function localPath(target: string): string {
   return target === NULL_TARGET ? target : absoluteImage(parseImage(target, "TARGET"));
 }
 
-/** @throws CowcatcherError USAGE */
-export function jobSettings(target: string, flags: BackupFlags): JobSettings {
+/** @param index of the target, where there are several. @throws CowcatcherError USAGE */
+export function jobSettings(target: string, flags: BackupFlags, index = 0): JobSettings {
   // What is dirty alone can only be told apart in a format that has backing files, or written in place.
   const isOverlay = flags.since !== undefined && flags.backingFile !== undefined;
   const isPart = flags.bitmap !== undefined || isOverlay;
@@ -408,7 +422,7 @@ export function jobSettings(target: string, flags: BackupFlags): JobSettings {
     targetFormat,
     force: flags.force ?? JOB_DEFAULTS.force,
     clusterSizeBytes: flags.clusterSize ?? JOB_DEFAULTS.clusterSizeBytes,
-    backingFile: flags.backingFile,
+    backingFile: flags.backingFile?.[index],
     backingFormat: flags.backingFormat,
     compression: flags.compress,
     workerCount: flags.workers ?? JOB_DEFAULTS.workerCount,

@@ -39,6 +39,15 @@ export function pathOption(flags: string, help: string): Option {
   });
 }
 
+/** As pathOption, each time that it is given one more. */
+export function repeatedPath(flags: string, help: string): Option {
+  const one = pathOption(flags, help).parseArg as (text: string, previous: undefined) => string;
+  return new Option(flags, help).argParser((text, previous: string[] | undefined) => [
+    ...(previous ?? []),
+    one(text, undefined),
+  ]);
+}
+
 /** The name. @throws CowcatcherError NOT_FOUND for one that is relative to a folder that is no more. */
 function needingNoFolder(path: string): string {
   if (isFolderless()) absoluteImage(path);
