@@ -15,6 +15,7 @@ import { addJobs } from "./jobs.js";
 import { addMap } from "./map.js";
 import { addRestore } from "./restore.js";
 import { addRepo } from "./repo.js";
+import { addRun } from "./run.js";
 import { addServe } from "./serve.js";
 import type { RunCommand } from "./definition.js";
 
@@ -33,6 +34,7 @@ const ADD_COMMAND: Record<
   compare: addCompare,
   create: addCreate,
   repo: addRepo,
+  run: addRun,
   bench: addBench,
 };
 

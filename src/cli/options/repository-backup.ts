@@ -1,7 +1,6 @@
 // `backup SOURCE… --repo REPO --group NAME`: from commander's values to settings.
 import { absoluteName } from "../../file-names.js";
 import { readFileSync } from "node:fs";
-import { basename } from "node:path";
 import type { Command } from "commander";
 import {
   BACKUP_LEVELS,
@@ -13,6 +12,7 @@ import {
 import { isS3Address } from "../../repository/store/s3-address.js";
 import type { RepositoryBackupRequest } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
+import { diskNameOf } from "../../run/disk-name.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
@@ -203,7 +203,7 @@ function parseOfflineIntoRepository(args: readonly string[], flags: BackupFlags)
   }
   const sources = args.map((source, index) => ({
     path: parseImage(source, "SOURCE"),
-    disk: checkDisk(names[index] ?? diskName(source)),
+    disk: checkDisk(names[index] ?? diskNameOf(source)),
     format: flags.sourceFormat,
     snapshot: flags.snapshot,
   }));
@@ -234,17 +234,6 @@ function parseOfflineIntoRepository(args: readonly string[], flags: BackupFlags)
       direct: flags.direct ?? JOB_DEFAULTS.direct,
     },
   };
-}
-
-/** The file's name without its ending, as far as it can be the name of a disk. */
-export function diskName(source: string): string {
-  const name = basename(source.replace(/[?].*$/, "")).replace(/\.(?:qcow2?|raw|img)$/i, "");
-  return (
-    name
-      .replace(/[^A-Za-z0-9._+-]/g, "-")
-      .replace(/^[^A-Za-z0-9]+/, "")
-      .slice(0, 100) || "disk"
-  );
 }
 
 /** What a repository has no use for. Passed over in silence, it would look as if it had been heeded. */

@@ -29,6 +29,9 @@ beforeAll(async () => {
   expect((await cowcatcher(["backup", at("disk.raw"), "--repo", at("repo"), "--group", "first"])).code).toBe(
     0,
   );
+  const job = (source: string): string => `{image: ${at(source)}, target: "${at("{disk}-{date}.qcow2")}"}`;
+  fs.writeFileSync(at("jobs.yaml"), `jobs:\n  good: ${job("disk.raw")}\n  bad: ${job("none.raw")}\n`);
+  fs.writeFileSync(at("wrong.yaml"), "jobs: {a: {imag: x}}\n");
   server = await Server.start(folder, [at("served.raw")], { args: ["--json"] });
 });
 
@@ -116,6 +119,11 @@ const RUNS: Record<string, { args: () => string[]; schema: string; lines?: true;
     { args: () => ["prune", at("repo")], schema: "repo-prune" },
     { args: () => ["key", "list", at("repo")], schema: "repo-key" },
   ],
+  run: [
+    { args: () => ["--all", "--config", at("jobs.yaml")], schema: "run", codes: [1] },
+    { args: () => ["--check", "--config", at("wrong.yaml")], schema: "run-check", codes: [2] },
+    { args: () => ["--dry-run", "--all", "--config", at("jobs.yaml")], schema: "run-dry-run" },
+  ],
   // Ends with the test: its line is looked at below.
   serve: [],
 };
@@ -131,6 +139,7 @@ const FAILURES: Record<string, string[]> = {
   check: ["none.qcow2"],
   compare: ["none.raw", "none.raw"],
   repo: ["list", "none"],
+  run: ["--all", "--config", "none"],
   create: ["/dev/none.raw", "1M"],
   bench: ["--dir", "/none"],
 };

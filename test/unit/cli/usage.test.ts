@@ -74,6 +74,15 @@ const USAGE: [string, string, number?][] = [
     "--backing-file: a raw target has no backing file (choose a qcow2 target with -O qcow2)",
   ],
   ["backup -B qcow2 a b.qcow2", "--backing-format: needs --backing-file"],
+  ["backup -b x -b y -B qcow2 a b.qcow2", "--backing-file: is given twice (give one)"],
+  [
+    "backup --control c --disk r --disk s -b x -B qcow2 r.qcow2 s.qcow2",
+    "--backing-file: 1 backing file and 2 targets (give one for each TARGET, in the same order)",
+  ],
+  ["run", "JOB: is missing (give names of jobs, or --all)"],
+  ["run --all vm1", "vm1: does not go with --all (give one of them)"],
+  ["run --check --dry-run", "--check: does not go with --dry-run (give one of them)"],
+  ["run -j 0 --all", "--parallel: '0' is not a number from 1 to 64"],
   [
     "backup --on-buffer-full wait --spill-dir /tmp a b",
     "--spill-dir: does not go with 'wait' (give --on-buffer-full spill)",

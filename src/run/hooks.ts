@@ -1,0 +1,118 @@
+// Hooks: a program that is run at each phase of a job, as vzdump's --script.
+//
+//   job-init      before anything is looked at: mount the backup disk, wake the machine that has it
+//   job-start     the checks went well
+//   backup-start  before each try
+//   backup-end    after a try that went well
+//   backup-abort  after one that did not
+//   job-end       all is done: verified, old backups removed
+//   job-abort     something failed, a hook among it
+//   log-end       last of all, whatever happened
+//
+// A hook that fails, or takes longer than hook-timeout, makes its job fail, but for backup-abort, job-abort and log-end,
+// which clean up: of those it is told, no more. After job-init has been started, one of job-end and job-abort comes for
+// certain, and log-end; where job-end fails, job-abort comes, too.
+//
+// The program gets the phase and the job's name as its arguments, COWCATCHER_PHASE, _JOB, _GROUP, _DISKS, _TARGETS,
+// _LEVEL and _ERROR in its environment, and the same and more as JSON on its standard input.
+import { spawn } from "node:child_process";
+import { CowcatcherError, ioError } from "../errors.js";
+import { formatDuration } from "../units.js";
+import { forEachLine } from "./child.js";
+
+export type Phase =
+  | "job-init"
+  | "job-start"
+  | "backup-start"
+  | "backup-end"
+  | "backup-abort"
+  | "job-end"
+  | "job-abort"
+  | "log-end";
+
+/** From being asked to end to being ended. */
+const GRACE_MS = 5_000;
+const TIMER_MS_MAX = 2 ** 31 - 1;
+
+export interface HookCall {
+  /** Program and arguments. */
+  command: readonly string[];
+  phase: Phase;
+  job: string;
+  timeoutMs: number;
+  /** COWCATCHER_… by the rest of their names. */
+  variables: Record<string, string>;
+  /** On standard input, as JSON. */
+  document: unknown;
+  onLine: (line: string) => void;
+}
+
+/** @throws CowcatcherError INTERNAL where it cannot be started, ends with another code than 0, or takes too long. */
+export async function runHook(call: HookCall): Promise<void> {
+  const { command, phase, job, timeoutMs, variables, document, onLine } = call;
+  const [program = "", ...words] = command;
+  const environment = Object.fromEntries(
+    Object.entries({ PHASE: phase, JOB: job, ...variables }).map(([name, value]) => [
+      `COWCATCHER_${name}`,
+      value,
+    ]),
+  );
+  const child = spawn(program, [...words, phase, job], {
+    stdio: ["pipe", "pipe", "pipe"],
+    env: { ...process.env, ...environment },
+    // A group of its own, so that what it starts is ended with it.
+    detached: true,
+  });
+  // It need not read what it is told.
+  child.stdin.on("error", () => undefined);
+  child.stdin.end(`${JSON.stringify(document)}\n`);
+  forEachLine(child.stdout, onLine);
+  forEachLine(child.stderr, onLine);
+  let isOverdue = false;
+  let killer: NodeJS.Timeout | undefined;
+  const timer = setTimeout(
+    () => {
+      isOverdue = true;
+      endGroup(child.pid, "SIGTERM");
+      killer = setTimeout(() => {
+        endGroup(child.pid, "SIGKILL");
+        // What has left the group may hold the pipes.
+        child.stdout.destroy();
+        child.stderr.destroy();
+      }, GRACE_MS);
+    },
+    Math.min(timeoutMs, TIMER_MS_MAX),
+  );
+  try {
+    const [code, signal] = await new Promise<[number | null, NodeJS.Signals | null]>((settle, reject) => {
+      child.on("error", reject);
+      child.on("close", (...ended) => settle(ended));
+    });
+    if (isOverdue) throw hookError(program, phase, `took longer than ${formatDuration(timeoutMs)}`);
+    if (code !== 0) {
+      throw hookError(
+        program,
+        phase,
+        code === null ? `was ended by ${signal}` : `ended with exit code ${code}`,
+      );
+    }
+  } catch (error) {
+    throw ioError(`run the hook of ${phase}`, program, error);
+  } finally {
+    clearTimeout(timer);
+    clearTimeout(killer);
+  }
+}
+
+function endGroup(pid: number | undefined, signal: NodeJS.Signals): void {
+  if (pid === undefined) return;
+  try {
+    process.kill(-pid, signal);
+  } catch {
+    // It has ended.
+  }
+}
+
+function hookError(program: string, phase: Phase, problem: string): CowcatcherError {
+  return new CowcatcherError({ code: "IO", object: program, problem: `the hook of ${phase} ${problem}` });
+}

@@ -1,0 +1,248 @@
+// What a job's next backup is: full or incremental, what it builds on, and the arguments of `backup` that make it.
+//
+// An incremental file needs three things: a server that keeps track of the disk (`control`), a qcow2 target, and a last
+// backup whose chain is whole and whose checkpoint the server still knows, the same for all disks of the job. What is
+// missing makes it a full one under `level: auto`, with the reason said; under `incremental` it is an error. A chain whose
+// first backup is older than `full-every` is ended.
+import { basename, dirname } from "node:path";
+import { CowcatcherError } from "../errors.js";
+import { chainOf, type KnownBackup, readHistory } from "./history.js";
+import type { Job } from "./job.js";
+import { dateWord, fillPattern } from "./pattern.js";
+
+export interface PlannedDisk {
+  /** As `--disk` has it; undefined: the only one there is. */
+  name: string | undefined;
+  /** For file names and manifests. */
+  label: string;
+  /** Address of what is read. */
+  source: string;
+  /** Path, address, or REPO::GROUP. */
+  target: string;
+  /** All earlier backups of it, the oldest first; of files alone. */
+  history: readonly KnownBackup[];
+  parent: KnownBackup | undefined;
+}
+
+export interface Plan {
+  /** Decided by `backup` itself where it goes into a repository. */
+  level: "full" | "incremental" | "by-repository";
+  reason: string;
+  disks: readonly PlannedDisk[];
+  /** The name under which the server remembers this backup's T0. */
+  checkpoint: string | undefined;
+  /** One for all disks, whose T0 is one then; of images that nobody writes, into files, one for each. */
+  commands: readonly PlannedCommand[];
+}
+
+export interface PlannedCommand {
+  /** Arguments of `backup`. */
+  args: readonly string[];
+  disks: readonly PlannedDisk[];
+}
+
+/** What is known not to work. */
+export interface PlanLimits {
+  /** A full one, and why. */
+  fullBecause?: string | undefined;
+  noCheckpoint?: boolean | undefined;
+}
+
+/** What the only disk of a guest is called where nobody named it. */
+const ONLY_DISK = "disk";
+/** The deepest chain that is built on: each read of the last backup looks through all of it. */
+const MAX_CHAIN = 100;
+
+/**
+ * @param names of the disks, in order, where the job has them from its server
+ * @throws CowcatcherError NO_BASIS for `level: incremental` without what it needs; IO.
+ */
+export async function planBackup(
+  job: Job,
+  names: readonly string[] | undefined,
+  start: Date,
+  limits: PlanLimits = {},
+): Promise<Plan> {
+  const disks: PlannedDisk[] = [];
+  for (const disk of bareDisks(job, names, start)) {
+    const isFile = job.target.kind === "pattern" && job.target.pattern.isFile;
+    const history = isFile ? await readHistory(dirname(disk.target), job.name, disk.label) : [];
+    disks.push({ ...disk, history });
+  }
+  return planWith(job, disks, start, limits);
+}
+
+/** The plan of a job that has made no backup yet; of disks that only the server knows one stands for all. */
+export function planFirst(job: Job): Plan {
+  const start = new Date();
+  return planWith(job, bareDisks(job, undefined, start), start, {
+    fullBecause: "there is no earlier backup",
+  });
+}
+
+function planWith(
+  job: Job,
+  disks: readonly PlannedDisk[],
+  start: Date,
+  { fullBecause, noCheckpoint = false }: PlanLimits,
+): Plan {
+  const { target } = job;
+  if (target.kind === "repository") {
+    const level = fullBecause === undefined ? job.level : "full";
+    const args = ["--repo", target.repository, "--group", job.group, "--level", level, ...job.keyArguments];
+    return {
+      level: "by-repository",
+      reason: "",
+      disks,
+      checkpoint: undefined,
+      commands: [{ args: [...args, ...job.options, ...sourceArguments(job, disks)], disks }],
+    };
+  }
+  const { pattern } = target;
+  refuseSameTarget(disks);
+  const canBeIncremental = job.source.kind === "control" && pattern.isFile && isQcow2(job, pattern.text);
+  const basis = canBeIncremental
+    ? basisOf(job, disks, start, fullBecause)
+    : { why: fullBecause ?? "it is the only kind for this source and target" };
+  if ("why" in basis && job.level === "incremental" && fullBecause === undefined)
+    throw noBasis(job, basis.why);
+  const isIncremental = "parents" in basis;
+  const planned = disks.map((disk, index) => ({
+    ...disk,
+    parent: isIncremental ? basis.parents[index] : undefined,
+  }));
+  const isRemembered = canBeIncremental && job.level !== "full" && !noCheckpoint;
+  const checkpoint = isRemembered ? checkpointName(job.name, dateWord(start)) : undefined;
+  return {
+    level: isIncremental ? "incremental" : "full",
+    reason: isIncremental ? "the last backup and its checkpoint are there" : basis.why,
+    disks: planned,
+    checkpoint,
+    commands: commandsFor(job, planned, [
+      ...(checkpoint === undefined ? [] : ["--checkpoint", checkpoint]),
+      ...(isIncremental ? incrementalArguments(basis) : verifyArguments(job)),
+      ...job.options,
+    ]),
+  };
+}
+
+function commandsFor(job: Job, disks: readonly PlannedDisk[], args: readonly string[]): PlannedCommand[] {
+  if (job.source.kind === "images") {
+    return disks.map((disk) => ({ args: [...args, disk.source, disk.target], disks: [disk] }));
+  }
+  return [{ args: [...args, ...sourceArguments(job, disks), ...disks.map(({ target }) => target)], disks }];
+}
+
+/** Without their history. */
+function bareDisks(job: Job, names: readonly string[] | undefined, start: Date): PlannedDisk[] {
+  const { source, target } = job;
+  const bare =
+    source.kind === "images"
+      ? source.disks.map(({ name, image }) => ({ name, label: name, source: image }))
+      : (source.disks ?? names ?? [undefined]).map((name) => ({
+          name,
+          label: name ?? ONLY_DISK,
+          source: source.socket,
+        }));
+  const date = dateWord(start);
+  return bare.map((disk) => ({
+    ...disk,
+    target:
+      target.kind === "repository"
+        ? `${target.repository}::${job.group}`
+        : fillPattern(target.pattern, { group: job.group, disk: disk.label, date }),
+    history: [],
+    parent: undefined,
+  }));
+}
+
+function sourceArguments({ source }: Job, disks: readonly PlannedDisk[]): string[] {
+  const named = disks.flatMap(({ name }) => (name === undefined ? [] : ["--disk", name]));
+  if (source.kind === "images") return [...named, ...disks.map(({ source: image }) => image)];
+  return [`--${source.kind}`, source.socket, ...named];
+}
+
+function verifyArguments({ verify }: Job): string[] {
+  return verify === true ? ["--verify"] : [];
+}
+
+interface Basis {
+  parents: KnownBackup[];
+  checkpoint: string;
+}
+
+function incrementalArguments({ parents, checkpoint }: Basis): string[] {
+  // By its name alone: the folder may be moved as a whole.
+  return [
+    "--since",
+    checkpoint,
+    ...parents.flatMap(({ file }) => ["-b", file]),
+    "-B",
+    "qcow2",
+    "-O",
+    "qcow2",
+  ];
+}
+
+function basisOf(
+  job: Job,
+  disks: readonly PlannedDisk[],
+  start: Date,
+  fullBecause: string | undefined,
+): Basis | { why: string } {
+  if (fullBecause !== undefined) return { why: fullBecause };
+  if (job.level === "full") return { why: "the job asks for it" };
+  const parents: KnownBackup[] = [];
+  for (const { label, history } of disks) {
+    const last = history.at(-1);
+    if (last === undefined) return { why: `there is no earlier backup of ${label}` };
+    const chain = chainOf(last, history);
+    if (chain === undefined) return { why: `${last.file} builds on a backup that is gone` };
+    if (last.checkpoint === null) return { why: `${last.file} has no checkpoint` };
+    if (chain.length >= MAX_CHAIN)
+      return { why: `the chain has ${chain.length} backups, the most there may be` };
+    const ageMs = start.getTime() - Date.parse(chain[0]?.t0 ?? "");
+    if (ageMs >= job.fullEveryMs) return { why: `the last full one is older than full-every` };
+    parents.push(last);
+  }
+  const checkpoint = parents[0]?.checkpoint ?? "";
+  const other = parents.find((parent) => parent.checkpoint !== checkpoint);
+  if (other !== undefined) return { why: "the disks' last backups are of different times" };
+  return { parents, checkpoint };
+}
+
+function isQcow2({ options }: Job, target: string): boolean {
+  const format = options.find((option) => option.startsWith("--target-format="));
+  return format === undefined ? /\.qcow2?$/i.test(target) : format.endsWith("=qcow2");
+}
+
+/** Names of checkpoints that a job has made, and only those. */
+export function checkpointName(job: string, date: string): string {
+  return `run.${job.replaceAll("+", "_")}.${date}`;
+}
+
+export function isCheckpointOf(job: string, name: string): boolean {
+  const date = name.slice(checkpointName(job, "").length);
+  return name === checkpointName(job, date) && /^\d{4}-\d\d-\d\dT\d{6}Z$/.test(date);
+}
+
+function refuseSameTarget(disks: readonly PlannedDisk[]): void {
+  const targets = disks.map(({ target }) => target);
+  const repeated = targets.find((target, index) => target !== "null:" && targets.indexOf(target) !== index);
+  if (repeated === undefined) return;
+  throw new CowcatcherError({
+    code: "USAGE",
+    object: basename(repeated),
+    problem: "would be the backup of two disks",
+    hint: "put {disk} into the job's target",
+  });
+}
+
+function noBasis({ name }: Job, why: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "NO_BASIS",
+    object: name,
+    problem: `no incremental backup can be made: ${why}`,
+    hint: "give level: auto, or make a full one first",
+  });
+}

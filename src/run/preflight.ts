@@ -1,0 +1,119 @@
+// What is looked at before the guest is touched: that the backup disk is mounted, the folder can be written, and has room.
+import { access, constants, mkdir, realpath, stat, statfs } from "node:fs/promises";
+import { dirname } from "node:path";
+import { mountPointsIn } from "../block/file/mounts.js";
+import { CowcatcherError, ioError } from "../errors.js";
+import { formatBytes } from "../units.js";
+import type { ChildResult } from "./child.js";
+import type { Job } from "./job.js";
+import { isObject } from "./outcome.js";
+import type { Plan, PlannedDisk } from "./plan.js";
+
+/** @throws CowcatcherError NOT_FOUND where `require-mount` is no mount point. */
+export async function checkMount({ requireMount }: Job): Promise<void> {
+  if (requireMount === undefined) return;
+  const folder = await realpath(requireMount).catch((error: unknown) => {
+    throw ioError("find the mount point", requireMount, error);
+  });
+  const isMounted = folder === "/" || (await mountPointsIn(dirname(folder))).has(folder);
+  if (isMounted) return;
+  throw new CowcatcherError({
+    code: "NOT_FOUND",
+    object: requireMount,
+    problem: "is not mounted",
+    hint: "mount it, by the job's hook at job-init for instance",
+  });
+}
+
+/** @param makesFolders false: only look. @throws CowcatcherError IO, NOT_FOUND. */
+export async function checkFolders(job: Job, plan: Plan, makesFolders: boolean): Promise<void> {
+  for (const folder of foldersOf(job, plan)) {
+    try {
+      if (makesFolders) await mkdir(folder, { recursive: true, mode: 0o700 });
+      await access(await existing(folder), constants.W_OK | constants.X_OK);
+    } catch (error) {
+      throw ioError("write into the folder", folder, error);
+    }
+  }
+}
+
+/** The nearest folder above that is there. */
+async function existing(folder: string): Promise<string> {
+  for (let at = folder; ; at = dirname(at)) {
+    if (at === "/" || (await stat(at).catch(() => undefined)) !== undefined) return at;
+  }
+}
+
+function foldersOf(job: Job, plan: Plan): string[] {
+  return [...new Set(fileDisks(job, plan).map(({ target }) => dirname(target)))];
+}
+
+function fileDisks({ target }: Job, { disks }: Plan): readonly PlannedDisk[] {
+  return target.kind === "pattern" && target.pattern.isFile ? disks : [];
+}
+
+/**
+ * What the next backup is expected to take, against what is free there: by the last one of its kind, summed by file
+ * system; of the first by what `backup --dry-run` measures, where that can tell (not of a compressed one, nor of a guest
+ * that QEMU runs).
+ * @throws CowcatcherError NO_SPACE
+ */
+export async function checkSpace(
+  job: Job,
+  plan: Plan,
+  run: (args: readonly string[]) => Promise<ChildResult>,
+): Promise<void> {
+  if (!job.checkSpace) return;
+  const systems = new Map<number, { folder: string; neededBytes: number; freeBytes: number }>();
+  const files = fileDisks(job, plan);
+  const measured = files.some((disk) => lastBytes(disk, plan) === undefined)
+    ? await measure(job, plan, run)
+    : new Map<string, number>();
+  for (const disk of files) {
+    const bytes = lastBytes(disk, plan) ?? measured.get(disk.target) ?? 0;
+    const folder = await existing(dirname(disk.target));
+    const { dev } = await stat(folder);
+    const { bavail, bsize } = await statfs(folder);
+    const known = systems.get(dev) ?? { folder, neededBytes: 0, freeBytes: bavail * bsize };
+    systems.set(dev, { ...known, neededBytes: known.neededBytes + bytes });
+  }
+  for (const { folder, neededBytes, freeBytes } of systems.values()) {
+    if (freeBytes >= neededBytes) continue;
+    throw new CowcatcherError({
+      code: "NO_SPACE",
+      object: folder,
+      problem: `${formatBytes(freeBytes)} are free there, and the ${plan.level} backup is expected to take ${formatBytes(neededBytes)}`,
+      hint: "make room, keep fewer backups, or give check-space: false",
+    });
+  }
+}
+
+function lastBytes({ history }: PlannedDisk, plan: Plan): number | undefined {
+  return history.findLast(({ level }) => level === plan.level)?.bytes_on_target ?? undefined;
+}
+
+/** By target. Holes count towards the size of a raw file, so that nothing is said of one. */
+async function measure(
+  job: Job,
+  plan: Plan,
+  run: (args: readonly string[]) => Promise<ChildResult>,
+): Promise<Map<string, number>> {
+  const sizes = new Map<string, number>();
+  const isCompressed = job.options.some((option) => /^--compress\b/.test(option));
+  if (job.source.kind === "qmp" || isCompressed || plan.level !== "full") return sizes;
+  for (const { args } of plan.commands) {
+    const { messages } = await run(["backup", "--dry-run", "--quiet", ...withoutCheckpoint(args)]);
+    for (const document of messages.flat().filter(isObject)) {
+      const { target, required, target_format: format } = document;
+      if (typeof target === "string" && typeof required === "number" && format === "qcow2")
+        sizes.set(target, required);
+    }
+  }
+  return sizes;
+}
+
+/** Nothing is remembered of what is not made. */
+function withoutCheckpoint(args: readonly string[]): string[] {
+  const at = args.indexOf("--checkpoint");
+  return at < 0 ? [...args] : [...args.slice(0, at), ...args.slice(at + 2)];
+}

@@ -1,0 +1,356 @@
+// One job from its hooks' job-init to log-end.
+//
+//   window ─► locks ─► job-init ─► mount, plan, folders, space ─► job-start ─► tries ─► manifests ─► retention ─► job-end
+//                 any failure behind job-init ─► job-abort          always, last ─► log-end
+//
+// A try is backup-start, the backup, backup-end or backup-abort. Which failures are tried again: those that may go better
+// the next time (exit codes 1 and 13). Under `level: auto` a try that says that there is nothing to build upon (12) is made
+// again at once as a full one, and counts as the same try. Retention and verification of a repository come after the
+// backup, under the same locks; where they fail, the job has failed, and the backup stays.
+import { setTimeout as delay } from "node:timers/promises";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
+import { type ChildResult, type ProgramWords, runChild } from "./child.js";
+import { keepBackups, noteBackups, verifyBackups } from "./aftermath.js";
+import { runHook, type Phase } from "./hooks.js";
+import type { Job } from "./job.js";
+import type { Locks } from "./locks.js";
+import { type Plan, planBackup, type PlanLimits } from "./plan.js";
+import { checkFolders, checkMount, checkSpace } from "./preflight.js";
+import { diskResults, lockKeys } from "./outcome.js";
+import { type DiskResult, errorMember, type JobResult, type LineLevel } from "./result.js";
+import { diskNames } from "./served-names.js";
+import { isInWindow } from "./window.js";
+
+export interface RunSettings {
+  program: ProgramWords;
+  version: string;
+  /** A full backup of every job, whatever its level says. */
+  isFull: boolean;
+  locks: Locks;
+  /** Aborted: what runs is ended in good order, and nothing is begun. */
+  signal: AbortSignal;
+  /** What happens, as it happens: the job's name, and a line. */
+  onLine: (job: string, level: LineLevel, line: string) => void;
+  now?: (() => Date) | undefined;
+}
+
+export const EXIT_LOCKED = 10;
+const EXIT_NO_BASIS = 12;
+const EXIT_SNAPSHOT = 13;
+const EXIT_INTERRUPTED = 143;
+const EXIT_IGNORED = 3;
+/** Of a job's log, for mail and hooks. */
+const MAX_LOG_LINES = 500;
+
+/** The result, and the job's log. Never rejects. */
+export async function runJob(
+  job: Job,
+  settings: RunSettings,
+): Promise<{ result: JobResult; log: readonly string[] }> {
+  const run = new JobRun(job, settings);
+  const result = await run.whole();
+  return { result, log: run.log };
+}
+
+class JobRun {
+  readonly log: string[] = [];
+  readonly #warnings: string[] = [];
+  readonly #start: Date;
+  readonly #removed: string[] = [];
+  #plan: Plan | undefined;
+  #limits: PlanLimits;
+  #tries = 0;
+  #disks: DiskResult[] = [];
+  #level: JobResult["level"] = null;
+  #levelReason: string | null = null;
+  #isVerified = false;
+  #exitCode = 0;
+  #error: CowcatcherError | undefined;
+  #descriptors: readonly number[] = [];
+  /** Signals to children, but not to what cleans up. */
+  readonly #signal: AbortSignal;
+
+  constructor(
+    private readonly job: Job,
+    private readonly settings: RunSettings,
+  ) {
+    this.#start = settings.now?.() ?? new Date();
+    this.#limits = settings.isFull ? { fullBecause: "it was asked for" } : {};
+    this.#signal = settings.signal;
+  }
+
+  async whole(): Promise<JobResult> {
+    const { job, settings } = this;
+    if (job.window !== undefined && !isInWindow(job.window, this.#start)) {
+      this.#say("info", `skipped: it is outside of the window ${job.window.text}`);
+      return this.#result("skipped");
+    }
+    try {
+      const locks = await settings.locks.take(lockKeys(job), job.lockWaitMs, this.#signal);
+      this.#descriptors = locks.descriptors;
+      try {
+        await this.#locked();
+      } finally {
+        await locks.release();
+      }
+    } catch (error) {
+      this.#fail(error);
+    }
+    return this.#result(this.#error === undefined ? "done" : "failed");
+  }
+
+  async #locked(): Promise<void> {
+    try {
+      await this.#hook("job-init");
+      const plan = await this.#prepare();
+      await this.#hook("job-start");
+      await this.#tryUntilDone(plan);
+      await this.#after();
+      await this.#hook("job-end");
+    } catch (error) {
+      this.#fail(error);
+      await this.#cleaningHook("job-abort");
+    }
+    await this.#cleaningHook("log-end");
+  }
+
+  async #prepare(): Promise<Plan> {
+    const { job } = this;
+    this.#throwIfInterrupted();
+    await checkMount(job);
+    const plan = await this.#makePlan();
+    await checkFolders(job, plan, true);
+    await checkSpace(job, plan, (args) => this.#cowcatcher(args));
+    return plan;
+  }
+
+  async #makePlan(): Promise<Plan> {
+    const plan = await planBackup(this.job, await diskNames(this.job.source), this.#start, this.#limits);
+    this.#plan = plan;
+    return plan;
+  }
+
+  async #tryUntilDone(first: Plan): Promise<void> {
+    const { job } = this;
+    let plan = first;
+    for (;;) {
+      this.#tries++;
+      const failure = await this.#try(plan);
+      if (failure === undefined) return;
+      this.#throwIfInterrupted();
+      const mayGoBetter = failure.exitCode === 1 || failure.exitCode === EXIT_SNAPSHOT;
+      if (!mayGoBetter || this.#tries > job.retries) throw failure.error;
+      this.#say("warning", `${failure.error.message}; trying again (${this.#tries} of ${job.retries})`);
+      await delay(job.retryWaitMs, undefined, { signal: this.#signal }).catch(() => undefined);
+      this.#throwIfInterrupted();
+      plan = await this.#makePlan();
+    }
+  }
+
+  /** Undefined when the backup is made. */
+  async #try(first: Plan): Promise<{ exitCode: number; error: CowcatcherError } | undefined> {
+    let failure: { exitCode: number; error: CowcatcherError };
+    try {
+      await this.#hook("backup-start");
+      for (let plan = first; ;) {
+        const ended = await this.#backup(plan);
+        if (ended === undefined) {
+          await this.#hook("backup-end");
+          return undefined;
+        }
+        failure = ended;
+        const next = ended.exitCode === EXIT_NO_BASIS ? this.#withoutBasis(plan, ended.error) : undefined;
+        if (next === undefined) break;
+        this.#limits = next;
+        this.#say("warning", `${ended.error.message}: a full backup is made`);
+        plan = await this.#makePlan();
+      }
+    } catch (error) {
+      failure = { exitCode: 1, error: toCowcatcherError(error, this.job.name) };
+    }
+    this.#error = failure.error;
+    await this.#cleaningHook("backup-abort");
+    this.#error = undefined;
+    this.#exitCode = failure.exitCode;
+    return failure;
+  }
+
+  /** What to plan instead, where the level allows it. */
+  #withoutBasis(plan: Plan, { problem }: CowcatcherError): PlanLimits | undefined {
+    if (this.job.level !== "auto") return undefined;
+    if (plan.level === "incremental") return { fullBecause: problem };
+    if (plan.checkpoint !== undefined) return { fullBecause: problem, noCheckpoint: true };
+    return undefined;
+  }
+
+  async #backup(plan: Plan): Promise<{ exitCode: number; error: CowcatcherError } | undefined> {
+    this.#level = plan.level === "by-repository" ? null : plan.level;
+    this.#levelReason = plan.reason;
+    this.#disks = [];
+    this.#exitCode = 0;
+    for (const { args, disks } of plan.commands) {
+      const ended = await this.#cowcatcher(["backup", "--no-progress", ...args], this.job.timeLimitMs);
+      const { exitCode, error, isOverdue } = ended;
+      if (exitCode !== 0 && exitCode !== EXIT_IGNORED) {
+        return {
+          exitCode: isOverdue ? 1 : exitCode,
+          error: isOverdue ? this.#overdue() : (error ?? this.#unknown()),
+        };
+      }
+      this.#exitCode = Math.max(this.#exitCode, exitCode);
+      const found = diskResults(ended.messages, disks);
+      this.#disks.push(...found.disks);
+      if (found.level !== undefined) this.#level = found.level;
+      if (found.levelReason !== undefined) this.#levelReason = found.levelReason;
+    }
+    return undefined;
+  }
+
+  async #after(): Promise<void> {
+    const plan = this.#plan;
+    if (plan === undefined) return;
+    const work = {
+      job: this.job,
+      plan,
+      disks: this.#disks,
+      level: this.#level ?? "full",
+      levelReason: this.#levelReason ?? "",
+      start: this.#start,
+      version: this.settings.version,
+      run: (args: readonly string[]) => this.#cowcatcher(args),
+      say: (level: LineLevel, line: string) => this.#say(level, line),
+    };
+    // Before the manifest, as it tells of it.
+    this.#isVerified = await verifyBackups(work);
+    await noteBackups({ ...work, isVerified: this.#isVerified });
+    this.#removed.push(...(await keepBackups(work)));
+  }
+
+  #cowcatcher(args: readonly string[], timeLimitMs?: number): Promise<ChildResult> {
+    return runChild(this.settings.program, {
+      args: [...args, "--json"],
+      descriptors: this.#descriptors,
+      timeLimitMs,
+      signal: this.#signal,
+      onLine: (line) => this.#childLine(line),
+    });
+  }
+
+  /** What a command says on standard error: its warnings; its error comes with its result. */
+  #childLine(line: string): void {
+    const text = line.replace(/^cowcatcher: /, "");
+    const isWarning = text.startsWith("warning: ");
+    if (isWarning) this.#say("warning", text.slice("warning: ".length));
+    else this.#note(line);
+  }
+
+  #hook(phase: Phase): Promise<void> {
+    const { hook, hookTimeoutMs, name, group } = this.job;
+    if (hook === undefined) return Promise.resolve();
+    const disks = this.#plan?.disks ?? [];
+    return runHook({
+      command: hook,
+      phase,
+      job: name,
+      timeoutMs: hookTimeoutMs,
+      variables: {
+        GROUP: group,
+        DISKS: disks.map(({ label }) => label).join(" "),
+        TARGETS: disks.map(({ target }) => target).join("\n"),
+        LEVEL: this.#level ?? "",
+        ERROR: this.#error?.message ?? "",
+      },
+      document: {
+        phase,
+        ...this.#result(this.#error === undefined ? "done" : "failed"),
+        ...(phase === "log-end" ? { log: this.log } : {}),
+      },
+      onLine: (line) => this.#say("info", `hook ${phase}: ${line}`),
+    });
+  }
+
+  /** Its failure changes nothing. */
+  async #cleaningHook(phase: Phase): Promise<void> {
+    try {
+      await this.#hook(phase);
+    } catch (error) {
+      this.#say("warning", toCowcatcherError(error, this.job.name).message);
+    }
+  }
+
+  /** The first cause stays. */
+  #fail(cause: unknown): void {
+    if (this.#error !== undefined) return;
+    const error = toCowcatcherError(cause, this.job.name);
+    this.#error = error;
+    if (this.settings.signal.aborted) this.#exitCode = EXIT_INTERRUPTED;
+    else if (this.#exitCode === 0 || this.#exitCode === EXIT_IGNORED) this.#exitCode = exitCodeOf(error);
+    this.#say("error", error.message);
+  }
+
+  #say(level: LineLevel, line: string): void {
+    if (level === "warning") this.#warnings.push(line);
+    this.#note(`${level === "info" ? "" : `${level}: `}${line}`);
+    this.settings.onLine(this.job.name, level, line);
+  }
+
+  #note(line: string): void {
+    if (this.log.length < MAX_LOG_LINES) this.log.push(`${new Date().toISOString()} ${line}`);
+  }
+
+  #throwIfInterrupted(): void {
+    if (!this.#signal.aborted) return;
+    throw new CowcatcherError({
+      code: "CANCELLED",
+      object: this.job.name,
+      problem: "the run was interrupted",
+    });
+  }
+
+  #overdue(): CowcatcherError {
+    const seconds = Math.round((this.job.timeLimitMs ?? 0) / 1000);
+    return new CowcatcherError({
+      code: "LIMIT",
+      object: this.job.name,
+      problem: `the backup took longer than time-limit (${seconds} s) and was ended`,
+    });
+  }
+
+  #unknown(): CowcatcherError {
+    return new CowcatcherError({
+      code: "INTERNAL",
+      object: this.job.name,
+      problem: "the backup failed without a word",
+    });
+  }
+
+  #result(result: JobResult["result"]): JobResult {
+    const { name, group } = this.job;
+    const ended = this.settings.now?.() ?? new Date();
+    return {
+      job: name,
+      group,
+      result,
+      exit_code: this.#exitCode,
+      started: this.#start.toISOString(),
+      ended: ended.toISOString(),
+      seconds: (ended.getTime() - this.#start.getTime()) / 1000,
+      level: this.#level,
+      level_reason: this.#levelReason,
+      tries: this.#tries,
+      verified: this.#isVerified,
+      disks: this.#disks,
+      removed: [...this.#removed],
+      warnings: [...this.#warnings],
+      error: this.#error === undefined ? null : errorMember(this.#error),
+    };
+  }
+}
+
+function exitCodeOf({ code }: CowcatcherError): number {
+  if (code === "LOCKED") return EXIT_LOCKED;
+  if (code === "NO_BASIS") return EXIT_NO_BASIS;
+  if (code === "VERIFY") return 4;
+  if (code === "KEY") return 11;
+  return code === "USAGE" ? 2 : 1;
+}
