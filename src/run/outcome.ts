@@ -51,16 +51,16 @@ function ofRepository(summary: JsonObject, planned: readonly PlannedDisk[]): Out
   const disks = (Array.isArray(summary["disks"]) ? summary["disks"] : []).filter(isObject);
   const { level, level_reason: reason, target, t0 } = summary;
   return {
-    disks: planned.map(({ label }, index) => {
-      const found = disks.find(({ disk }) => disk === label) ?? disks[index] ?? {};
+    disks: disks.map((found, index) => {
       const bytes = numberOf(found["new_bytes"]);
+      const { disk } = found;
       return {
-        disk: label,
+        disk: typeof disk === "string" ? disk : (planned[index]?.label ?? ""),
         target: typeof target === "string" ? target : "",
         ...diskResult({ ...found, t0 }),
         bytes_written: bytes,
         bytes_on_target: bytes,
-        ignored_errors: numberOf(summary["ignored_errors"]),
+        ignored_errors: index === 0 ? numberOf(summary["ignored_errors"]) : 0,
       };
     }),
     level: level === "full" || level === "incremental" ? level : undefined,

@@ -112,8 +112,9 @@ async function measure(
   return sizes;
 }
 
-/** Nothing is remembered of what is not made. */
+/** Nothing is remembered of what is not made, nor held still for it. */
 function withoutCheckpoint(args: readonly string[]): string[] {
   const at = args.indexOf("--checkpoint");
-  return at < 0 ? [...args] : [...args.slice(0, at), ...args.slice(at + 2)];
+  const kept = at < 0 ? [...args] : [...args.slice(0, at), ...args.slice(at + 2)];
+  return kept.filter((word) => !word.startsWith("--freeze="));
 }

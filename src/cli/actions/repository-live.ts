@@ -1,7 +1,7 @@
 // `backup --control --repo`: disks that a server has open, as one backup in a repository. The server writes it.
 import { repositoryTargetName } from "../../control/repository-arguments.js";
 import type { RepositoryLiveSettings } from "../options/repository-backup.js";
-import { diskName } from "../options/repository-backup.js";
+import { diskNameOf } from "../../run/disk-name.js";
 import type { CommandContext } from "../output/context.js";
 import { NO_BACKUP, printRepositoryResult } from "../progress/repository-summary.js";
 import { type JobEnd, runLiveJobs } from "./live-backup.js";
@@ -26,7 +26,7 @@ export function runRepositoryLive(
 
 /** A node may be called what a disk may not. */
 export function nameInBackup(disk: string): string {
-  return /^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$/.test(disk) ? disk : diskName(disk);
+  return /^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$/.test(disk) ? disk : diskNameOf(disk);
 }
 
 function print(ends: readonly JobEnd[], target: string, context: CommandContext): void {

@@ -73,6 +73,7 @@ export const JOB_MEMBERS = {
   control: text("control socket of the `serve` that has the disks open"),
   qmp: text("QMP socket of the QEMU that runs the guest"),
   disks: list(text("name of a disk, as --disk of `backup` has it")),
+  freeze: text("socket of the guest agent, which holds the guest's file systems still for T0"),
   group: parsed("group of the backups: the job's name unless given", { pattern: NAME }, parseName),
   target: parsed(
     "where the backup goes: a path with {group}, {disk} and {date} in it, or the address of an export or an RBD image",
@@ -129,7 +130,7 @@ export type JobValues = ValuesOf<JobMembers>;
 
 /** Of the machine: one job's alone. */
 export const SOURCE_KEYS = ["image", "images", "control", "qmp"] as const;
-export const NOT_FOR_DEFAULTS: readonly string[] = [...SOURCE_KEYS, "disks", "group"];
+export const NOT_FOR_DEFAULTS: readonly string[] = [...SOURCE_KEYS, "disks", "freeze", "group"];
 
 function wrong(problem: string, hint: string): CowcatcherError {
   return new CowcatcherError({ code: "USAGE", object: "", problem, hint });

@@ -11,6 +11,7 @@ const OWN_OPTIONS: Record<string, string> = {
   control: "give `control`",
   qmp: "give `qmp`",
   disk: "give `disks`",
+  freeze: "give `freeze`",
   repo: "give `repository`",
   group: "give `group`",
   level: "give `level`",
@@ -72,6 +73,7 @@ function makeJob(name: string, place: Place, values: JobValues): Job {
   const source = sourceOf(values);
   const { mail, hook, ping } = values;
   checkTogether(source, target, values);
+  const { freeze } = values;
   return {
     name,
     place,
@@ -82,7 +84,7 @@ function makeJob(name: string, place: Place, values: JobValues): Job {
     fullEveryMs: values["full-every"] ?? JOB_FILE_DEFAULTS.fullEveryMs,
     retention: retentionOf(values),
     verify: values.verify === false ? undefined : values.verify,
-    options: optionArguments(values),
+    options: [...optionArguments(values), ...(freeze === undefined ? [] : [`--freeze=${freeze}`])],
     keyArguments: keyArguments(values, target),
     window: values.window,
     requireMount: values["require-mount"],
@@ -138,7 +140,10 @@ function targetOf({ target, repository, prune }: JobValues): JobTarget {
 }
 
 function checkTogether(source: JobSource, target: JobTarget, values: JobValues): void {
-  const { keep, verify, level } = values;
+  const { keep, verify, level, freeze } = values;
+  if (freeze !== undefined && source.kind === "images") {
+    throw new Refusal("freeze", "goes with 'control' and 'qmp' alone", "leave it out");
+  }
   if (target.kind === "repository") return;
   const { pattern } = target;
   const severalDisks = source.kind === "images" ? source.disks.length > 1 : (source.disks?.length ?? 1) > 1;
