@@ -34,6 +34,9 @@ const DEFLATE_LEVEL = 1;
 /** What is smaller is dealt with at once: a turn through the thread pool would cost more. */
 const AT_ONCE_BYTES = 64 * 1024;
 
+/** What zlib takes memory in: a manifest has a kilobyte or two, and a thousand of them are listed in a second. */
+const SMALL_CHUNK_BYTES = 4 * 1024;
+
 const deflatePooled = promisify<Uint8Array, zlib.ZlibOptions, Buffer>(zlib.deflate);
 const inflatePooled = promisify<Uint8Array, zlib.ZlibOptions, Buffer>(zlib.inflate);
 
@@ -93,7 +96,7 @@ function unpack(body: Buffer, maxBytes: number): Buffer | Promise<Buffer> {
   if (body.length >= AT_ONCE_BYTES / 64)
     return inflatePooled(body, { maxOutputLength: Math.max(1, maxBytes) });
   try {
-    return zlib.inflateSync(body, { maxOutputLength: AT_ONCE_BYTES });
+    return zlib.inflateSync(body, { maxOutputLength: AT_ONCE_BYTES, chunkSize: SMALL_CHUNK_BYTES });
   } catch {
     return inflatePooled(body, { maxOutputLength: Math.max(1, maxBytes) });
   }

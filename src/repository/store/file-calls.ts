@@ -24,6 +24,8 @@ export interface FileCalls {
   /** With the folders above it. @returns the uppermost that was made */
   mkdir(path: string): MaybePromise<string | undefined>;
   readdir(path: string): MaybePromise<fs.Dirent[]>;
+  /** What kind of file system the path is on: statfs(2)'s f_type. */
+  fileSystemType(path: string): MaybePromise<number>;
 }
 
 export const BLOCKING_CALLS: FileCalls = {
@@ -41,6 +43,7 @@ export const BLOCKING_CALLS: FileCalls = {
   rmdir: (path) => fs.rmdirSync(path),
   mkdir: (path) => fs.mkdirSync(path, { recursive: true }),
   readdir: (path) => fs.readdirSync(path, { withFileTypes: true }),
+  fileSystemType: (path) => fs.statfsSync(path).type,
 };
 
 const open = promisify(fs.open) as (path: string, flags: string | number, mode: number) => Promise<number>;
@@ -70,4 +73,5 @@ export const POOLED_CALLS: FileCalls = {
   rmdir: (path) => fs.promises.rmdir(path),
   mkdir: (path) => fs.promises.mkdir(path, { recursive: true }),
   readdir: (path) => fs.promises.readdir(path, { withFileTypes: true }),
+  fileSystemType: async (path) => (await fs.promises.statfs(path)).type,
 };

@@ -9,7 +9,8 @@
 // A client of NFS answers from its caches for a while, which would break what store.ts promises. It asks the server when a
 // file is opened (close-to-open consistency, RFC 8881, 10.3.1), so `head` opens. Of a folder it hears when it makes a
 // name there: the answer has the folder's change attribute before and after (change_info4; in version 3 wcc_data), and
-// where somebody else has changed it the cache is dropped. So each folder gets a name for a moment before it is read.
+// where somebody else has changed it the cache is dropped. So each folder gets a name for a moment before it is read,
+// unless its file system is known to be this machine's own.
 //
 // Times are those that the file system gives a file that is written, which over NFS and SMB is the server's clock.
 
@@ -17,13 +18,17 @@ import { randomBytes } from "node:crypto";
 import type { Dirent, Stats } from "node:fs";
 import { hostname } from "node:os";
 import { dirname, join } from "node:path";
+import { LOCAL_FILE_SYSTEMS } from "../../block/file/local-file-systems.js";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
+import { CHUNKS_PREFIX } from "../format/names.js";
+import { inParallel } from "../work/parallel.js";
 import { BLOCKING_CALLS, type FileCalls, POOLED_CALLS } from "./file-calls.js";
 import {
   type ByteRange,
   checkObjectName,
   type FolderStoreDescription,
   type ListedObject,
+  type ListOptions,
   notFoundError,
   type ObjectInfo,
   type PutOptions,
@@ -36,16 +41,28 @@ const TEMPORARY_FOLDER = "tmp";
 /** Nobody takes that long to write one object. */
 const LITTER_AGE_MS = 24 * 3600 * 1000;
 const LIST_BATCH = 1000;
+/** Folders read at a time, and objects looked at. */
+const AHEAD = 16;
 const MAX_DEPTH = 8;
 /** Folders that cannot be synced say so in these ways (SMB, FUSE); there the server sees to it. */
 const NO_FOLDER_SYNC = new Set(["EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EISDIR", "EBADF"]);
 const READ_ONLY = new Set(["EROFS", "EACCES", "EPERM", "ENOSPC", "EDQUOT"]);
 const NO_LINKS = new Set(["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV"]);
 
+/** A folder that is to be listed. */
+interface Level {
+  folder: string;
+  depth: number;
+  /** On their way. */
+  entries?: Promise<Dirent[]>;
+}
+
 export class FolderStore implements Store {
   readonly name: string;
   readonly #path: string;
   readonly #calls: FileCalls;
+  /** By folder of the first level. */
+  readonly #coherent = new Map<string, Promise<boolean>>();
   /** Folders in which names have changed that may not be stable yet. */
   readonly #unsynced = new Set<string>();
 
@@ -198,42 +215,99 @@ export class FolderStore implements Store {
     }
   }
 
-  async *list(prefix: string, options?: { details: boolean }): AsyncGenerator<ListedObject[]> {
-    const batch: ListedObject[] = [];
+  async *list(prefix: string, options?: ListOptions): AsyncGenerator<ListedObject[]> {
     const folder = prefix.slice(0, prefix.lastIndexOf("/") + 1);
-    for await (const name of this.#walk(folder, prefix, 0)) {
-      const info = options?.details === true ? await this.head(name) : undefined;
-      if (options?.details === true && info === undefined) continue;
-      batch.push({ name, sizeBytes: info?.sizeBytes ?? -1 });
-      if (batch.length >= LIST_BATCH) yield batch.splice(0);
+    let batch: ListedObject[] = [];
+    for await (const names of this.#walk(folder, prefix)) {
+      for (const name of names) batch.push({ name, sizeBytes: -1 });
+      if (batch.length < LIST_BATCH) continue;
+      yield await this.#withDetails(batch, options);
+      batch = [];
     }
-    if (batch.length > 0) yield batch;
+    if (batch.length > 0) yield this.#withDetails(batch, options);
   }
 
-  /** @param folder "" or with a slash at its end */
-  async *#walk(folder: string, prefix: string, depth: number): AsyncGenerator<string> {
-    for (const entry of await this.#entriesOf(folder)) {
-      const name = folder + entry.name;
-      if (entry.isDirectory()) {
-        const isInside = name.startsWith(prefix) || prefix.startsWith(`${name}/`);
-        if (isInside && depth < MAX_DEPTH && name !== TEMPORARY_FOLDER) {
-          yield* this.#walk(`${name}/`, prefix, depth + 1);
-        }
-      } else if (name.startsWith(prefix) && !entry.name.startsWith(".")) {
-        yield name;
+  async #withDetails(batch: ListedObject[], options: ListOptions | undefined): Promise<ListedObject[]> {
+    const wanted = options?.details;
+    if (wanted === undefined) return batch;
+    await inParallel(batch, AHEAD, async (object) => {
+      if (wanted(object.name)) object.sizeBytes = await this.#sizeOf(object.name);
+    });
+    return batch.filter(({ name, sizeBytes }) => sizeBytes >= 0 || !wanted(name));
+  }
+
+  /** As the client of NFS remembers it, which does here. @returns -1 for what has gone */
+  async #sizeOf(name: string): Promise<number> {
+    try {
+      return (await this.#calls.stat(this.#pathOf(name)))?.size ?? -1;
+    } catch (error) {
+      throw this.#error(`examine the object ${name}`, error);
+    }
+  }
+
+  /**
+   * Names by the folders that they stand in. A server's answer takes its time, and so does the pool's, so several
+   * folders are read at a time: the next AHEAD of those that are to come.
+   * @param folder "" or with a slash at its end
+   */
+  async *#walk(folder: string, prefix: string): AsyncGenerator<string[]> {
+    const waiting: Level[] = [{ folder, depth: 0 }];
+    for (let next = waiting.pop(); next !== undefined; next = waiting.pop()) {
+      const { depth } = next;
+      const entries = await (next.entries ?? this.#entriesOf(next.folder));
+      const names: string[] = [];
+      const below: Level[] = [];
+      for (const entry of entries) {
+        const name = next.folder + entry.name;
+        if (entry.isDirectory()) {
+          const isInside = name.startsWith(prefix) || prefix.startsWith(`${name}/`);
+          if (isInside && depth < MAX_DEPTH && name !== TEMPORARY_FOLDER) {
+            below.push({ folder: `${name}/`, depth: depth + 1 });
+          }
+        } else if (name.startsWith(prefix) && !entry.name.startsWith(".")) names.push(name);
       }
+      waiting.push(...below.reverse());
+      for (const level of waiting.slice(-AHEAD)) {
+        if (level.entries !== undefined) continue;
+        level.entries = this.#entriesOf(level.folder);
+        // Whoever comes to it hears of a failure; a list that nobody reads to its end has none.
+        level.entries.catch(() => undefined);
+      }
+      if (names.length > 0) yield names;
     }
   }
 
   async #entriesOf(folder: string): Promise<Dirent[]> {
     const path = join(this.#path, folder);
     try {
-      await this.#refresh(path);
+      if (!(await this.#isCoherent(folder))) await this.#refresh(path);
       return await this.#calls.readdir(path);
     } catch (error) {
       // Not made yet, or gone since its name was read.
       if (errnoOf(error) === "ENOENT" && folder !== "") return [];
       throw this.#error(folder === "" ? "list" : `list ${folder}`, error);
+    }
+  }
+
+  /**
+   * Nobody changes the folder but through this machine's kernel, which has no caches to be dropped then. Each folder of
+   * the first level may be another mount.
+   */
+  #isCoherent(folder: string): Promise<boolean> {
+    const top = folder.slice(0, folder.indexOf("/") + 1);
+    let known = this.#coherent.get(top);
+    if (known === undefined) {
+      known = this.#look(join(this.#path, top));
+      this.#coherent.set(top, known);
+    }
+    return known;
+  }
+
+  async #look(path: string): Promise<boolean> {
+    try {
+      return LOCAL_FILE_SYSTEMS.has(await this.#calls.fileSystemType(path));
+    } catch {
+      return false;
     }
   }
 
@@ -257,7 +331,8 @@ export class FolderStore implements Store {
       if (errnoOf(error) === "ENOENT") return;
       throw this.#error(`delete the object ${name}`, error);
     }
-    await this.#removeEmptyFolders(dirname(name));
+    // Those of chunks stay: there are 256 of them, and looking at one costs as much as the deletion.
+    if (!name.startsWith(CHUNKS_PREFIX)) await this.#removeEmptyFolders(dirname(name));
   }
 
   /** Those below the first level: a group without backups, a run without claims. */

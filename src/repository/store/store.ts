@@ -32,6 +32,11 @@ export interface ListedObject {
   sizeBytes: number;
 }
 
+export interface ListOptions {
+  /** Of which names the size is wanted; of others it may be told, too. Asked more than once, and to answer the same. */
+  details: (name: string) => boolean;
+}
+
 /** `present`: something stood under the name already, and still does. */
 export type PutOutcome = "stored" | "present";
 
@@ -62,7 +67,7 @@ export interface Store {
   get(name: string, maxBytes: number, range?: ByteRange): Promise<Buffer>;
   head(name: string): Promise<ObjectInfo | undefined>;
   /** In batches, in any order. @param prefix of whole names: "a/b" has "a/bc" and "a/b/c" */
-  list(prefix: string, options?: { details: boolean }): AsyncIterable<ListedObject[]>;
+  list(prefix: string, options?: ListOptions): AsyncIterable<ListedObject[]>;
   delete(name: string): Promise<void>;
   touch(name: string, content: Uint8Array): Promise<void>;
   /** @param prefix of a folder ("a/b/"): what others put in it before is stable then, too */

@@ -14,6 +14,7 @@ import { isNotFound } from "../store/store.js";
 import { deadRuns, deleteUnclaimed, readClaims, readDraft, type Sweep } from "../work/condemned.js";
 import { type ListedChunk, MAX_LIST_ENTRIES } from "../work/id-list.js";
 import { IdSet } from "../work/id-set.js";
+import { inParallel } from "../work/parallel.js";
 import { judge, readLocks, Run } from "../work/runs.js";
 import { removeBackup } from "./forget.js";
 
@@ -42,6 +43,8 @@ export interface PruneResult {
 
 const MARKS_PER_PASS = 2 ** 21;
 const PREFIX_COUNT = 256;
+/** Indexes in memory at a time, of 8 MiB for each TiB of a disk. */
+const INDEX_READERS = 4;
 
 /** @throws CowcatcherError FORMAT, NOT_FOUND for a backup that cannot be read; IO. */
 export async function prune(repository: Repository, options: PruneOptions): Promise<PruneResult> {
@@ -122,24 +125,27 @@ class Prune {
     this.#inRange = (byte) => byte >= first && byte < end;
     await this.#addNewMarks();
     const candidates: Candidate[] = [];
+    const unmarked = { details: (name: string) => !this.#isUsed(name) };
     for (let byte = first; byte < end; byte++) {
       const prefix = `${CHUNKS_PREFIX}${byte.toString(16).padStart(2, "0")}/`;
-      for await (const batch of this.#repository.store.list(prefix, { details: true })) {
+      for await (const batch of this.#repository.store.list(prefix, unmarked)) {
         for (const { name, sizeBytes } of batch) {
           const chunk = parseChunkName(name);
           if (chunk === undefined) continue;
           this.#result.chunks++;
-          if (this.#marks.has(chunk.id)) {
-            this.#result.used++;
-            continue;
-          }
-          candidates.push({ ...chunk, sizeBytes });
+          if (this.#marks.has(chunk.id)) this.#result.used++;
+          else candidates.push({ ...chunk, sizeBytes });
         }
       }
       while (candidates.length >= MAX_LIST_ENTRIES) await this.#sweep(candidates.splice(0, MAX_LIST_ENTRIES));
       this.#options.onProgress?.(this.#result);
     }
     if (candidates.length > 0) await this.#sweep(candidates);
+  }
+
+  #isUsed(name: string): boolean {
+    const chunk = parseChunkName(name);
+    return chunk === undefined || this.#marks.has(chunk.id);
   }
 
   async #sweep(candidates: readonly Candidate[]): Promise<void> {
@@ -184,12 +190,11 @@ class Prune {
   /** Marks what backups refer to that have not been looked at in this pass. */
   async #addNewMarks(): Promise<void> {
     const repository = this.#repository;
-    for (const entry of await repository.backups()) {
-      const key = `${entry.group}/${entry.time}`;
-      if (this.#marked.has(key)) continue;
+    const isNew = ({ group, time }: BackupName): boolean => !this.#marked.has(`${group}/${time}`);
+    await inParallel((await repository.backups()).filter(isNew), INDEX_READERS, async (entry) => {
       await this.#mark(entry);
-      this.#marked.add(key);
-    }
+      this.#marked.add(`${entry.group}/${entry.time}`);
+    });
   }
 
   async #mark(entry: BackupEntry): Promise<void> {

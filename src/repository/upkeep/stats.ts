@@ -15,6 +15,8 @@ export interface RepositoryStats {
   damagedChunks: number;
 }
 
+const ALL = { details: (): boolean => true };
+
 /** Backups that cannot be read count without their size. @throws CowcatcherError IO */
 export async function readStats(repository: Repository): Promise<RepositoryStats> {
   const { store } = repository;
@@ -32,14 +34,14 @@ export async function readStats(repository: Repository): Promise<RepositoryStats
     const manifest = await repository.readManifest(entry).catch(() => undefined);
     for (const { size_bytes: bytes } of manifest?.disks ?? []) stats.diskBytes += bytes;
   });
-  for await (const batch of store.list(CHUNKS_PREFIX, { details: true })) {
+  for await (const batch of store.list(CHUNKS_PREFIX, ALL)) {
     for (const { name, sizeBytes } of batch) {
       if (parseChunkName(name) === undefined) continue;
       stats.chunks++;
       stats.chunkBytes += sizeBytes;
     }
   }
-  for await (const batch of store.list(GROUPS_PREFIX, { details: true })) {
+  for await (const batch of store.list(GROUPS_PREFIX, ALL)) {
     for (const { sizeBytes } of batch) stats.metadataBytes += sizeBytes;
   }
   for await (const batch of store.list(DAMAGED_PREFIX)) stats.damagedChunks += batch.length;

@@ -28,6 +28,7 @@ import { createHash, randomBytes } from "node:crypto";
 import { constants as os } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { systemName } from "../../file-names.js";
+import { LOCAL_FILE_SYSTEMS } from "../../block/file/local-file-systems.js";
 import { CowcatcherError, errnoOf, ioError } from "../../errors.js";
 import {
   closeFile,
@@ -59,11 +60,6 @@ const PREFIX_BYTES_MAX = 200;
 const CREATE_ATTEMPTS_MAX = 8;
 const NAME_PATTERN = /^(\..+\.cowcatcher-)(\d{1,10})-(u?)[0-9a-f]{12}\.tmp$/;
 const HELD_ERRNOS = new Set([-os.errno.EAGAIN, -os.errno.EACCES]);
-/** statfs types: ext2 to 4, XFS, Btrfs, tmpfs, F2FS, ZFS, overlayfs, bcachefs. Their locks hold for all who can see a file. */
-const LOCAL_FILE_SYSTEMS = new Set([
-  0xef53, 0x58465342, 0x9123683e, 0x01021994, 0xf2f52010, 0x2fc12fc1, 0x794c7630, 0xca451a4e,
-]);
-
 const live = new Map<string, Temporary>();
 let exitHandlerInstalled = false;
 

@@ -87,7 +87,7 @@ export function storeSuite(open: () => Promise<StoreUnderTest>): void {
     }
     expect(new Set(await listNames(other, "many/", 3000))).toEqual(new Set(names));
     let bytes = 0;
-    for await (const batch of other.list("many/", { details: true })) {
+    for await (const batch of other.list("many/", { details: () => true })) {
       for (const { sizeBytes } of batch) bytes += sizeBytes;
     }
     expect(bytes).toBe(names.reduce((sum, _, index) => sum + ((Math.floor(index / 50) * 50) % 7), 0));
