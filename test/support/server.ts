@@ -6,7 +6,7 @@ import { existsSync, mkdtempSync, readdirSync, readlinkSync, rmSync } from "node
 import { constants, tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
-import { COWCATCHER_BIN, run, type RunResult } from "./cli.js";
+import { COWCATCHER_BIN, cowcatcher, run, type RunResult } from "./cli.js";
 
 /** For what takes a second: a machine may take its processors away. What must not happen hangs for ten minutes. */
 const WAIT_MS = 60_000;
@@ -169,7 +169,7 @@ export class Server {
   }
 
   jobs(...args: string[]): Promise<RunResult> {
-    return run(nodePath, [COWCATCHER_BIN, "jobs", "--control", this.control, ...args]);
+    return cowcatcher(["jobs", "--control", this.control, ...args]);
   }
 
   guest(seed: number, connections = 3, name = "disk"): Promise<Guest> {

@@ -1,6 +1,6 @@
 // Ceph RBD images as TARGET and SOURCE, with a real Ceph. Judges: qemu-img with its own rbd driver, rbd export, rbd diff.
 import { existsSync, readFileSync, statSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcher, run } from "../../support/cli.js";
 import { testPool, type TestPool } from "../../support/ceph.js";
@@ -269,6 +269,15 @@ describe("an image as SOURCE", () => {
 describe("one line says what is wrong", () => {
   const imageIn = (pool: string, rest: string): string => `rbd:${pool}/image:conf=${ceph.conf}${rest}`;
 
+  /** Beside the cluster, as each test has a folder of its own. */
+  const keyring = (name: string): string => join(dirname(ceph.conf), `${name}.keyring`);
+
+  beforeAll(async () => {
+    await ceph.ceph("auth", "get-or-create", "client.poor", "mon", "allow r", "-o", keyring("poor"));
+    await ceph.rbd("create", "-s", "1M", `${ceph.pool}/errors`);
+    writeFileSync(keyring("wrong"), "[client.wrong]\nkey = AQBvJGVnAAAAABAAdLmAyTEsk6bQVlE2h3QmAA==\n");
+  });
+
   it.each<[string, () => string, RegExp]>([
     ["no such pool", () => imageIn("nopool", ""), /there is no pool 'nopool' \(see `ceph osd pool ls`\)/],
     [
@@ -284,12 +293,12 @@ describe("one line says what is wrong", () => {
     ],
     [
       "a user with a wrong key",
-      () => imageIn(ceph.pool, `:id=wrong:keyring=${at("wrong.keyring")}`),
+      () => imageIn(ceph.pool, `:id=wrong:keyring=${keyring("wrong")}`),
       /cannot connect to Ceph: Ceph does not let client\.wrong in \(see `ceph auth ls`/,
     ],
     [
       "a user who may not",
-      () => imageIn(ceph.pool, `:id=poor:keyring=${at("poor.keyring")}`),
+      () => imageIn(ceph.pool, `:id=poor:keyring=${keyring("poor")}`),
       /cannot open the image: the user may not do this \(give it the capabilities of profile rbd\)/,
     ],
     [
@@ -308,9 +317,6 @@ describe("one line says what is wrong", () => {
       /^cowcatcher: \/no\/where: cannot read the file that 'conf=' names: no such file or directory$/,
     ],
   ])("%s", async (_, address, expected) => {
-    await ceph.ceph("auth", "get-or-create", "client.poor", "mon", "allow r", "-o", at("poor.keyring"));
-    await ceph.rbd("create", "-s", "1M", `${ceph.pool}/errors`).catch(() => undefined);
-    writeFileSync(at("wrong.keyring"), "[client.wrong]\nkey = AQBvJGVnAAAAABAAdLmAyTEsk6bQVlE2h3QmAA==\n");
     const { code, stderr } = await cowcatcher(["info", address()]);
     expect(stderr.trim()).toMatch(expected);
     expect(stderr.trim().split("\n")).toHaveLength(1);
