@@ -164,6 +164,8 @@ export interface NbdSourceDescription {
    * there, and connections stay open until the thread ends. (QEMU: a snapshot-access node, src/qemu/filter.ts.)
    */
   isSnapshot?: boolean | undefined;
+  /** Connections stay open until the thread ends: whoever has the export takes it away first. As with isSnapshot. */
+  staysOpen?: boolean | undefined;
 }
 
 /** An open RBD image, for every thread of this process (rbd/io.ts). */

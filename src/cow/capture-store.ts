@@ -25,7 +25,7 @@ import type { SpillPlace } from "./spill.js";
 export interface CaptureStoreOptions {
   shared: SharedState;
   /** The image itself, below every interceptor: what it holds now is T0's content of every uncaptured block. */
-  image: BlockDevice;
+  image: Pick<BlockDevice, "name" | "sizeBytes" | "read">;
   /** Made when the buffer is full for the first time; undefined where the policy is not to spill. */
   openSpill: (() => SpillPlace) | undefined;
   spillLimitBytes: number;

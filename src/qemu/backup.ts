@@ -20,7 +20,7 @@ import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy } from "./disk-copy.js";
-import { addFleeceNodes, exportSnapshots, insertFilters, startServer } from "./filter.js";
+import { startServer } from "./exports.js";
 import { GuestFreeze } from "./guest-freeze.js";
 import { diskNames, findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
 import { chooseMethod, type MethodChoice } from "./method.js";
@@ -28,10 +28,14 @@ import type { QemuMethod } from "./methods.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
 import { partName, runName } from "./names.js";
 import { RunFolder } from "./run-folder.js";
+import { type MethodSteps, stepsOf } from "./steps.js";
+import type { GuestPolicy } from "./t0.js";
 import { UndoStack } from "./undo.js";
 
-/** How often the fleecing files are looked at. */
+/** How often it is looked at who keeps the old data. */
 const LOOK_MS = 50;
+/** A guest is held up for as long as QEMU does not let go of a ring: its monitor is asked for again so often. */
+const LET_GO_TRIES = 20;
 
 export interface QemuDiskRequest {
   /** Node, device or qdev path; undefined: the only disk. */
@@ -116,6 +120,8 @@ class RunningBackup implements QemuBackup {
   readonly #run = runName();
   #copies: DiskCopy[] = [];
   #folder: RunFolder | undefined;
+  #steps: MethodSteps | undefined;
+  readonly #abort = new AbortController();
   /** What the disks have in common: the server. */
   readonly #undo = new UndoStack();
   readonly #freezer: GuestFreeze | undefined;
@@ -138,15 +144,38 @@ class RunningBackup implements QemuBackup {
     this.#freezer = guestAgent === undefined ? undefined : new GuestFreeze(guestAgent);
   }
 
+  /** Of all disks alike. */
+  get #policy(): QemuDiskRequest["job"] {
+    const [first] = this.#jobs;
+    if (first === undefined) throw busy(this.#request.monitor, "no disk is named", "name one with --disk");
+    return first.job;
+  }
+
   async start(): Promise<void> {
+    const { isCancelled } = this.#request;
+    const watch = setInterval(() => {
+      if (isCancelled()) this.#abort.abort(this.#cancelled());
+    }, LOOK_MS);
+    try {
+      await this.#start();
+    } finally {
+      clearInterval(watch);
+    }
+  }
+
+  async #start(): Promise<void> {
     const { monitor, fleeceDir } = this.#request;
     const { graph, disks } = await this.#monitor.visit((visit) => this.#lookAround(visit));
-    this.choice = chooseMethod(graph, disks, this.#request);
+    const buffer = this.#policy;
+    this.choice = chooseMethod(graph, disks, { ...this.#request, buffer });
     await this.#freezer?.check();
     this.#folder = await RunFolder.create(fleeceDir, monitor);
-    await this.#prepareAll(graph, disks, this.#folder);
+    this.#steps = stepsOf(this.choice, this.#folder, this.#abort.signal);
+    await this.#steps.open();
+    await this.#prepareAll(graph, disks, this.#steps);
     this.#throwIfCancelled();
-    await this.#monitor.visit((visit) => this.#takeOver(visit));
+    const { folder, steps } = { folder: this.#folder, steps: this.#steps };
+    await this.#monitor.visit((visit) => this.#takeOver(visit, folder, steps));
     await this.#beginAll();
     this.disks = this.#copies.map((copy) => ({
       disk: copy.disk.name,
@@ -179,7 +208,7 @@ class RunningBackup implements QemuBackup {
   }
 
   /** One after another: each starts threads, and the guest is to go on meanwhile. */
-  async #prepareAll(graph: QemuGraph, disks: readonly QemuDisk[], folder: RunFolder): Promise<void> {
+  async #prepareAll(graph: QemuGraph, disks: readonly QemuDisk[], steps: MethodSteps): Promise<void> {
     const filesInUse = [...graph.nodes.values()].map(({ filename }) => filename);
     const formats = disks.map(({ node }) => (node.driver === "qcow2" ? "qcow2" : "raw"));
     const targets = await this.#request.makeTargets?.(
@@ -191,15 +220,16 @@ class RunningBackup implements QemuBackup {
     );
     for (const [index, disk] of disks.entries()) {
       const given = this.#jobs[index]?.job;
-      const format = formats[index];
       if (given === undefined) continue;
+      const job = { ...given, targetFormat: given.targetFormat ?? formats[index] ?? "raw" };
       this.#copies.push(
         await DiskCopy.prepare({
           disk,
           index,
+          job,
           target: targets?.[index],
-          job: { ...given, targetFormat: given.targetFormat ?? format ?? "raw" },
-          folder,
+          makeTarget: (options) => steps.makeTarget(options),
+          makeKeeper: (target) => steps.makeKeeper(disk, index, job, target),
           filesInUse,
           isCancelled: this.#request.isCancelled,
           onStopped: this.#request.onStopped,
@@ -210,20 +240,20 @@ class RunningBackup implements QemuBackup {
   }
 
   /** T0. What fails here is undone in the same visit. */
-  async #takeOver(visit: Visit): Promise<void> {
+  async #takeOver(visit: Visit, folder: RunFolder, steps: MethodSteps): Promise<void> {
     const { server } = this.#request;
-    const [first] = this.#copies;
-    if (first === undefined || this.#folder === undefined) return;
+    const policy: GuestPolicy = this.#policy;
     try {
-      if (server === undefined) await startServer(visit, this.#folder.socket, this.#undo);
-      await addFleeceNodes(visit, this.#run, this.#copies);
-      const insert = () => insertFilters(visit, this.#run, this.#copies, first.job);
-      const times = await this.#whileFrozen(insert);
+      if (server === undefined) await startServer(visit, folder.socket, this.#undo);
+      await steps.prepare(visit, this.#copies);
+      const takeT0 = () => steps.takeT0(visit, this.#copies, policy);
+      const times = await this.#whileFrozen(takeT0);
       this.stoppedMs = times.stoppedMs;
       this.t0Ms = times.t0Ms;
       this.#request.onT0?.(times.t0Ms);
-      await exportSnapshots(visit, this.#run, this.#copies);
+      await steps.publish(visit, this.#copies);
     } catch (error) {
+      for (const { keeper } of this.#copies) keeper.letGo();
       for (const { undo } of this.#copies) this.#notUndone.push(...(await undo.run(visit)));
       this.#notUndone.push(...(await this.#undo.run(visit)));
       throw error;
@@ -231,15 +261,9 @@ class RunningBackup implements QemuBackup {
   }
 
   async #whileFrozen<T>(step: () => Promise<T>): Promise<T> {
-    const { isCancelled } = this.#request;
-    const abort = new AbortController();
-    const timer = setInterval(() => {
-      if (isCancelled()) abort.abort(this.#cancelled());
-    }, LOOK_MS);
     try {
-      return await whileFrozen(this.#freezer, step, abort.signal);
+      return await whileFrozen(this.#freezer, step, this.#abort.signal);
     } finally {
-      clearInterval(timer);
       this.freeze = this.#freezer?.info;
     }
   }
@@ -274,12 +298,17 @@ class RunningBackup implements QemuBackup {
   }
 
   async #undoBy(undo: UndoStack): Promise<void> {
-    try {
-      this.#notUndone.push(...(await this.#monitor.visit((visit) => undo.run(visit))));
-    } catch (error) {
-      const { code, problem } = toCowcatcherError(error);
-      // Nobody listens there any more: with QEMU all of it is gone.
-      if (code !== "NOT_FOUND" && !/ECONNREFUSED|refused/.test(problem)) this.#notUndone.push(problem);
+    const tries = this.#steps?.mustLetGo === true ? LET_GO_TRIES : 1;
+    for (let left = tries; left > 0; left--) {
+      try {
+        this.#notUndone.push(...(await this.#monitor.visit((visit) => undo.run(visit))));
+        return;
+      } catch (error) {
+        const { code, problem } = toCowcatcherError(error);
+        // Nobody listens there any more: with QEMU all of it is gone.
+        if (code === "NOT_FOUND" || /ECONNREFUSED|refused/.test(problem)) return;
+        if (left === 1) this.#notUndone.push(problem);
+      }
     }
   }
 
@@ -306,6 +335,7 @@ class RunningBackup implements QemuBackup {
   async #leaveNothing(): Promise<void> {
     if (!this.#undo.isEmpty) await this.#undoBy(this.#undo);
     for (const client of this.#clients) client.destroy();
+    await this.#steps?.close();
     await this.#folder
       ?.remove()
       .catch((error: unknown) => this.#notUndone.push(toCowcatcherError(error).message));

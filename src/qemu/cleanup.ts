@@ -4,14 +4,16 @@
 import { toCowcatcherError } from "../errors.js";
 import type { QemuGraph } from "./graph.js";
 import { readGraph } from "./graph.js";
-import { deleteExport } from "./filter.js";
+import { deleteExport } from "./exports.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
+import { cancelJob } from "./ring.js";
 import { isAlive, runOf } from "./names.js";
 import { removeDeadFolders } from "./run-folder.js";
 import { removing } from "./undo.js";
 
 export interface Leftovers {
   exports: readonly string[];
+  jobs: readonly string[];
   nodes: readonly string[];
 }
 
@@ -22,9 +24,11 @@ const isDead = (name: string): boolean => {
 
 /** @throws CowcatcherError */
 export async function findLeftovers(visit: Visit): Promise<Leftovers> {
-  const [graph, exports] = [await readGraph(visit), await visit.list("query-block-exports")];
+  const graph = await readGraph(visit);
+  const [exports, jobs] = [await visit.list("query-block-exports"), await visit.list("query-jobs")];
   return {
     exports: exports.map(({ id }) => String(id)).filter(isDead),
+    jobs: jobs.map(({ id }) => String(id)).filter(isDead),
     nodes: [...graph.nodes.keys()].filter(isDead),
   };
 }
@@ -34,9 +38,11 @@ export async function findLeftovers(visit: Visit): Promise<Leftovers> {
  * @throws CowcatcherError where QEMU refuses: the error names the step
  */
 export async function cleanUpDead(visit: Visit): Promise<string[]> {
-  const { exports } = await findLeftovers(visit);
+  const { exports, jobs } = await findLeftovers(visit);
   for (const id of exports) await deleteExport(visit, id);
-  const removed = [...exports];
+  // With the job goes its filter. Its writes have failed when our process died, so none is unanswered.
+  for (const id of jobs) await cancelJob(visit, id);
+  const removed = [...exports, ...jobs];
   const graph = await readGraph(visit);
   const dead = [...graph.nodes.keys()].filter(isDead);
   // What stands above a filter uses it, and a device's disk cannot be written past a filter in use.

@@ -16,8 +16,7 @@
 // All nodes have discard=unmap: with 7.2 the file is not punched out otherwise. cbw-timeout above 4 s overflows before
 // QEMU 9.1 and breaks each snapshot at once.
 
-import type { JobOptions } from "../backup/options.js";
-import { CowcatcherError } from "../errors.js";
+import { addExport } from "./exports.js";
 import {
   isAtLeast,
   type QemuDisk,
@@ -28,31 +27,12 @@ import {
 } from "./graph.js";
 import type { Visit } from "./monitor.js";
 import { partName } from "./names.js";
-import { removing, type UndoStack } from "./undo.js";
+import type { GraphDisk, GuestPolicy, T0Times } from "./t0.js";
 
 const CBW_TIMEOUT_MAX_S = 4;
-/** Of an export that QEMU is told to delete: what is in flight is given up. */
-const EXPORT_DELETED_MS = 30_000;
 
 /** One disk under the filter. */
-export interface FilteredDisk {
-  disk: QemuDisk;
-  /** Its number in the run. */
-  index: number;
-  fleecePath: string;
-  /** How QEMU becomes what it was for this disk. */
-  undo: UndoStack;
-}
-
-/** What the guest's writes put up with. */
-export type GuestPolicy = Pick<JobOptions, "guestTimeoutMs" | "onCbwError">;
-
-export interface FilterTimes {
-  /** How long the guest was stopped for T0, in ms; 0: not at all. */
-  stoppedMs: number;
-  /** The instant that the backup shows, in milliseconds since 1970 UTC. */
-  t0Ms: number;
-}
+export type FilteredDisk = GraphDisk & { readonly fleecePath: string };
 
 /** Why the method cannot be used with this disk; undefined: it can. */
 export function filterObstacle(
@@ -104,7 +84,7 @@ export async function insertFilters(
   run: string,
   disks: readonly FilteredDisk[],
   policy: GuestPolicy,
-): Promise<FilterTimes> {
+): Promise<T0Times> {
   const version = await readVersion(visit);
   const needsStop = disks.length > 1 || disks.some(({ disk }) => disk.iothread !== undefined);
   if (!needsStop || (await readStatus(visit)) !== "running") {
@@ -169,43 +149,7 @@ export async function exportSnapshots(
       file: partName(run, index, "cbw"),
       discard: "unmap",
     });
-    undo.push(`delete export ${id}`, (later) => deleteExport(later, id));
     // Writable for the discards; a snapshot-access node takes no writes.
-    await visit.execute("block-export-add", { type: "nbd", id, "node-name": snap, name: id, writable: true });
+    await addExport(visit, undo, { id, node: snap, writable: true });
   }
-}
-
-/** Deletes an export whatever its clients do, and waits until it is gone. @throws CowcatcherError */
-export async function deleteExport(visit: Visit, id: string): Promise<void> {
-  await removing(visit.execute("block-export-del", { id, mode: "hard" }));
-  await visit.until(
-    `export ${id} is to go`,
-    async () => !(await visit.list("query-block-exports")).some((found) => found["id"] === id),
-    EXPORT_DELETED_MS,
-  );
-}
-
-/**
- * Has QEMU serve NBD at `socket`, which only this run uses.
- * @throws CowcatcherError BUSY where its server runs already: QEMU has one, and does not say where it listens
- */
-export async function startServer(visit: Visit, socket: string, undo: UndoStack): Promise<void> {
-  try {
-    await visit.execute("nbd-server-start", { addr: { type: "unix", data: { path: socket } } });
-  } catch (error) {
-    if (error instanceof CowcatcherError && /already running/.test(error.message))
-      throw serverRuns(visit.path, error);
-    throw error;
-  }
-  undo.pushCommand("stop QEMU's NBD server", "nbd-server-stop");
-}
-
-function serverRuns(object: string, cause: CowcatcherError): CowcatcherError {
-  return new CowcatcherError({
-    code: "BUSY",
-    object,
-    problem: "QEMU's NBD server runs already, and QEMU does not say where it listens",
-    hint: "give its address with --nbd, such as --nbd /run/vm1-nbd.sock or --nbd 127.0.0.1:10809",
-    cause,
-  });
 }

@@ -19,9 +19,8 @@ const RUNS_PER_LOOK = 4096;
 export class Fleece {
   readonly path: string;
   readonly #fd: number;
-  readonly #geometry: Geometry;
   /** By chunk: it stands in the urgent ring already, or has. */
-  readonly #told: Uint8Array;
+  #told = new Uint8Array(0);
   #lookFrom = 0;
   usedBytes = 0;
   usedBytesMax = 0;
@@ -30,27 +29,25 @@ export class Fleece {
   /** What usedBytes may be at the next look. */
   expectedBytes = 0;
 
-  constructor({ path, fd }: { path: string; fd: number }, geometry: Geometry) {
+  constructor({ path, fd }: { path: string; fd: number }) {
     this.path = path;
     this.#fd = fd;
-    this.#geometry = geometry;
-    this.#told = new Uint8Array(geometry.chunkCount);
   }
 
   /** Notes the file's size, and tells of chunks that have data in it, each once. Synchronous: some system calls. */
-  look(tell: (chunk: number) => void): void {
+  look(geometry: Geometry, tell: (chunk: number) => void): void {
     const usedBytes = fstatSync(this.#fd).blocks * STAT_BLOCK_BYTES;
     const growth = Math.max(0, usedBytes - this.usedBytes);
     this.capturedBytes += growth;
     this.usedBytes = usedBytes;
     this.usedBytesMax = Math.max(this.usedBytesMax, usedBytes);
     this.expectedBytes = usedBytes + growth;
-    if (usedBytes > 0) this.#findCaptured(tell);
+    if (usedBytes > 0) this.#findCaptured(geometry, tell);
   }
 
-  #findCaptured(tell: (chunk: number) => void): void {
+  #findCaptured({ chunkBytes, chunkCount }: Geometry, tell: (chunk: number) => void): void {
     if (libc === null) return;
-    const { chunkBytes, chunkCount } = this.#geometry;
+    if (this.#told.length !== chunkCount) this.#told = new Uint8Array(chunkCount);
     let at = this.#lookFrom;
     for (let i = 0; i < RUNS_PER_LOOK; i++) {
       const start = libc.seekData(this.#fd, at);

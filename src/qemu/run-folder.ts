@@ -4,6 +4,7 @@
 //   DIR/cowcatcher-PID.START/      mode 0700
 //     0.fleece  1.fleece …         sparse, as long as the disks
 //     nbd.sock                     QEMU's
+//     ring.sock                    ours, by the method `ring`
 //
 // A folder whose process is gone is removed by the next run in DIR. Main thread; synchronous where noted: this process
 // serves no guest while it does so.
@@ -22,9 +23,12 @@ const FILE_MODE = 0o600;
 export class RunFolder {
   readonly run = runName();
   readonly path: string;
+  /** In which it stands. */
+  readonly directory: string;
   readonly #owner: { uid: number; gid: number } | undefined;
 
-  private constructor(path: string, owner: { uid: number; gid: number } | undefined) {
+  private constructor(directory: string, path: string, owner: { uid: number; gid: number } | undefined) {
+    this.directory = directory;
     this.path = path;
     this.#owner = owner;
   }
@@ -36,7 +40,7 @@ export class RunFolder {
   static async create(directory: string, monitor: string): Promise<RunFolder> {
     await removeDeadFolders(directory);
     const path = join(directory, runName());
-    const folder = new RunFolder(path, await ownerOf(monitor));
+    const folder = new RunFolder(directory, path, await ownerOf(monitor));
     if (Buffer.byteLength(folder.socket) > SOCKET_PATH_BYTES_MAX) {
       throw new CowcatcherError({
         code: "LIMIT",
@@ -57,6 +61,16 @@ export class RunFolder {
   /** Where QEMU listens. */
   get socket(): string {
     return join(this.path, "nbd.sock");
+  }
+
+  /** Where this process listens for old data (ring-keeper.ts). */
+  get ringSocket(): string {
+    return join(this.path, "ring.sock");
+  }
+
+  /** To QEMU's user. @throws the system's error */
+  giveRingSocket(): void {
+    this.#giveTo(this.ringSocket);
   }
 
   /** A new sparse file of that size, open for looking at it. Synchronous. @throws CowcatcherError */

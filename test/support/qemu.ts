@@ -1,11 +1,13 @@
 // A QEMU with disks that a test writes to as a guest does, without an operating system in it: `qemu-io` of its human
 // monitor writes through the device's own backend, so that whatever is put below the device is in the way. The writes follow
-// each other and are kept, so that of any image it can be told which of them it holds.
+// each other and are kept, so that of any image it can be told which of them it holds. Or a storage daemon, whose guest is
+// a client of its NBD server.
 import { spawnSync } from "node:child_process";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { ControlClient } from "../../src/qmp/client.js";
 import { isJsonObject, type JsonObject } from "../../src/qmp/protocol.js";
+import { NbdClient } from "../../src/nbd/client/client.js";
 import { Process, until } from "./server.js";
 
 const SECTOR_BYTES = 512;
@@ -13,7 +15,7 @@ const WRITE_SECTORS = [1, 8, 16, 64, 128];
 
 export interface QemuOptions {
   format?: "raw" | "qcow2";
-  /** Of each disk; 16 MiB and a sector by default, so that the last cluster is cut. */
+  /** Of each disk; 8 MiB and a sector by default, so that the last cluster is cut. */
   sizeBytes?: number;
   diskCount?: number;
   iothread?: boolean;
@@ -21,6 +23,8 @@ export interface QemuOptions {
   running?: boolean;
   /** `-drive` in place of `-blockdev`, with no node name. */
   isLegacy?: boolean;
+  /** qemu-storage-daemon in the place of QEMU. */
+  isDaemon?: boolean;
 }
 
 interface Write {
@@ -39,21 +43,38 @@ export class Qemu {
   readonly #folder: string;
   readonly #diskCount: number;
   #own: ControlClient | undefined;
+  readonly #isDaemon: boolean;
+  /** The guests of a daemon's disks. */
+  readonly #guests: NbdClient[] = [];
   #seed = 1;
   #isWriting = false;
   #isStopped = false;
   #writing: Promise<void> = Promise.resolve();
 
   private constructor(folder: string, options: QemuOptions) {
-    const { format = "raw", sizeBytes = 16 * 1024 * 1024 + SECTOR_BYTES, diskCount = 1 } = options;
+    const { format = "raw", sizeBytes = 8 * 1024 * 1024 + SECTOR_BYTES, diskCount = 1 } = options;
     this.#folder = folder;
     this.sizeBytes = sizeBytes;
     this.#diskCount = diskCount;
+    this.#isDaemon = options.isDaemon === true;
     this.monitor = join(folder, "qmp.sock");
     const disks = Array.from({ length: diskCount }, (_, i) => i);
     for (const disk of disks) {
       const made = spawnSync("qemu-img", ["create", "-q", "-f", format, this.image(disk), String(sizeBytes)]);
       if (made.status !== 0) throw new Error(String(made.stderr));
+    }
+    if (this.#isDaemon) {
+      this.process = new Process("qemu-storage-daemon", [
+        ...[this.monitor, this.#ownMonitor].flatMap((path, i) => [
+          ...["--chardev", `socket,path=${path},server=on,wait=off,id=c${i}`, "--monitor", `chardev=c${i}`],
+        ]),
+        ...disks.flatMap((disk) => blockdevArguments(disk, this.image(disk), format, "--")),
+        ...["--nbd-server", `addr.type=unix,addr.path=${this.nbdSocket}`],
+        ...disks.flatMap((disk) => [
+          ...["--export", `nbd,id=guest${disk},node-name=drive${disk},name=guest${disk},writable=on`],
+        ]),
+      ]);
+      return;
     }
     this.process = new Process("qemu-system-x86_64", [
       ...["-nodefaults", "-machine", "q35", "-accel", "tcg", "-m", "64", "-display", "none", "-S"],
@@ -75,8 +96,16 @@ export class Qemu {
       if (event === "STOP") qemu.#isStopped = true;
       if (event === "RESUME") qemu.#isStopped = false;
     });
+    for (let disk = 0; qemu.#isDaemon && disk < qemu.#diskCount; disk++) {
+      qemu.#guests.push(await NbdClient.connect(`nbd+unix:///guest${disk}?socket=${qemu.nbdSocket}`));
+    }
     if (options.running === true) await qemu.execute("cont");
     return qemu;
+  }
+
+  /** Of a daemon's own server. */
+  get nbdSocket(): string {
+    return join(this.#folder, "guests.sock");
   }
 
   get #ownMonitor(): string {
@@ -94,6 +123,12 @@ export class Qemu {
 
   /** Returns when the guest's write is answered; its errors, if it has one, are on QEMU's standard output. */
   async write(offsetBytes: number, lengthBytes: number, pattern: number, disk = 0): Promise<void> {
+    const guest = this.#guests[disk];
+    if (guest !== undefined) {
+      await guest.write(new Uint8Array(lengthBytes).fill(pattern), 0, lengthBytes, offsetBytes);
+      this.writes.push({ disk, offsetBytes, lengthBytes, pattern });
+      return;
+    }
     const line = `qemu-io -d ${qdevOf(disk)} "write -P ${pattern} ${offsetBytes} ${lengthBytes}"`;
     await this.execute("human-monitor-command", { "command-line": line });
     this.writes.push({ disk, offsetBytes, lengthBytes, pattern });
@@ -183,7 +218,7 @@ export class Qemu {
     const nodes = (await this.#list("query-named-block-nodes", { flat: true })).map(
       (node) => node["node-name"],
     );
-    const blocks = await this.#list("query-block");
+    const blocks = this.#isDaemon ? [] : await this.#list("query-block");
     const roots = blocks.map(({ inserted }) => (isJsonObject(inserted) ? inserted["node-name"] : undefined));
     const exports = await this.#list("query-block-exports");
     const jobs = await this.#list("query-jobs");
@@ -221,9 +256,12 @@ function diskArguments(
   if (isLegacy === true) {
     return ["-drive", `if=none,id=drive${disk},file=${path},format=${format}`, "-device", device];
   }
+  return [...blockdevArguments(disk, path, format, "-"), "-device", device];
+}
+
+function blockdevArguments(disk: number, path: string, format: string, dashes: string): string[] {
   return [
-    ...["-blockdev", `driver=file,node-name=file${disk},filename=${path}`],
-    ...["-blockdev", `driver=${format},node-name=drive${disk},file=file${disk}`],
-    ...["-device", device],
+    ...[`${dashes}blockdev`, `driver=file,node-name=file${disk},filename=${path}`],
+    ...[`${dashes}blockdev`, `driver=${format},node-name=drive${disk},file=file${disk}`],
   ];
 }

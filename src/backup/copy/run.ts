@@ -69,10 +69,12 @@ export interface CopyRunOptions {
   /** Ends the run when it is aborted before T0. */
   signal?: AbortSignal | undefined;
   /**
-   * Another program keeps the captures, behind connections that the threads hold (src/qemu): called when the copy is
+   * Another program has the source, behind connections that the threads hold (src/qemu): called when the copy is
    * over, well or not, and awaited before the threads end and with them their connections. Never rejects.
    */
   beforeThreadsEnd?: (() => Promise<void>) | undefined;
+  /** Their captures are in nobody's ring here: what is told by `hurry` is a hint of them. */
+  hasForeignCaptures?: boolean | undefined;
   /** Before `ended` settles: a worker may still touch the shared tables and, if it was not ready yet, the buffer. */
   onLeftBehind?: (() => void) | undefined;
   /** Most workers that the source is fit for; undefined: any number. */
@@ -261,7 +263,7 @@ export class CopyRun {
       target: target.description,
       spill: this.spill?.description ?? null,
       topOnly: job.sync === "top",
-      hasForeignCaptures: this.#options.beforeThreadsEnd !== undefined,
+      hasForeignCaptures: this.#options.hasForeignCaptures ?? false,
       zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
       onSourceError: job.onSourceError,
       onTargetError: job.onTargetError,

@@ -25,10 +25,11 @@ const RBD_NOTES =
   "there is written in place with --force, and keeps its snapshots. --target-snapshot NAME makes the next one. With\n" +
   "--bitmap the image itself is what the backup builds on. A SOURCE that others may write is read as @SNAP only.";
 const QEMU_NOTES =
-  "With --qmp the guest runs on QEMU with its own disk files. QEMU keeps the old data, in a file in --fleece-dir of at most\n" +
-  "--cow-buffer-size and --spill-limit, and is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
+  "With --qmp the guest runs on QEMU with its own disk files. By the method filter QEMU keeps\n" +
+  "the old data, in a file in --fleece-dir of at most --cow-buffer-size and --spill-limit; by the method ring this process does, in\n" +
+  "its buffer, and its death harms the guest. QEMU is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
   "node's name, a device's id, the name of a -drive or a qdev path. See docs/running-guests.md. Not supported in this\n" +
-  "version: storage daemons, QEMU before 7.1, --sync top and none, bitmaps.\n";
+  "version: --sync top and none, bitmaps.\n";
 
 export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {

@@ -102,18 +102,11 @@ export function cleanupSettings(
 }
 
 function checkQemuFlags(flags: BackupFlags): void {
-  const { onBufferFull, spillDir, cowBufferSize, sync, bitmap, bitmapMode } = flags;
+  const { spillDir, sync, bitmap, bitmapMode } = flags;
   if (flags.control !== undefined)
     throw usageError("--qmp", "does not go with --control", "give one of them");
   refuseCheckpointFlags(flags);
   if (spillDir !== undefined) throw usageError("--spill-dir", "does not go with --qmp", "give --fleece-dir");
-  if (onBufferFull === "wait") {
-    const problem = "'wait': QEMU cannot make the guest's writes wait for room";
-    throw unsupported("--on-buffer-full", problem, "give spill or cancel");
-  }
-  if (cowBufferSize === 0) {
-    throw unsupported("--cow-buffer-size", "0: QEMU keeps old data in a file in any case", "give a size");
-  }
   if (sync !== undefined && sync !== JOB_DEFAULTS.sync) {
     throw unsupported("--sync", `${sync} does not go with --qmp`, "leave it out");
   }

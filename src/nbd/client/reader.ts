@@ -27,6 +27,7 @@ export class NbdSourceReader implements SourceReader {
   readonly #zeroes: ExtentReader | null;
   readonly #isCancelled: () => boolean;
   readonly #isSnapshot: boolean;
+  readonly #staysOpen: boolean;
   #blocking: BlockingReader | null | undefined;
   #opening: Promise<void> | undefined;
   #isClosed = false;
@@ -36,8 +37,9 @@ export class NbdSourceReader implements SourceReader {
    * @param mayBlock the thread waits for no other server meanwhile
    */
   constructor(description: NbdSourceDescription, isCancelled: () => boolean, mayBlock: boolean) {
-    const { uri, sizeBytes, retries, zeroes, isSnapshot = false } = description;
+    const { uri, sizeBytes, retries, zeroes, isSnapshot = false, staysOpen = isSnapshot } = description;
     this.#isSnapshot = isSnapshot;
+    this.#staysOpen = staysOpen;
     this.sizeBytes = sizeBytes;
     this.#uri = uri;
     this.#isCancelled = isCancelled;
@@ -63,7 +65,7 @@ export class NbdSourceReader implements SourceReader {
       this.#uri,
       this.sizeBytes,
       this.#isCancelled,
-      this.#isSnapshot,
+      this.#staysOpen,
     ).then(
       (reader) => {
         this.#blocking = reader;
@@ -96,8 +98,8 @@ export class NbdSourceReader implements SourceReader {
 
   close(): void {
     this.#isClosed = true;
-    // Whoever keeps the snapshot takes it away first; then it is the server that hangs up.
-    if (this.#isSnapshot) return;
+    // Whoever has the export takes it away first; then it is the server that hangs up.
+    if (this.#staysOpen) return;
     this.#blocking?.close();
     void this.#session.close();
   }

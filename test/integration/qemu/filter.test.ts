@@ -4,11 +4,10 @@ import { spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { ControlClient } from "../../../src/qmp/client.js";
 import { expectSchema } from "../../support/json-schema.js";
 import { cowcatcher } from "../../support/cli.js";
 import { Qemu, type QemuOptions } from "../../support/qemu.js";
-import { Backup, mustRun, Process, scratchFolder, stopAll, until } from "../../support/server.js";
+import { Backup, Process, scratchFolder, stopAll, until } from "../../support/server.js";
 
 const MiB = 1024 * 1024;
 const hasQemu = spawnSync("qemu-system-x86_64", ["--version"]).status === 0;
@@ -38,11 +37,7 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
   }
 
   const GUESTS: [string, QemuOptions, string[]][] = [
-    ["a raw disk of -blockdev", {}, []],
-    ["a qcow2 disk of -blockdev", { format: "qcow2" }, []],
-    ["a disk of -drive, by its name", { isLegacy: true }, ["--disk", "drive0"]],
-    ["a disk by its device's id, of a running guest", { running: true }, ["--disk", "vd0"]],
-    ["a disk in an iothread", { running: true, iothread: true }, ["--accept-guest-risk"]],
+    ["a raw disk of -drive, by its name", { isLegacy: true }, ["--disk", "drive0"]],
     [
       "a qcow2 disk in an iothread",
       { running: true, iothread: true, format: "qcow2" },
@@ -93,33 +88,22 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
     await expectCleanHouse(qemu, before);
   });
 
-  it("writes a compressed qcow2 target, checked by --verify", async () => {
-    const qemu = await Qemu.start(folder);
-    await qemu.fill();
-    const count = qemu.writes.length;
-    const target = join(folder, "backup.qcow2");
-    await backup(qemu, ["-c", "--verify", target]).succeed();
-    const flat = join(folder, "flat.img");
-    await mustRun("qemu-img", "convert", "-O", "raw", target, flat);
-    expect(qemu.instantOf([flat], count)).toBe(count);
-  });
-
   it("reads what the guest has overwritten first, and lets QEMU forget it", async () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "2M", "-O", "raw", join(folder, "backup.img")]);
+    const running = backup(qemu, ["--rate-limit", "1M", "-O", "raw", join(folder, "backup.img")]);
     await running.started();
     const [run] = readdirSync(fleece);
     const file = join(fleece, run ?? "", "0.fleece");
     const used = (): number => statSync(file).blocks;
     // The end of the disk, to which the sweep comes after several seconds.
-    await qemu.write(15 * MiB, 65_536, 251);
+    await qemu.write(7 * MiB, 65_536, 251);
     expect(used()).toBeGreaterThan(0);
     await until("QEMU has forgotten it", () => used() === 0);
     const status = await running.process.line((line) => line.includes('"status"'));
     expect((JSON.parse(status) as { percent_done: number }).percent_done).toBeLessThan(0.8);
     // Nothing is copied there any more.
-    await qemu.write(15 * MiB, 65_536, 252);
+    await qemu.write(7 * MiB, 65_536, 252);
     expect(used()).toBe(0);
     running.process.kill("SIGINT");
     expect((await running.end()).code).toBe(130);
@@ -142,32 +126,18 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
     await expectCleanHouse(qemu, before);
   });
 
-  it.each(["SIGINT", "SIGTERM"] as const)("leaves nothing at %s", async (signal) => {
+  it("leaves nothing at SIGINT", async () => {
     const qemu = await Qemu.start(folder, { format: "qcow2" });
     await qemu.fill();
     const before = await qemu.state();
     const target = join(folder, "backup.img");
     const running = backup(qemu, ["--rate-limit", "1M", target]);
     await running.started();
-    running.process.kill(signal);
-    expect((await running.end()).code).toBe(signal === "SIGINT" ? 130 : 143);
+    running.process.kill("SIGINT");
+    expect((await running.end()).code).toBe(130);
     expect(existsSync(target)).toBe(false);
     await expectCleanHouse(qemu, before);
   });
-
-  it.each(["worker:exit,after=3", "worker:throw,after=3", "target-write:error=ENOSPC,after=3"])(
-    "leaves nothing after a failure of its own: %s",
-    async (fault) => {
-      const qemu = await Qemu.start(folder);
-      await qemu.fill();
-      const before = await qemu.state();
-      qemu.startWriting();
-      const running = backup(qemu, [join(folder, "backup.img")], { COWCATCHER_FAULTS: fault });
-      expect((await running.end()).code).toBe(1);
-      await qemu.stopWriting();
-      await expectCleanHouse(qemu, before);
-    },
-  );
 
   it("keeps the guest from a target that hangs", async () => {
     const qemu = await Qemu.start(folder);
@@ -184,33 +154,6 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
     expect((await running.end()).code).toBe(130);
     qemu.expectNoGuestError();
     await expectCleanHouse(qemu, before);
-  });
-
-  it("says so when QEMU ends in the middle", async () => {
-    const qemu = await Qemu.start(folder);
-    await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "1M", join(folder, "backup.img")]);
-    await running.started();
-    await qemu.execute("quit").catch(() => undefined);
-    const { code, stderr } = await running.end();
-    expect(code).toBe(1);
-    expect(stderr.trim().split("\n")).toHaveLength(1);
-    expect(readdirSync(fleece)).toEqual([]);
-  });
-
-  it("goes on through a guest's reset, stop and continuation", async () => {
-    const qemu = await Qemu.start(folder, { running: true });
-    await qemu.fill();
-    const count = qemu.writes.length;
-    const target = join(folder, "backup.img");
-    const running = backup(qemu, ["--rate-limit", "16M", target]);
-    await running.started();
-    await qemu.execute("system_reset");
-    await qemu.execute("stop");
-    await qemu.writeSomewhere();
-    await qemu.execute("cont");
-    await running.succeed();
-    expect(qemu.instantOf([target], count)).toBe(count);
   });
 
   describe("after kill -9", () => {
@@ -287,19 +230,6 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
     await running.end();
   });
 
-  it("leaves the monitor to others while it copies", async () => {
-    const qemu = await Qemu.start(folder);
-    await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "16M", join(folder, "backup.img")]);
-    await running.started();
-    while (!running.process.over) {
-      const other = await ControlClient.connect(qemu.monitor, { timeoutMs: 1000 });
-      await other.execute("query-status");
-      other.close();
-    }
-    await running.succeed();
-  });
-
   it("needs the address of a server that runs already, and uses it", async () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
@@ -318,25 +248,19 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
     await qemu.execute("nbd-server-stop");
   });
 
-  it("refuses a disk in an iothread, in whose QEMU our death would be the guest's", async () => {
-    const qemu = await Qemu.start(folder, { iothread: true });
-    const { code, stderr } = await backup(qemu, [join(folder, "backup.img")]).end();
-    expect(code).toBe(2);
-    expect(stderr).toContain("give --accept-guest-risk");
-  });
-
-  it("refuses the guest's own disk as a target", async () => {
-    const qemu = await Qemu.start(folder);
-    const { code, stderr } = await backup(qemu, ["--force", qemu.image()]).end();
-    expect(code).toBe(2);
-    expect(stderr).toContain("is in use by the guest");
-  });
-
-  it("names the disks there are", async () => {
-    const qemu = await Qemu.start(folder, { diskCount: 2 });
-    const wrong = await backup(qemu, ["--disk", "vd7", join(folder, "backup.img")]).end();
+  it("refuses what cannot be, by name", async () => {
+    const qemu = await Qemu.start(folder, { diskCount: 2, iothread: true });
+    const target = join(folder, "backup.img");
+    const risk = await backup(qemu, ["--disk", "vd0", target]).end();
+    expect(risk.code).toBe(2);
+    expect(risk.stderr).toContain("give --accept-guest-risk");
+    const accepted = ["--accept-guest-risk"];
+    const own = await backup(qemu, [...accepted, "--disk", "vd0", "--force", qemu.image()]).end();
+    expect(own.code).toBe(2);
+    expect(own.stderr).toContain("is in use by the guest");
+    const wrong = await backup(qemu, [...accepted, "--disk", "vd7", target]).end();
     expect(wrong.stderr).toContain("it has vd0, vd1");
-    const missing = await backup(qemu, [join(folder, "backup.img")]).end();
+    const missing = await backup(qemu, [...accepted, target]).end();
     expect(missing).toMatchObject({ code: 2 });
     expect(missing.stderr).toContain("QEMU has several: vd0, vd1");
   });

@@ -34,8 +34,6 @@ describe("backup --qmp", () => {
     [["--nbd", "host"], "--nbd"],
     [["--nbd", "host:0"], "--nbd"],
     [["--nbd", "host:70000"], "--nbd"],
-    [["--on-buffer-full", "wait"], "--on-buffer-full"],
-    [["--cow-buffer-size", "0"], "--cow-buffer-size"],
     [["--spill-dir", "/tmp"], "--spill-dir"],
     [["--sync", "top"], "--sync"],
     [["--sync", "none"], "--sync"],

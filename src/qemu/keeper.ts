@@ -1,0 +1,28 @@
+// Who keeps the old data of one disk while it is copied: QEMU, in a file (fleece-keeper.ts), or this process, in its
+// own buffer (ring-keeper.ts). Main thread.
+
+import type { CopyRun, CopyRunOptions } from "../backup/copy/run.js";
+import type { JobProgress } from "../backup/progress.js";
+import type { NbdSourceDescription } from "../block/device.js";
+import type { CowcatcherError } from "../errors.js";
+
+export interface Keeper {
+  /** What the run gets: its buffer, its spill, its threads. */
+  readonly parts: Pick<
+    CopyRunOptions,
+    "slots" | "bufferBytes" | "hands" | "threads" | "allocateTable" | "hasForeignCaptures"
+  >;
+  /** What readers are to know of the export that they read. */
+  readonly source: Pick<NbdSourceDescription, "isSnapshot" | "staysOpen">;
+  /** Before T0. `fail` ends the run: the old data cannot be kept any more. */
+  attach(run: CopyRun, fail: (error: CowcatcherError) => void): void;
+  /** Every LOOK_MS from T0 on. */
+  look(): void;
+  progress(): Partial<JobProgress>;
+  /** The old data is not needed any more: nothing of the guest waits for us from now on. Synchronous, idempotent. */
+  letGo(): void;
+  /** What a reader's error means. `uri` is of the export that it reads. */
+  explained(error: CowcatcherError, uri: string): CowcatcherError;
+  /** After the run has ended. Never rejects. */
+  close(leftBehind: boolean): Promise<void>;
+}
