@@ -8,6 +8,7 @@
 import * as fs from "node:fs";
 import { join } from "node:path";
 import { errnoOf, ioError } from "../errors.js";
+import { systemName } from "../file-names.js";
 import { acquireImageLock } from "../block/file/locks.js";
 import { closeFile, openFile, syncFileData, writeFully, writeFullySync } from "../block/file/fileio.js";
 
@@ -59,9 +60,9 @@ export class FileFolder implements TrackingFolder {
   static async open(path: string, imageDevice: bigint | undefined): Promise<FileFolder> {
     let fd: number | undefined;
     try {
-      await fs.promises.mkdir(path, { recursive: true, mode: FOLDER_MODE });
+      await fs.promises.mkdir(systemName(path), { recursive: true, mode: FOLDER_MODE });
       await syncFolder(join(path, ".."));
-      const { dev } = await fs.promises.stat(path, { bigint: true });
+      const { dev } = await fs.promises.stat(systemName(path), { bigint: true });
       fd = await openFile(join(path, LOCK_NAME), fs.constants.O_RDWR | fs.constants.O_CREAT, FILE_MODE);
       acquireImageLock(fd, path, { write: true });
       return new FileFolder(path, dev === imageDevice, fd);
@@ -87,7 +88,7 @@ export class FileFolder implements TrackingFolder {
       } finally {
         await closeFile(fd);
       }
-      await fs.promises.rename(temporary, path);
+      await fs.promises.rename(systemName(temporary), systemName(path));
       await syncFolder(this.name);
     } catch (error) {
       throw ioError("write", path, error);
@@ -114,13 +115,13 @@ export class FileFolder implements TrackingFolder {
 
   async remove(name: string): Promise<void> {
     const path = join(this.name, name);
-    await fs.promises.rm(path, { force: true }).catch((error: unknown) => {
+    await fs.promises.rm(systemName(path), { force: true }).catch((error: unknown) => {
       throw ioError("remove", path, error);
     });
   }
 
   async changedMs(name: string): Promise<number | undefined> {
-    const stats = await fs.promises.stat(join(this.name, name)).catch(() => undefined);
+    const stats = await fs.promises.stat(systemName(join(this.name, name))).catch(() => undefined);
     return stats?.mtimeMs;
   }
 
@@ -165,7 +166,7 @@ class FileOnDisk implements TrackingFile {
 export async function readIn(folder: string, name: string): Promise<Uint8Array | null> {
   const path = join(folder, name);
   try {
-    return await fs.promises.readFile(path);
+    return await fs.promises.readFile(systemName(path));
   } catch (error) {
     if (errnoOf(error) === "ENOENT") return null;
     throw ioError("read", path, error);
@@ -174,7 +175,7 @@ export async function readIn(folder: string, name: string): Promise<Uint8Array |
 
 async function listIn(folder: string): Promise<string[]> {
   try {
-    return await fs.promises.readdir(folder);
+    return await fs.promises.readdir(systemName(folder));
   } catch (error) {
     throw ioError("list", folder, error);
   }

@@ -1,7 +1,12 @@
+import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import fc from "fast-check";
 import { Bits } from "../../../src/tracking/bits.js";
 import { decodeList, encodeList } from "../../../src/tracking/checkpoint-list.js";
+import { decodeName } from "../../../src/file-names.js";
+import { FileFolder } from "../../../src/tracking/folder.js";
 import { crc32c } from "../../../src/tracking/crc32c.js";
 import { decodeActive, decodeEpoch, encodeActive, encodeEpoch } from "../../../src/tracking/epoch-file.js";
 import {
@@ -134,4 +139,22 @@ describe("files of a tracking folder", () => {
     expect(decodeList(Buffer.from(text.replace('"epoch": 2', '"epoch": 3')))).toBeUndefined();
     expect(decodeList(Buffer.from(text.slice(0, -3)))).toBeUndefined();
   });
+});
+
+it("a tracking folder may lie in one whose name is not UTF-8", async () => {
+  const scratch = mkdtempSync(join(tmpdir(), "cowcatcher-tracking-"));
+  try {
+    const bytes = Buffer.concat([Buffer.from(`${scratch}/caf`), Buffer.of(0xe9)]);
+    mkdirSync(bytes);
+    const folder = await FileFolder.open(join(decodeName(bytes), "disk.tracking"), undefined);
+    await folder.replace("head", Buffer.from("content"));
+    expect(await folder.read("head")).toEqual(Buffer.from("content"));
+    expect(await folder.list()).toContain("head");
+    expect(await folder.changedMs("head")).toBeGreaterThan(0);
+    await folder.remove("head");
+    expect(await folder.read("head")).toBeNull();
+    await folder.close();
+  } finally {
+    rmSync(scratch, { recursive: true, force: true });
+  }
 });
