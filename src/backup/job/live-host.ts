@@ -9,6 +9,7 @@ import type { DiskNode } from "../../cow/disk-node.js";
 import { CowcatcherError } from "../../errors.js";
 import type { NbdPlace } from "../../nbd/wire/place.js";
 import { BufferStore } from "../memory/buffer-store.js";
+import { PagePreparer } from "../copy/page-preparer.js";
 import { ABORT_GRACE_MS } from "../copy/run.js";
 import { CopyThreads } from "../copy/threads.js";
 import type {
@@ -89,6 +90,17 @@ export class LiveHost implements JobHost {
   /** Tells where this process serves its disks: an export of its own is no target. */
   listensAt(places: readonly NbdPlace[]): void {
     this.#places = places;
+  }
+
+  /**
+   * Makes all pages of a buffer ready now rather than while the first backup runs. For before any guest is served.
+   * @throws CowcatcherError LIMIT where there is not so much memory
+   */
+  async preallocate(bufferBytes: number): Promise<void> {
+    const lease = this.#buffers.take(bufferBytes);
+    const preparer = new PagePreparer(this.#threads, lease, { bufferBytes, everything: true, niceness: 0 });
+    await preparer.ended;
+    lease.release();
   }
 
   disks(): readonly DiskInfo[] {

@@ -143,6 +143,9 @@ async function serveNodes(
   const listeners: NbdListener[] = [];
   const stopLoopDelay = logLoopDelay(logger);
   try {
+    if (settings.preallocate) {
+      await Promise.race([host.preallocate(settings.cowBufferSizeBytes), quitting.asked]);
+    }
     listeners.push(...(await listen(settings.listen)));
     host.listensAt(listeners.flatMap(({ place }) => place ?? []));
     if (settings.control !== undefined) await control.listen(settings.control, settings.controlAccess);

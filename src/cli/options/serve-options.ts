@@ -62,6 +62,8 @@ export interface ServeSettings {
   direct: boolean;
   /** The default for its jobs. */
   cowBufferSizeBytes: number;
+  /** That much memory has its pages before the server listens. */
+  preallocate: boolean;
   /** The T0 view of each job's disk is an export. */
   snapshotExport: boolean;
   maxConnections: number;
@@ -95,6 +97,7 @@ export interface ServeFlags extends TlsFlags {
   direct?: boolean;
   name?: string;
   cowBufferSize?: number;
+  preallocate?: boolean;
   snapshotExport?: boolean;
   tracking?: TrackingMode | "off";
   trackingDir?: string;
@@ -153,6 +156,7 @@ function addImageOptions(command: Command): Command {
         `copy-before-write buffer, the default for its jobs (${buffer})`,
       ),
     )
+    .option("--preallocate", "make all of that buffer's memory ready before listening")
     .option(
       "--snapshot-export",
       "export NAME-snapshot while a backup of NAME runs: the disk as the backup sees it",
@@ -184,6 +188,17 @@ function addImageOptions(command: Command): Command {
  * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
  * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
  */
+function parsePreallocate({ preallocate = false, cowBufferSize }: ServeFlags): boolean {
+  if (preallocate && cowBufferSize === 0) {
+    throw usageError(
+      "--preallocate",
+      "there is no buffer with --cow-buffer-size 0",
+      "give a size, or leave it out",
+    );
+  }
+  return preallocate;
+}
+
 export function parseServeSettings(
   images: readonly string[],
   flags: ServeFlags,
@@ -198,6 +213,7 @@ export function parseServeSettings(
     readOnly: flags.readOnly ?? false,
     direct: flags.direct ?? false,
     cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
+    preallocate: parsePreallocate(flags),
     snapshotExport: flags.snapshotExport ?? false,
     maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
     bitmaps: parseBitmaps(flags),

@@ -122,3 +122,20 @@ it("clients that come and go leave no descriptors", async () => {
   await until("descriptors are closed", () => holdings(server).fdCount <= before.fdCount);
   expect(holdings(server).threads).toEqual(before.threads);
 });
+
+it("serve --preallocate has all of the buffer's memory before it listens", async () => {
+  const residentKiB = ({ process: { pid } }: Server): number => {
+    const line = /^VmRSS:\s+(\d+) kB$/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"));
+    return Number(line?.[1]);
+  };
+  const folder = scratchFolder();
+  const disk = join(folder, "disk.raw");
+  writeFileSync(disk, Buffer.alloc(4 * MiB, "data"));
+  const args = ["--cow-buffer-size", "256M"];
+  const plain = await Server.start(folder, [disk], { args });
+  expect(residentKiB(plain)).toBeLessThan(200 * 1024);
+  await plain.stop();
+  const ready = await Server.start(folder, [disk], { args: [...args, "--preallocate"] });
+  expect(residentKiB(ready)).toBeGreaterThan(256 * 1024);
+  await ready.backup("-O", "raw", join(folder, "backup.raw")).succeed();
+});

@@ -202,6 +202,7 @@ describe("serve", () => {
       readOnly: false,
       direct: false,
       cowBufferSizeBytes: 256 * MiB,
+      preallocate: false,
       snapshotExport: false,
       controlAccess: { mode: undefined, groupId: undefined },
       tracking: { mode: "host", directory: undefined, isAskedFor: false },
@@ -214,7 +215,7 @@ describe("serve", () => {
   it("takes every option", () => {
     const args =
       "--port 0 --bind ::1 --control c -f raw --read-only --name root --cow-buffer-size 1G --max-connections 3 " +
-      "--snapshot-export --bitmap b0 --bitmap b1 --bitmap b0 --tls require --tls-certificates d --tls-verify-peer a";
+      "--preallocate --snapshot-export --bitmap b0 --bitmap b1 --bitmap b0 --tls require --tls-certificates d --tls-verify-peer a";
     expect(serve(args.split(" "))).toEqual({
       images: [{ path: "a", name: "root", format: "raw" }],
       listen: { type: "tcp", address: "::1", port: 0 },
@@ -222,6 +223,7 @@ describe("serve", () => {
       readOnly: true,
       direct: false,
       cowBufferSizeBytes: GiB,
+      preallocate: true,
       snapshotExport: true,
       controlAccess: { mode: undefined, groupId: undefined },
       tracking: { mode: "host", directory: undefined, isAskedFor: false },
