@@ -14,7 +14,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { MiB, TiB, parseSize } from "../src/units.js";
-import { runMain, runProgram, scratchFolder } from "./lib/children.js";
+import { runMain, runProgram, say, scratchFolder } from "./lib/children.js";
 import type { DiskFormat } from "./lib/contestant.js";
 import { COWCATCHER_BIN } from "./lib/cowcatcher.js";
 import { convertDisk, makeRawDisk } from "./lib/disks.js";
@@ -92,10 +92,6 @@ const { values } = parseArgs({
     help: { type: "boolean", default: false },
   },
 });
-
-function say(text: string): void {
-  process.stdout.write(`${text}\n`);
-}
 
 async function qemuImgConvert({ from, to, source, target, compression }: Copy): Promise<void> {
   const compress = compression === undefined ? [] : ["-c", "-o", `compression_type=${compression}`];

@@ -10,7 +10,7 @@ import { ControlClient } from "../src/qmp/client.js";
 import { CowcatcherError } from "../src/errors.js";
 import { NbdClient } from "../src/nbd/client/client.js";
 import { MiB, formatBytes, formatDuration } from "../src/units.js";
-import { childError, runMain, runProgram, scratchFolder, sleep } from "./lib/children.js";
+import { childError, runMain, runProgram, say, scratchFolder, sleep } from "./lib/children.js";
 import { COWCATCHER_BIN, startCowcatcher, startServe } from "./lib/cowcatcher.js";
 import { makeDemoDisk } from "./lib/demo-disk.js";
 import { GUEST_BLOCK_BYTES, SteadyGuest, type GuestPhase } from "./lib/steady-guest.js";
@@ -24,10 +24,6 @@ const FREE_BYTES_NEEDED = 4 * DISK_BYTES;
 const DEADLINE_MS = 180_000;
 
 let stepCount = 0;
-
-function say(text = ""): void {
-  process.stdout.write(`${text}\n`);
-}
 
 function step(title: string): void {
   stepCount++;

@@ -8,7 +8,7 @@ import { availableParallelism, tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { parseSize } from "../src/units.js";
-import { runMain, runProgram, scratchFolder } from "./lib/children.js";
+import { runMain, runProgram, say, scratchFolder } from "./lib/children.js";
 import type { DiskFormat } from "./lib/contestant.js";
 import { startCowcatcher } from "./lib/cowcatcher.js";
 import { convertDisk, makeRawDisk } from "./lib/disks.js";
@@ -73,10 +73,6 @@ const { values } = parseArgs({
     help: { type: "boolean", default: false },
   },
 });
-
-function say(text: string): void {
-  process.stdout.write(`${text}\n`);
-}
 
 async function bench(): Promise<number> {
   let cells = filterCells(candidates(), values.cell);

@@ -12,7 +12,7 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { CowcatcherError } from "../src/errors.js";
 import { MiB, parseSize } from "../src/units.js";
-import { childError, runMain, scratchFolder, sleep, type Child } from "./lib/children.js";
+import { childError, runMain, say, scratchFolder, sleep, type Child } from "./lib/children.js";
 import { startCowcatcher, startServe } from "./lib/cowcatcher.js";
 import { makeRawDisk } from "./lib/disks.js";
 import { runFio, type FioPattern } from "./lib/fio.js";
@@ -55,10 +55,6 @@ const { values } = parseArgs({
     help: { type: "boolean", default: false },
   },
 });
-
-function say(text: string): void {
-  process.stdout.write(`${text}\n`);
-}
 
 async function bench(): Promise<number> {
   if (values.help) {

@@ -13,7 +13,7 @@ import { statSync, truncateSync } from "node:fs";
 import { parseArgs } from "node:util";
 import { CowcatcherError } from "../src/errors.js";
 import { MiB, parseSize } from "../src/units.js";
-import { Child, childError, runMain, runProgram, scratchFolder, waitForChild } from "./lib/children.js";
+import { Child, childError, runMain, runProgram, say, scratchFolder, waitForChild } from "./lib/children.js";
 import { startCowcatcher, startServe } from "./lib/cowcatcher.js";
 import { makeRawDisk } from "./lib/disks.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
@@ -68,10 +68,6 @@ const { values } = parseArgs({
     help: { type: "boolean", default: false },
   },
 });
-
-function say(text: string): void {
-  process.stdout.write(`${text}\n`);
-}
 
 type Transfer = Contestant["transfer"];
 

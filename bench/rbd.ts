@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { MiB, parseSize } from "../src/units.js";
 import { createRbdImage, rbdAddress, removeRbdImage, startCeph } from "./lib/ceph.js";
-import { runMain, runProgram, scratchFolder } from "./lib/children.js";
+import { runMain, runProgram, say, scratchFolder } from "./lib/children.js";
 import { startCowcatcher } from "./lib/cowcatcher.js";
 import type { RbdPlace } from "./lib/contestant.js";
 import { makeRawDisk } from "./lib/disks.js";
@@ -53,10 +53,6 @@ interface Copy {
   name: string;
   run: () => Promise<void>;
   seconds: number[];
-}
-
-function say(text: string): void {
-  process.stdout.write(`${text}\n`);
 }
 
 async function bench(): Promise<number> {

@@ -193,3 +193,8 @@ export function sleep(ms: number): Promise<void> {
 function signalNumber(signal: NodeJS.Signals | null): number {
   return signal === null ? 0 : (constants.signals[signal] ?? 0);
 }
+
+/** A line of the benchmark's own, on standard output. */
+export function say(text = ""): void {
+  process.stdout.write(`${text}\n`);
+}
