@@ -1,7 +1,17 @@
 import tseslint from "typescript-eslint";
 
 export default tseslint.config(
-  { ignores: ["dist/", ".mutant-*/", "node_modules/", "scripts/", "*.config.js", ".dependency-cruiser.mjs"] },
+  {
+    ignores: [
+      "dist/",
+      ".mutant-*/",
+      "node_modules/",
+      "scripts/",
+      "packaging/",
+      "*.config.js",
+      ".dependency-cruiser.mjs",
+    ],
+  },
   ...tseslint.configs.recommendedTypeChecked,
   {
     languageOptions: { parserOptions: { project: "./tsconfig.json", tsconfigRootDir: import.meta.dirname } },

@@ -1,4 +1,4 @@
-// Compiles src, workers and bench to dist, afresh, and makes the command executable.
+// Compiles src, workers and bench to dist, afresh, and makes the command executable; then manual pages and completions.
 //
 // What a user starts is bundled then, in place: the command, and each worker's entry. Loading some forty small modules
 // took the command 0.1 s, and each worker thread again. The modules themselves stay in dist for the benchmarks and the
@@ -25,6 +25,7 @@ const tsc = createRequire(import.meta.url).resolve("typescript/bin/tsc");
 execFileSync(process.execPath, [tsc, "-p", "tsconfig.build.json"], { stdio: "inherit" });
 for (const entry of ENTRIES) await bundle("dist", entry);
 chmodSync("dist/src/cli/main.js", 0o755);
+execFileSync(process.execPath, ["packaging/generate.mjs"], { stdio: "inherit" });
 
 async function bundle(folder, { entry, chunks }) {
   const build = await rolldown({
