@@ -5,8 +5,9 @@
 // tests that load them one by one. Packages are loaded as they were installed, but for commander: to find and read its
 // eight files takes 10 ms of each command, and nothing in it depends on where it stands.
 import { execFileSync } from "node:child_process";
-import { chmodSync, rmSync } from "node:fs";
+import { chmodSync, readFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
+import { dirname, resolve } from "node:path";
 import { rolldown } from "rolldown";
 
 const BUNDLED_PACKAGES = ["commander"];
@@ -27,7 +28,26 @@ for (const entry of ENTRIES) await bundle("dist", entry);
 chmodSync("dist/src/cli/main.js", 0o755);
 execFileSync(process.execPath, ["packaging/generate.mjs"], { stdio: "inherit" });
 
+/** What each command loads before it is known what it needs is one chunk; the bundler would make some thirty of it. */
+function alwaysLoaded(folder) {
+  const files = new Set();
+  const add = (file) => {
+    if (files.has(file)) return;
+    files.add(file);
+    const imports = readFileSync(file, "utf8").matchAll(/^(?:import|export)\b[^;]*?["'](\.[^"']+)["'];/gm);
+    for (const [, name] of imports) add(resolve(dirname(file), name));
+  };
+  const start = resolve(folder, "src/cli/start.js");
+  for (const entry of [start, resolve(folder, "src/cli/program.js")]) add(entry);
+  // It waits for the program, which would wait for the chunk that it is in.
+  files.delete(start);
+  // The entry has it before anything else, and by itself.
+  files.delete(resolve(folder, "src/cli/ignored-signals.js"));
+  return files;
+}
+
 async function bundle(folder, { entry, chunks }) {
+  const base = chunks === undefined ? undefined : alwaysLoaded(folder);
   const build = await rolldown({
     input: { [entry.replace(/\.js$/, "")]: `${folder}/${entry}` },
     platform: "node",
@@ -39,7 +59,12 @@ async function bundle(folder, { entry, chunks }) {
     dir: folder,
     format: "esm",
     entryFileNames: "[name].js",
-    ...(chunks === undefined ? { codeSplitting: false } : { chunkFileNames: chunks }),
+    ...(base === undefined
+      ? { codeSplitting: false }
+      : {
+          chunkFileNames: chunks,
+          codeSplitting: { groups: [{ name: "base", test: (id) => base.has(id) }] },
+        }),
   });
   await build.close();
 }

@@ -20,7 +20,7 @@ import { libc } from "../src/native/libc.js";
 import { isForBlocking } from "../src/nbd/client/blocking-reader.js";
 import { parseNbdUri } from "../src/nbd/wire/uri.js";
 import type { TargetWriter } from "../src/cow/target-writer.js";
-import { openAnySource } from "../src/repository/open.js";
+import { openAnySource } from "../src/repository/source.js";
 import type { TargetDescription } from "../src/target/target.js";
 import { openTarget } from "../src/target/writer.js";
 

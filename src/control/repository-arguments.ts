@@ -7,7 +7,7 @@ import { absoluteName } from "../file-names.js";
 import { genericError, notSupported, type JsonObject } from "../qmp/protocol.js";
 import { fileName, oneOf, optional, string, type Arguments } from "../qmp/schema.js";
 import { checkDisk, checkGroup } from "../repository/format/names.js";
-import { describeStore } from "../repository/store/open-store.js";
+import { describeStore } from "../repository/store/describe-store.js";
 
 const MAX_VM_CONFIG_CHARACTERS = 1024 * 1024;
 

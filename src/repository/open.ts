@@ -1,14 +1,11 @@
-// From any address to an opened image or reader: those of backups here, all others in the room of images.
+// From any address to an opened image: those of backups here, all others in the room of images.
 
-import type { Image, SourceDescription, SourceReader } from "../block/device.js";
+import type { Image } from "../block/device.js";
 import { CowcatcherError } from "../errors.js";
 import { openImage, type OpenOptions } from "../image/open.js";
-import { openSource } from "../image/reader.js";
 import { isBackupAddress, parseBackupAddress } from "./address.js";
 import type { KeySource } from "./format/keys.js";
-import { RepositoryImage } from "./read/image.js";
-import { RepositorySourceReader } from "./read/source-reader.js";
-import { diskOf, Repository } from "./repository.js";
+import type { RepositoryImage } from "./read/image.js";
 
 export interface OpenAnyOptions extends OpenOptions {
   /** What encrypted repositories are opened with. */
@@ -17,7 +14,11 @@ export interface OpenAnyOptions extends OpenOptions {
 
 /** Main thread. @throws CowcatcherError as openImage; for a backup as Repository.open and find, and USAGE to write one. */
 export async function openAnyImage(address: string, options: OpenAnyOptions): Promise<Image> {
-  if (!isBackupAddress(address)) return openImage(address, options);
+  return isBackupAddress(address) ? openBackup(address, options) : openImage(address, options);
+}
+
+/** The same for the address of a backup alone. */
+export async function openBackup(address: string, options: OpenAnyOptions): Promise<RepositoryImage> {
   if (!options.readOnly)
     throw refused("IO", address, "a backup cannot be written", "give --read-only, or restore it");
   if (options.format === "qcow2") {
@@ -31,14 +32,13 @@ export async function openAnyImage(address: string, options: OpenAnyOptions): Pr
   if (options.snapshot !== undefined) {
     throw refused("UNSUPPORTED", address, "a backup has no internal snapshots", "leave --snapshot out");
   }
-  return openBackup(address, options.repositoryKey ?? (() => Promise.resolve(undefined)));
-}
-
-async function openBackup(
-  address: string,
-  key: () => Promise<KeySource | undefined>,
-): Promise<RepositoryImage> {
+  const { repositoryKey: key = () => Promise.resolve(undefined) } = options;
   const parsed = parseBackupAddress(address);
+  // Loaded where there is one: most commands open images.
+  const [{ diskOf, Repository }, { RepositoryImage }] = await Promise.all([
+    import("./repository.js"),
+    import("./read/image.js"),
+  ]);
   const repository = await Repository.open(parsed.repository, key);
   try {
     const manifest = await repository.find(parsed);
@@ -49,17 +49,6 @@ async function openBackup(
     repository.close();
     throw error;
   }
-}
-
-/** A worker's reader; see openSource. */
-export function openAnySource(
-  description: SourceDescription,
-  isCancelled?: () => boolean,
-  mayBlock?: boolean,
-): SourceReader {
-  return description.format === "repository"
-    ? new RepositorySourceReader(description)
-    : openSource(description, isCancelled, mayBlock);
 }
 
 function refused(code: "IO" | "UNSUPPORTED", object: string, problem: string, hint: string): CowcatcherError {

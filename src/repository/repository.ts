@@ -23,7 +23,8 @@ import {
   VERIFIED,
 } from "./format/names.js";
 import { MASTER_BYTES, Secrets } from "./format/secrets.js";
-import { describeStore, openStore } from "./store/open-store.js";
+import { describeStore } from "./store/describe-store.js";
+import { openStore } from "./store/open-store.js";
 import { isNotFound, listNames, type Store, type StoreDescription } from "./store/store.js";
 import { deadRuns } from "./work/condemned.js";
 import { inParallel, READERS } from "./work/parallel.js";

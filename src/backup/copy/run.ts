@@ -29,7 +29,7 @@ import {
 import { changeLimit } from "../../cow/throttle.js";
 import { CowcatcherError, messageOf, threadStartError, workingFolderError } from "../../errors.js";
 import type { FrozenSource, SourceDescription } from "../../block/device.js";
-import { describeStore } from "../../repository/store/open-store.js";
+import { describeStore } from "../../repository/store/describe-store.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";

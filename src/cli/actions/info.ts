@@ -26,8 +26,7 @@ import {
 import { describeImage } from "../../image/qcow2/info.js";
 import { RbdImage } from "../../rbd/image.js";
 import { isBackupAddress } from "../../repository/address.js";
-import { openAnyImage } from "../../repository/open.js";
-import { RepositoryImage } from "../../repository/read/image.js";
+import { openBackup } from "../../repository/open.js";
 import { roundUp } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { type KeyFlags, lazyKey } from "../options/repository-options.js";
@@ -63,13 +62,12 @@ async function runBackupInfo(
   flags: InfoFlags,
   output: CommandContext["output"],
 ): Promise<number> {
-  const image = await openAnyImage(address, {
+  const image = await openBackup(address, {
     format: flags.format,
     readOnly: true,
     repositoryKey: lazyKey(flags),
   });
   await image.close();
-  if (!(image instanceof RepositoryImage)) throw new Error("the address of a backup led to another image");
   const { manifest, disk } = image;
   const entry = manifest.disks.find(({ name }) => name === disk);
   const layer: ImageInfoDocument = {
