@@ -13,6 +13,7 @@ import { addCreate } from "./create.js";
 import { addInfo } from "./info.js";
 import { addJobs } from "./jobs.js";
 import { addMap } from "./map.js";
+import { addMount } from "./mount.js";
 import { addRestore } from "./restore.js";
 import { addRepo } from "./repo.js";
 import { addRun } from "./run.js";
@@ -34,6 +35,7 @@ const ADD_COMMAND: Record<
   compare: addCompare,
   create: addCreate,
   repo: addRepo,
+  mount: addMount,
   run: addRun,
   bench: addBench,
 };

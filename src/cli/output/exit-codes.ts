@@ -48,6 +48,7 @@ export const COMMAND_NAMES = [
   "compare",
   "create",
   "repo",
+  "mount",
   "run",
   "bench",
 ] as const;
@@ -103,6 +104,13 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
     WRONG_KEY,
     [EXIT.interruptedBySigint, "interrupted by SIGINT"],
     [EXIT.interruptedBySigterm, "interrupted by SIGTERM"],
+  ],
+  mount: [
+    [EXIT.done, "ended by SIGINT, SIGTERM or an unmount, in good order"],
+    ...COMMON.slice(1),
+    WRONG_KEY,
+    [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
+    [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
   ],
   run: [
     [EXIT.done, "all jobs done, or skipped"],
