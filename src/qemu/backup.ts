@@ -8,16 +8,19 @@
 //
 // Disks of one backup are a group: the first failure ends the others, unless they have their names already.
 
+import type { BasisInfo } from "../backup/host.js";
+import { runsOfMap } from "../backup/copy/incremental.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { type FreezeInfo, whileFrozen } from "../backup/job/while-frozen.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { ImageFormat } from "../block/format.js";
 import type { Target } from "../target/target.js";
-import { gatherZeroes } from "../nbd/client/extent-map.js";
+import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "../nbd/client/extent-map.js";
 import { NbdClient } from "../nbd/client/client.js";
 import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
+import { BitmapHandover, bitmapOfTarget, type BitmapWish, findBitmapBasis } from "./bitmaps.js";
 import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy } from "./disk-copy.js";
 import { startServer } from "./exports.js";
@@ -42,6 +45,8 @@ export interface QemuDiskRequest {
   name: string | undefined;
   /** targetFormat undefined: the disk's. */
   job: Omit<JobOptions, "targetFormat"> & { targetFormat: ImageFormat | undefined };
+  /** Keeps a chain of bitmaps in QEMU; undefined: none. The target is the job's. */
+  bitmaps?: BitmapWish | undefined;
 }
 
 /** A disk of the guest, before anything is made for it. */
@@ -80,6 +85,8 @@ export interface QemuDiskBackup {
   readonly disk: string;
   readonly job: JobOptions;
   readonly totalBytes: number;
+  /** Where bitmaps are kept: how much is copied, and why. */
+  readonly basis: BasisInfo | undefined;
   progress(): JobProgress;
   /** The target has its name. Rejects with the first cause; of a group, some with CANCELLED. */
   readonly ended: Promise<void>;
@@ -181,6 +188,9 @@ class RunningBackup implements QemuBackup {
       disk: copy.disk.name,
       job: copy.job,
       totalBytes: copy.disk.node.sizeBytes,
+      get basis() {
+        return copy.basis;
+      },
       progress: () => copy.progress(),
       ended: this.#finish(copy),
     }));
@@ -221,7 +231,12 @@ class RunningBackup implements QemuBackup {
     for (const [index, disk] of disks.entries()) {
       const given = this.#jobs[index]?.job;
       if (given === undefined) continue;
-      const job = { ...given, targetFormat: given.targetFormat ?? formats[index] ?? "raw" };
+      const wish = this.#jobs[index]?.bitmaps;
+      const found = wish && findBitmapBasis(disk.name, disk.node, wish);
+      // A full one stands by itself.
+      const base =
+        found?.old === undefined && wish ? { backingFile: undefined, backingFormat: undefined } : {};
+      const job = { ...given, ...base, targetFormat: given.targetFormat ?? formats[index] ?? "raw" };
       this.#copies.push(
         await DiskCopy.prepare({
           disk,
@@ -230,6 +245,13 @@ class RunningBackup implements QemuBackup {
           target: targets?.[index],
           makeTarget: (options) => steps.makeTarget(options),
           makeKeeper: (target) => steps.makeKeeper(disk, index, job, target),
+          basis: found?.info,
+          makeBitmaps:
+            found &&
+            ((target) => {
+              const next = bitmapOfTarget(job.target, target);
+              return new BitmapHandover(disk.node, found.old, next, this.#run, index);
+            }),
           filesInUse,
           isCancelled: this.#request.isCancelled,
           onStopped: this.#request.onStopped,
@@ -246,16 +268,19 @@ class RunningBackup implements QemuBackup {
     try {
       if (server === undefined) await startServer(visit, folder.socket, this.#undo);
       await steps.prepare(visit, this.#copies);
+      for (const { bitmaps } of this.#copies) await bitmaps?.begin(visit);
       const takeT0 = () => steps.takeT0(visit, this.#copies, policy);
       const times = await this.#whileFrozen(takeT0);
       this.stoppedMs = times.stoppedMs;
       this.t0Ms = times.t0Ms;
       this.#request.onT0?.(times.t0Ms);
+      for (const { bitmaps } of this.#copies) await bitmaps?.endOld(visit);
       await steps.publish(visit, this.#copies);
     } catch (error) {
       for (const { keeper } of this.#copies) keeper.letGo();
       for (const { undo } of this.#copies) this.#notUndone.push(...(await undo.run(visit)));
       this.#notUndone.push(...(await this.#undo.run(visit)));
+      await this.#giveBackBitmaps(visit);
       throw error;
     }
   }
@@ -272,12 +297,14 @@ class RunningBackup implements QemuBackup {
     await Promise.all(
       this.#copies.map(async (copy) => {
         const uri = formatNbdUri(this.#exportOf(copy));
-        const client = await NbdClient.connect(uri, {
-          contexts: [NBD_META_BASE_ALLOCATION],
-          isCancelled: this.#request.isCancelled,
-        });
+        const { bitmap } = copy;
+        // Not both: QEMU 7.2 answers one request twice where a snapshot refuses one of two contexts.
+        const contexts = [bitmap === undefined ? NBD_META_BASE_ALLOCATION : dirtyBitmapContext(bitmap)];
+        const { isCancelled } = this.#request;
+        const client = await NbdClient.connect(uri, { contexts, isCancelled });
         this.#clients.push(client);
-        copy.begin(uri, await gatherZeroes(client));
+        if (bitmap === undefined) copy.begin(uri, await gatherZeroes(client));
+        else copy.begin(uri, null, runsOfMap(await gatherDirty(client, bitmap)));
       }),
     );
   }
@@ -312,9 +339,34 @@ class RunningBackup implements QemuBackup {
     }
   }
 
+  /** Never rejects. */
+  async #giveBackBitmaps(visit: Visit): Promise<void> {
+    for (const { bitmaps } of this.#copies) {
+      await bitmaps?.giveBack(visit).catch((error: unknown) => {
+        this.#notUndone.push(`give the bitmap back: ${toCowcatcherError(error).problem}`);
+      });
+    }
+  }
+
+  /** The target has its name: the bitmap that began at its T0 is its own now. @throws CowcatcherError */
+  async #handOver({ disk, bitmaps, run }: DiskCopy): Promise<void> {
+    // What is missing in it would be missing in all that builds on it.
+    if (bitmaps === undefined || run.progress().ignoredErrorCount > 0) return;
+    try {
+      await this.#monitor.visit((visit) => bitmaps.succeed(visit));
+    } catch (error) {
+      const { problem, ...details } = toCowcatcherError(error, disk.name).toDetails();
+      throw new CowcatcherError({
+        ...details,
+        problem: `the backup is complete, but QEMU's bitmap for the next one could not be kept: ${problem}`,
+      });
+    }
+  }
+
   async #finish(copy: DiskCopy): Promise<void> {
     try {
       await copy.finish();
+      await this.#handOver(copy);
     } catch (error) {
       const cause = toCowcatcherError(error, copy.disk.name);
       for (const other of this.#copies) {
@@ -333,6 +385,9 @@ class RunningBackup implements QemuBackup {
   }
 
   async #leaveNothing(): Promise<void> {
+    if (this.#copies.some(({ bitmaps }) => bitmaps?.isOpen === true)) {
+      await this.#monitor.visit((visit) => this.#giveBackBitmaps(visit)).catch(() => undefined);
+    }
     if (!this.#undo.isEmpty) await this.#undoBy(this.#undo);
     for (const client of this.#clients) client.destroy();
     await this.#steps?.close();

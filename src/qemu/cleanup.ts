@@ -7,7 +7,8 @@ import { readGraph } from "./graph.js";
 import { deleteExport } from "./exports.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
 import { cancelJob } from "./ring.js";
-import { isAlive, runOf } from "./names.js";
+import { giveBackBitmap } from "./bitmaps.js";
+import { isAlive, readBitmapWorkName, runOf } from "./names.js";
 import { removeDeadFolders } from "./run-folder.js";
 import { removing } from "./undo.js";
 
@@ -50,11 +51,25 @@ export async function cleanUpDead(visit: Visit): Promise<string[]> {
   await giveBackDevices(visit, graph, dead);
   const rest = await removeNodes(visit, above.left);
   if (rest.failure !== undefined) throw toCowcatcherError(rest.failure, visit.path);
-  removed.push(...above.removed, ...rest.removed);
+  removed.push(...above.removed, ...rest.removed, ...(await giveBackDeadBitmaps(visit, graph)));
   if (exports.length > 0 && (await visit.list("query-block-exports")).length === 0) {
     await removing(visit.execute("nbd-server-stop"));
   }
   return removed;
+}
+
+/** Bitmaps of dead runs: what they have recorded belongs to the one that they are heirs of. */
+async function giveBackDeadBitmaps(visit: Visit, { nodes }: QemuGraph): Promise<string[]> {
+  const given: string[] = [];
+  for (const { name: node, bitmaps } of nodes.values()) {
+    for (const { name } of bitmaps) {
+      const work = readBitmapWorkName(name);
+      if (work === undefined || isAlive(work.run)) continue;
+      await giveBackBitmap(visit, node, name, work.old);
+      given.push(name);
+    }
+  }
+  return given;
 }
 
 /** A device that stands on a node of ours gets what is below it. */

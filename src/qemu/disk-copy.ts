@@ -5,11 +5,14 @@ import { CopyRun } from "../backup/copy/run.js";
 import { openBacking } from "../backup/guard/backing-check.js";
 import { refuseFileAsTarget } from "../backup/guard/target-guard.js";
 import { Finishing } from "../backup/job/finishing.js";
+import type { BasisInfo } from "../backup/host.js";
+import { type DirtyRuns, markClean } from "../backup/copy/incremental.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import type { Image, NbdSourceDescription } from "../block/device.js";
 import { CowcatcherError } from "../errors.js";
 import type { Target, TargetOptions } from "../target/target.js";
+import type { BitmapHandover } from "./bitmaps.js";
 import { QEMU_CLUSTER_BYTES } from "./fleece-keeper.js";
 import type { QemuDisk } from "./graph.js";
 import type { Keeper } from "./keeper.js";
@@ -27,6 +30,9 @@ export interface DiskCopyRequest {
   target?: Target | undefined;
   makeTarget: (options: TargetOptions) => Promise<Target>;
   makeKeeper: (target: Target) => Keeper;
+  /** How much is copied, and why; undefined: no bitmaps are kept. */
+  basis?: BasisInfo | undefined;
+  makeBitmaps?: ((target: Target) => BitmapHandover) | undefined;
   /** Files that QEMU has open: none is a target. */
   filesInUse: readonly string[];
   isCancelled: () => boolean;
@@ -49,18 +55,26 @@ export class DiskCopy implements KeptDisk {
   readonly undo = new UndoStack();
   readonly keeper: Keeper;
   readonly run: CopyRun;
+  /** Undefined: no bitmaps are kept. */
+  readonly bitmaps: BitmapHandover | undefined;
+  readonly #basis: BasisInfo | undefined;
   readonly #target: Target;
   readonly #backing: Image | null;
   readonly #finishing: Finishing;
   #uri = "";
   #isOver = false;
 
-  private constructor({ disk, index, job }: DiskCopyRequest, { target, backing, keeper, run }: Prepared) {
+  private constructor(
+    { disk, index, job, basis, makeBitmaps }: DiskCopyRequest,
+    { target, backing, keeper, run }: Prepared,
+  ) {
     this.disk = disk;
     this.index = index;
     this.job = job;
     this.keeper = keeper;
     this.run = run;
+    this.bitmaps = makeBitmaps?.(target);
+    this.#basis = basis;
     this.#target = target;
     this.#backing = backing;
     this.#finishing = new Finishing(target, job, run.shared);
@@ -77,7 +91,14 @@ export class DiskCopy implements KeptDisk {
     let keeper: Keeper | undefined;
     try {
       const { target: path, targetFormat: format } = job;
-      target ??= await makeTarget({ ...job, path, format, sizeBytes, isCancelled });
+      target ??= await makeTarget({
+        ...job,
+        path,
+        format,
+        sizeBytes,
+        isCancelled,
+        isPart: request.basis?.level === "incremental",
+      });
       keeper = makeKeeper(target);
       const keeps = keeper;
       const letGo = (): void => keeps.letGo();
@@ -106,9 +127,19 @@ export class DiskCopy implements KeptDisk {
     }
   }
 
-  /** After T0. `zeroes`: what the export says reads as zeroes. */
-  begin(uri: string, zeroes: NbdSourceDescription["zeroes"]): void {
+  get basis(): BasisInfo | undefined {
+    if (this.#basis === undefined || this.run.progress().ignoredErrorCount === 0) return this.#basis;
+    return { ...this.#basis, reason: "errors were ignored, so nothing can build on it" };
+  }
+
+  get bitmap(): string | undefined {
+    return this.bitmaps?.old;
+  }
+
+  /** After T0. `zeroes`: what the export says reads as zeroes. `dirty`: nothing else is copied. */
+  begin(uri: string, zeroes: NbdSourceDescription["zeroes"], dirty?: DirtyRuns): void {
     this.#uri = uri;
+    if (dirty !== undefined) markClean(this.run.shared, dirty);
     const { name, node } = this.disk;
     const { sizeBytes } = node;
     const retries = SOURCE_RETRIES;

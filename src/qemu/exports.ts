@@ -7,14 +7,23 @@ import { removing, type UndoStack } from "./undo.js";
 /** Of an export that QEMU is told to delete: what is in flight is given up. */
 const EXPORT_DELETED_MS = 30_000;
 
+export interface NewExport {
+  id: string;
+  node: string;
+  writable: boolean;
+  /** By name, of the node; or of another one. */
+  bitmaps?: readonly (string | { node: string; name: string })[] | undefined;
+}
+
 /** @throws CowcatcherError: undo is the caller's */
 export async function addExport(
   visit: Visit,
   undo: UndoStack,
-  { id, node, writable }: { id: string; node: string; writable: boolean },
+  { id, node, writable, bitmaps }: NewExport,
 ): Promise<void> {
   undo.push(`delete export ${id}`, (later) => deleteExport(later, id));
-  await visit.execute("block-export-add", { type: "nbd", id, "node-name": node, name: id, writable });
+  const args = { type: "nbd", id, "node-name": node, name: id, writable, bitmaps };
+  await visit.execute("block-export-add", args);
 }
 
 /** Deletes an export whatever its clients do, and waits until it is gone. @throws CowcatcherError */

@@ -139,7 +139,8 @@ export async function exportSnapshots(
   run: string,
   disks: readonly FilteredDisk[],
 ): Promise<void> {
-  for (const { index, undo } of disks) {
+  for (const { disk, index, undo, bitmap } of disks) {
+    const bitmaps = bitmap === undefined ? undefined : [{ node: disk.node.name, name: bitmap }];
     const snap = partName(run, index, "snap");
     const id = partName(run, index, "exp");
     undo.pushCommand(`remove node ${snap}`, "blockdev-del", { "node-name": snap });
@@ -150,6 +151,6 @@ export async function exportSnapshots(
       discard: "unmap",
     });
     // Writable for the discards; a snapshot-access node takes no writes.
-    await addExport(visit, undo, { id, node: snap, writable: true });
+    await addExport(visit, undo, { id, node: snap, writable: true, bitmaps });
   }
 }

@@ -14,12 +14,22 @@ export interface QemuVersion {
   minor: number;
 }
 
+export interface QemuBitmap {
+  name: string;
+  isRecording: boolean;
+  /** A job or an export uses it. */
+  isBusy: boolean;
+  /** QEMU has not ended in good order since it was stored. */
+  isInconsistent: boolean;
+}
+
 export interface QemuNode {
   name: string;
   driver: string;
   filename: string;
   sizeBytes: number;
   readOnly: boolean;
+  bitmaps: readonly QemuBitmap[];
 }
 
 export interface QemuDevice {
@@ -104,6 +114,12 @@ function readNode(node: JsonObject): QemuNode {
     filename: textOf(node["file"] ?? image["filename"]),
     sizeBytes: Number(image["virtual-size"] ?? 0),
     readOnly: node["ro"] === true,
+    bitmaps: asObjects(node["dirty-bitmaps"]).map(({ name, recording, busy, inconsistent }) => ({
+      name: textOf(name),
+      isRecording: recording === true,
+      isBusy: busy === true,
+      isInconsistent: inconsistent === true,
+    })),
   };
 }
 

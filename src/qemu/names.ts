@@ -16,6 +16,11 @@ const RUN_PATTERN = /^cowcatcher-([1-9]\d{0,6})\.([0-9a-f]{9})(?=$|[a-z]\d{1,2}$
 /** Field 22 of /proc/PID/stat, counted after the command's name, which may hold blanks. */
 const START_TIME_FIELD = 19;
 
+/** What a bitmap of a run is the heir of: another bitmap, or none. */
+const BITMAP_PATTERN =
+  /^(cowcatcher-[1-9]\d{0,6}\.[0-9a-f]{9})b\d{1,2}\.(new|cowcatcher-bitmap-[0-9a-f]{16})$/;
+const NO_HEIR = "new";
+
 /** What a node, an export or a job of ours is for. */
 export type Role = "fleece" | "cbw" | "snap" | "exp" | "nbd" | "job";
 
@@ -32,6 +37,18 @@ function nameOfProcess(pid: number, startTime: number): string {
 
 export function partName(run: string, disk: number, role: Role): string {
   return `${run}${SHORT[role]}${disk}`;
+}
+
+/** Of the bitmap that records while a run makes a backup; it says which one it is the heir of. (QEMU takes 1023 bytes.) */
+export function bitmapWorkName(run: string, disk: number, old: string | undefined): string {
+  return `${run}b${disk}.${old ?? NO_HEIR}`;
+}
+
+/** The run and the older bitmap of such a name; undefined: it is none. */
+export function readBitmapWorkName(name: string): { run: string; old: string | undefined } | undefined {
+  const [, run, old] = BITMAP_PATTERN.exec(name) ?? [];
+  if (run === undefined) return undefined;
+  return { run, old: old === NO_HEIR ? undefined : old };
 }
 
 /** The run that something belongs to by its name; undefined: it is nothing that a run leaves. */

@@ -89,9 +89,10 @@ export async function startRingJobs(
 
 /** The disks themselves, below the jobs' filters. @throws CowcatcherError: undo is the caller's */
 export async function exportDisks(visit: Visit, run: string, disks: readonly GraphDisk[]): Promise<void> {
-  for (const { disk, index, undo } of disks) {
+  for (const { disk, index, undo, bitmap } of disks) {
     const id = partName(run, index, "exp");
-    await addExport(visit, undo, { id, node: disk.node.name, writable: false });
+    const bitmaps = bitmap === undefined ? undefined : [bitmap];
+    await addExport(visit, undo, { id, node: disk.node.name, writable: false, bitmaps });
   }
 }
 

@@ -66,8 +66,8 @@ class FilterSteps implements MethodSteps {
   }
 
   #filtered(disks: readonly KeptDisk[]): FilteredDisk[] {
-    return disks.map(({ disk, index, undo }) => {
-      return { disk, index, undo, fleecePath: this.#paths.get(index) ?? "" };
+    return disks.map(({ disk, index, undo, bitmap }) => {
+      return { disk, index, undo, bitmap, fleecePath: this.#paths.get(index) ?? "" };
     });
   }
 

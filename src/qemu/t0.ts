@@ -11,6 +11,8 @@ export interface GraphDisk {
   readonly index: number;
   /** How QEMU becomes what it was for this disk. */
   readonly undo: UndoStack;
+  /** Says what readers need: exported with the disk. */
+  readonly bitmap: string | undefined;
 }
 
 /** What the guest's writes put up with. */

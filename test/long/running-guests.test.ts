@@ -6,6 +6,7 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { ControlClient } from "../../src/qmp/client.js";
 import { cowcatcher } from "../support/cli.js";
 import { Qemu, type QemuOptions } from "../support/qemu.js";
+import { expectChain } from "../support/qemu-chain.js";
 import { Backup, mustRun, scratchFolder, stopAll } from "../support/server.js";
 
 const RING = ["--qemu-method", "ring", "--accept-guest-risk"];
@@ -174,6 +175,19 @@ describe.skipIf(!hasQemu)("backup --qmp, the long way round", () => {
     expect(cleaned).toMatchObject({ code: 0, stderr: "" });
     for (let i = 0; i < 20; i++) await qemu.writeSomewhere();
     qemu.expectNoGuestError();
+    await expectCleanHouse(qemu, before);
+  });
+
+  it.each([
+    ["filter", []],
+    ["ring", RING],
+  ])("makes a full backup and three incremental ones by QEMU's bitmaps, method %s", async (_, method) => {
+    const qemu = await Qemu.start(folder, { format: "qcow2", running: true });
+    await qemu.fill();
+    const before = await qemu.state();
+    qemu.startWriting();
+    await expectChain(qemu, folder, 4, (args) => backup(qemu, [...method, "--bitmap", "auto", ...args]));
+    await qemu.stopWriting();
     await expectCleanHouse(qemu, before);
   });
 });

@@ -5,7 +5,15 @@
 // by chunks without asking the source whether it is empty: an empty region that became so is written as zeroes, which
 // a region that is not dirty must not be. Main thread, before the workers start.
 
-import { CNT_DONE_BYTES, DONE, REGION_CHUNKED, REGION_HOLE, type SharedState } from "../../cow/shared.js";
+import {
+  CNT_DONE_BYTES,
+  DONE,
+  PENDING,
+  REGION_CHUNKED,
+  REGION_HOLE,
+  REGION_UNKNOWN,
+  type SharedState,
+} from "../../cow/shared.js";
 import { readChanges } from "../../image/bitmaps.js";
 import type { Image } from "../../block/device.js";
 import { NbdImage } from "../../nbd/client/device.js";
@@ -41,10 +49,16 @@ export function runsOfMap(map: ExtentMap): DirtyRuns {
   };
 }
 
+/**
+ * Before the workers begin. A cluster that has been captured already is copied all the same: it is as at T0, and so is
+ * what the copy builds on.
+ */
 export function markClean(shared: SharedState, runAt: DirtyRuns): void {
   const { sizeBytes, clusterBytes, chunkBytes, chunksPerRegion } = shared.geometry;
   const regionBytes = chunkBytes * chunksPerRegion;
-  shared.regionStates.fill(REGION_CHUNKED);
+  const { clusterStates, regionStates } = shared;
+  const isTouched = regionStates.map((state) => (state === REGION_UNKNOWN ? 0 : 1));
+  regionStates.fill(REGION_CHUNKED);
   let cleanBytes = 0;
   for (let at = 0; at < sizeBytes;) {
     const { lengthBytes, dirty } = runAt(at, sizeBytes - at);
@@ -52,13 +66,16 @@ export function markClean(shared: SharedState, runAt: DirtyRuns): void {
     if (!dirty) {
       const firstCluster = Math.ceil(at / clusterBytes);
       const endCluster = wholeUnits(end, clusterBytes, sizeBytes);
-      if (endCluster > firstCluster) {
-        shared.clusterStates.fill(DONE, firstCluster, endCluster);
-        cleanBytes += Math.min(endCluster * clusterBytes, sizeBytes) - firstCluster * clusterBytes;
+      for (let cluster = firstCluster; cluster < endCluster; cluster++) {
+        if (clusterStates[cluster] !== PENDING) continue;
+        clusterStates[cluster] = DONE;
+        cleanBytes += Math.min(clusterBytes, sizeBytes - cluster * clusterBytes);
       }
       const firstRegion = Math.ceil(at / regionBytes);
       const endRegion = wholeUnits(end, regionBytes, sizeBytes);
-      if (endRegion > firstRegion) shared.regionStates.fill(REGION_HOLE, firstRegion, endRegion);
+      for (let region = firstRegion; region < endRegion; region++) {
+        if (isTouched[region] === 0) regionStates[region] = REGION_HOLE;
+      }
     }
     at = end;
   }

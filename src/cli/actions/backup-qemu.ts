@@ -5,6 +5,7 @@ import {
   type QemuBackupRequest,
   type QemuDiskBackup,
 } from "../../qemu/backup.js";
+import type { BasisInfo } from "../../backup/host.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { thawGuest } from "../../qemu/guest-freeze.js";
 import { cleanUp } from "../../qemu/cleanup.js";
@@ -33,14 +34,15 @@ export interface QemuForm extends Pick<QemuBackupRequest, "allDisks" | "makeTarg
 export interface QemuEnd {
   info: JobInfo;
   progress: JobProgress;
+  basis?: BasisInfo | undefined;
 }
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
 export function runQemuBackup(settings: QemuBackupSettings, context: CommandContext): Promise<number> {
   return runQemuJobs(settings, context, {
     print(ends) {
-      for (const { info, progress } of ends) {
-        printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, progress);
+      for (const { info, progress, basis } of ends) {
+        printSummary(context.output, { ...info, bytesOnTarget: bytesOnTarget(info.target) }, progress, basis);
       }
     },
   });
@@ -68,8 +70,9 @@ export async function runQemuJobs(
         allDisks: form.allDisks,
         makeTargets: form.makeTargets,
         onT0: form.onT0,
-        disks: settings.disks.map(({ disk, job }) => ({
+        disks: settings.disks.map(({ disk, job, bitmaps }) => ({
           name: disk,
+          bitmaps,
           job: { ...job, cowBufferSizeBytes: job.cowBufferSizeBytes ?? JOB_DEFAULTS.cowBufferSizeBytes },
         })),
         isCancelled: () => context.interruptedBy !== undefined,
@@ -90,7 +93,7 @@ export async function runQemuJobs(
     });
     if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
     const results = running.disks.map((disk) => disk.progress());
-    form.print(results.map((progress, i) => ({ info: infos[i], progress })));
+    form.print(results.map((progress, i) => ({ info: infos[i], progress, basis: running.disks[i].basis })));
     return results.some(({ ignoredErrorCount }) => ignoredErrorCount > 0) ? EXIT.ignoredErrors : EXIT.done;
   } finally {
     view.stop();

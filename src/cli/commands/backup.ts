@@ -29,7 +29,8 @@ const QEMU_NOTES =
   "the old data, in a file in --fleece-dir of at most --cow-buffer-size and --spill-limit; by the method ring this process does, in\n" +
   "its buffer, and its death harms the guest. QEMU is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
   "node's name, a device's id, the name of a -drive or a qdev path. See docs/running-guests.md. Not supported in this\n" +
-  "version: --sync top and none, bitmaps.\n";
+  "version: --sync top and none. With --bitmap auto QEMU keeps track of what changes from then on, and with -b and -B only that\n" +
+  "is copied, since the backup that -b names; with --since-or-full all where QEMU does not know.\n";
 
 export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {

@@ -332,7 +332,6 @@ function offlineCopy(
 }
 
 function parseQemu(targets: readonly string[], flags: BackupFlags, qmp: string): QemuBackupSettings {
-  refuseCheckpointFlags(flags);
   if (flags.dryRun === true) {
     throw usageError("--dry-run", "does not go with --qmp", "give the disk's image as SOURCE");
   }
@@ -408,7 +407,10 @@ function localPath(target: string): string {
 export function jobSettings(target: string, flags: BackupFlags, index = 0): JobSettings {
   // What is dirty alone can only be told apart in a format that has backing files, or written in place.
   const isOverlay = flags.since !== undefined && flags.backingFile !== undefined;
-  const isPart = flags.bitmap !== undefined || isOverlay;
+  // QEMU's own chain begins with a full one.
+  const isByBitmap =
+    flags.bitmap !== undefined && (flags.qmp === undefined || flags.backingFile !== undefined);
+  const isPart = isByBitmap || isOverlay;
   const byBitmap = !isPart || isRbdAddress(target) ? undefined : "qcow2";
   const targetFormat = targetFormatOf(target, flags.targetFormat ?? byBitmap);
   checkTargetSnapshot(target, flags.targetSnapshot);

@@ -2,7 +2,7 @@
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import { absoluteName } from "../../file-names.js";
-import type { QemuBackupRequest, ServerAddress } from "../../qemu/backup.js";
+import type { QemuBackupRequest, QemuDiskRequest, ServerAddress } from "../../qemu/backup.js";
 import { QEMU_METHODS } from "../../qemu/methods.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
@@ -15,7 +15,7 @@ const MAX_PORT = 65_535;
 
 export type QemuBackupSettings = {
   mode: "qemu";
-  disks: LiveDiskSettings[];
+  disks: (LiveDiskSettings & Pick<QemuDiskRequest, "bitmaps">)[];
 } & Pick<QemuBackupRequest, "monitor" | "method" | "fleeceDir" | "server" | "acceptGuestRisk" | "guestAgent">;
 
 export interface QemuCleanupSettings {
@@ -72,9 +72,14 @@ export function refuseQemuFlags(flags: BackupFlags): void {
 /** @throws CowcatcherError USAGE for what cannot mean anything, UNSUPPORTED for what QEMU cannot do */
 export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: BackupFlags): QemuBackupSettings {
   checkQemuFlags(flags);
+  const orFull = flags.sinceOrFull ?? false;
   return {
     mode: "qemu",
-    disks,
+    disks: disks.map(({ disk, job }) => ({
+      disk,
+      job: { ...job, bitmap: undefined },
+      bitmaps: flags.bitmap === undefined ? undefined : { base: job.backingFile, orFull },
+    })),
     monitor: absoluteName(qmp),
     method: flags.qemuMethod ?? "auto",
     fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
@@ -105,13 +110,29 @@ function checkQemuFlags(flags: BackupFlags): void {
   const { spillDir, sync, bitmap, bitmapMode } = flags;
   if (flags.control !== undefined)
     throw usageError("--qmp", "does not go with --control", "give one of them");
-  refuseCheckpointFlags(flags);
+  refuseCheckpointFlags(flags.bitmap === undefined ? flags : { ...flags, sinceOrFull: undefined });
   if (spillDir !== undefined) throw usageError("--spill-dir", "does not go with --qmp", "give --fleece-dir");
   if (sync !== undefined && sync !== JOB_DEFAULTS.sync) {
     throw unsupported("--sync", `${sync} does not go with --qmp`, "leave it out");
   }
-  if (bitmap !== undefined || bitmapMode !== undefined) {
-    throw unsupported("--bitmap", "dirty bitmaps do not go with --qmp", "leave it out");
+  if (bitmapMode !== undefined) throw unsupported("--bitmap-mode", "does not go with --qmp", "leave it out");
+  if (bitmap !== undefined && bitmap !== "auto") {
+    const hint = "give --bitmap auto, whose bitmaps are cowcatcher's own";
+    throw unsupported("--bitmap", `'${bitmap}' is somebody else's bitmap, which --qmp does not change`, hint);
+  }
+  checkBitmapBase(flags);
+}
+
+/** What an incremental backup by QEMU's bitmaps needs. */
+function checkBitmapBase({ bitmap, backingFile, verify, sinceOrFull }: BackupFlags): void {
+  if (bitmap === undefined || backingFile === undefined) {
+    if (bitmap !== undefined && sinceOrFull === true) {
+      throw usageError("--since-or-full", "needs --backing-file", "without one the backup is a full one");
+    }
+    return;
+  }
+  if (verify === true) {
+    throw unsupported("--verify", "an incremental backup cannot be read back", "use `compare` afterwards");
   }
 }
 

@@ -3,7 +3,14 @@ import { describe, expect, it } from "vitest";
 import type { QemuDisk, QemuGraph } from "../../../src/qemu/graph.js";
 import { chooseMethod, type MethodWish } from "../../../src/qemu/method.js";
 
-const node = { name: "drive0", driver: "raw", filename: "/d.img", sizeBytes: 65_536, readOnly: false };
+const node = {
+  name: "drive0",
+  driver: "raw",
+  filename: "/d.img",
+  sizeBytes: 65_536,
+  readOnly: false,
+  bitmaps: [],
+};
 const GUEST: QemuDisk = {
   name: "vd0",
   node,

@@ -1,0 +1,193 @@
+// QEMU's dirty bitmaps as the chain of a disk's incremental backups (`--bitmap auto`).
+//
+// A bitmap belongs to one backup: it says what was written since that backup's T0, and its name says which backup that is,
+// by a hash of the target's path and inode (a file that was written anew under the same name is another backup):
+//
+//   cowcatcher-bitmap-HASH                     what has changed since the T0 of the backup HASH
+//   cowcatcher-PID.STARTb0.cowcatcher-bitmap-…  while a backup runs: what changes since its own T0, and whose heir it is
+//
+// No write may be lost between the two, and T0 by the method `filter` is no part of a transaction. So the new one begins
+// before T0 and the old one ends after it; what falls between is in both:
+//
+//   add new ─► T0 ─► disable old ─► copy what old calls dirty ─► good: in one transaction new gets its name, old goes
+//                                                              └► else: in one transaction old gets all of new, and records again
+//
+// The first backup of a chain has no old one. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
+// crash in between, cleanup.ts gives back by the name. A bitmap that QEMU calls inconsistent, or that does not record, has
+// missed writes: it is not used.
+
+import { createHash } from "node:crypto";
+import { realpathSync, statSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
+import type { BasisInfo } from "../backup/host.js";
+import { CowcatcherError } from "../errors.js";
+import type { JsonObject } from "../qmp/protocol.js";
+import type { Target } from "../target/target.js";
+import type { QemuBitmap, QemuNode } from "./graph.js";
+import type { Visit } from "./monitor.js";
+import { bitmapWorkName } from "./names.js";
+
+const PREFIX = "cowcatcher-bitmap-";
+const HASH_DIGITS = 16;
+/** Each costs every write of the guest a little; more than this is a chain begun again and again. */
+const BITMAPS_MAX = 16;
+
+/** What is asked of the bitmaps of one disk. */
+export interface BitmapWish {
+  /** The backup that this one builds on; undefined: a full one, which begins a chain. */
+  base: string | undefined;
+  /** Where the base's bitmap cannot be used, all is copied. */
+  orFull: boolean;
+}
+
+export interface BitmapBasis {
+  /** Of the base; undefined: a full backup. */
+  old: string | undefined;
+  info: BasisInfo;
+}
+
+/** How much is to be copied, and why. @throws CowcatcherError NO_BASIS where that must not be all; BUSY */
+export function findBitmapBasis(disk: string, node: QemuNode, { base, orFull }: BitmapWish): BitmapBasis {
+  const count = node.bitmaps.filter(({ name }) => name.startsWith(PREFIX)).length;
+  if (count >= BITMAPS_MAX && base === undefined) {
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: disk,
+      problem: `it has ${count} bitmaps named ${PREFIX}… already, one for each backup that is built on`,
+      hint: "remove those of backups that nothing builds on: QMP's block-dirty-bitmap-remove",
+    });
+  }
+  if (base === undefined) return { old: undefined, info: { level: "full", bitmapAction: "new" } };
+  const name = bitmapOfFile(base);
+  const bitmap = node.bitmaps.find((found) => found.name === name);
+  if (bitmap?.isBusy === true) {
+    const problem = "another job or export uses the bitmap of its last backup";
+    throw new CowcatcherError({ code: "BUSY", object: disk, problem, hint: "wait for its end" });
+  }
+  const obstacle = obstacleOf(bitmap, base);
+  if (obstacle === undefined) return { old: name, info: { level: "incremental", bitmapAction: "used" } };
+  if (!orFull) {
+    throw new CowcatcherError({
+      code: "NO_BASIS",
+      object: disk,
+      problem: obstacle,
+      hint: "make a full backup with --bitmap auto and without -b, or give --since-or-full",
+    });
+  }
+  const bitmapAction = bitmap === undefined ? "missing" : "invalid";
+  return { old: undefined, info: { level: "full", bitmapAction, reason: obstacle } };
+}
+
+function obstacleOf(bitmap: QemuBitmap | undefined, base: string): string | undefined {
+  if (bitmap === undefined) return `QEMU has no bitmap of what has changed since ${base}`;
+  if (bitmap.isInconsistent) return `the bitmap of ${base} is inconsistent: QEMU did not end in good order`;
+  if (!bitmap.isRecording) return `the bitmap of ${base} has not recorded all that was written`;
+  return undefined;
+}
+
+/** @throws CowcatcherError NO_BASIS where there is no such file */
+function bitmapOfFile(path: string): string {
+  try {
+    const real = realpathSync(path);
+    return nameOf(real, statSync(real).ino);
+  } catch (cause) {
+    const problem = "cannot be found, so nothing can be built on it";
+    throw new CowcatcherError({ code: "NO_BASIS", object: path, problem, cause });
+  }
+}
+
+/** Of the backup that is being made: its file has its inode already, if not its name. */
+export function bitmapOfTarget(path: string, { unfinishedPath }: Target): string {
+  if (unfinishedPath === null) return nameOf(path, 0);
+  return nameOf(join(realpathSync(dirname(path)), basename(path)), statSync(unfinishedPath).ino);
+}
+
+function nameOf(path: string, inode: number): string {
+  const hash = createHash("sha256").update(`${path}\0${inode}`).digest("hex");
+  return `${PREFIX}${hash.slice(0, HASH_DIGITS)}`;
+}
+
+/** The bitmaps of one disk from before T0 to the end of its backup. */
+export class BitmapHandover {
+  readonly old: string | undefined;
+  readonly #node: string;
+  readonly #work: string;
+  readonly #next: string;
+  readonly #persistent: boolean;
+  /** Something is to be handed over or given back. */
+  isOpen = false;
+
+  constructor(node: QemuNode, old: string | undefined, next: string, run: string, index: number) {
+    this.#node = node.name;
+    this.old = old;
+    this.#next = next;
+    this.#work = bitmapWorkName(run, index, old);
+    this.#persistent = node.driver === "qcow2";
+  }
+
+  /** Before T0. @throws CowcatcherError; giveBack is the caller's */
+  async begin(visit: Visit): Promise<void> {
+    this.isOpen = true;
+    await transaction(visit, [this.#add(this.#work)]);
+  }
+
+  /** After T0. */
+  async endOld(visit: Visit): Promise<void> {
+    if (this.old !== undefined) await transaction(visit, [action("disable", this.#node, this.old)]);
+  }
+
+  /** The backup is good. @throws CowcatcherError: nothing has changed */
+  async succeed(visit: Visit): Promise<void> {
+    if (!this.isOpen) return;
+    await transaction(visit, [
+      this.#add(this.#next),
+      merge(this.#node, this.#next, this.#work),
+      action("remove", this.#node, this.#work),
+      ...(this.old === undefined ? [] : [action("remove", this.#node, this.old)]),
+    ]);
+    this.isOpen = false;
+  }
+
+  /** There is no backup: all is as if it had not been tried. Idempotent. @throws CowcatcherError */
+  async giveBack(visit: Visit): Promise<void> {
+    if (!this.isOpen) return;
+    await giveBackBitmap(visit, this.#node, this.#work, this.old);
+    this.isOpen = false;
+  }
+
+  #add(name: string): JsonObject {
+    const data = { node: this.#node, name, persistent: this.#persistent };
+    return { type: "block-dirty-bitmap-add", data };
+  }
+}
+
+/** Also what a dead run has left. A bitmap that was never made is as good as given back. @throws CowcatcherError */
+export async function giveBackBitmap(
+  visit: Visit,
+  node: string,
+  work: string,
+  old: string | undefined,
+): Promise<void> {
+  const nodes = await visit.list("query-named-block-nodes", { flat: true });
+  const bitmaps = nodes.find((found) => found["node-name"] === node)?.["dirty-bitmaps"];
+  const names = Array.isArray(bitmaps) ? bitmaps.map((found: JsonObject) => found["name"]) : [];
+  const hasWork = names.includes(work);
+  const toOld =
+    old === undefined || !names.includes(old)
+      ? []
+      : [action("enable", node, old), ...(hasWork ? [merge(node, old, work)] : [])];
+  const actions = [...toOld, ...(hasWork ? [action("remove", node, work)] : [])];
+  if (actions.length > 0) await transaction(visit, actions);
+}
+
+function action(what: "enable" | "disable" | "remove", node: string, name: string): JsonObject {
+  return { type: `block-dirty-bitmap-${what}`, data: { node, name } };
+}
+
+function merge(node: string, target: string, bitmap: string): JsonObject {
+  return { type: "block-dirty-bitmap-merge", data: { node, target, bitmaps: [bitmap] } };
+}
+
+async function transaction(visit: Visit, actions: readonly JsonObject[]): Promise<void> {
+  await visit.execute("transaction", { actions: [...actions] });
+}
