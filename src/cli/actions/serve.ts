@@ -3,6 +3,7 @@
 import { unlinkSync } from "node:fs";
 import { absoluteName, leaveWorkingFolder } from "../../file-names.js";
 import { LiveHost } from "../../backup/job/live-host.js";
+import type { MetricsServer } from "../../control/metrics.js";
 import { ControlServer } from "../../control/server.js";
 import type { KeySource } from "../../repository/format/keys.js";
 import { DiskNode } from "../../cow/disk-node.js";
@@ -142,6 +143,7 @@ async function serveNodes(
   });
   const listeners: NbdListener[] = [];
   const stopLoopDelay = logLoopDelay(logger);
+  let metrics: MetricsServer | undefined;
   try {
     if (settings.preallocate) {
       await Promise.race([host.preallocate(settings.cowBufferSizeBytes), quitting.asked]);
@@ -149,6 +151,10 @@ async function serveNodes(
     listeners.push(...(await listen(settings.listen)));
     host.listensAt(listeners.flatMap(({ place }) => place ?? []));
     if (settings.control !== undefined) await control.listen(settings.control, settings.controlAccess);
+    if (settings.metrics !== undefined) {
+      const { serveMetrics } = await import("../../control/metrics.js");
+      metrics = await serveMetrics(host, packageVersion(), settings.metrics);
+    }
     // A folder that is removed while disks are served is none of a backup's business.
     leaveWorkingFolder();
     for (const listener of listeners) listener.serve(server);
@@ -156,6 +162,7 @@ async function serveNodes(
     await quitting.asked;
   } finally {
     stopLoopDelay();
+    metrics?.close();
     await Promise.all(listeners.map((listener) => listener.close()));
     // Jobs first: a guest that waits for one is let go, so that its last requests can be answered.
     await host.close();

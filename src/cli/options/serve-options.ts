@@ -67,6 +67,8 @@ export interface ServeSettings {
   /** The T0 view of each job's disk is an export. */
   snapshotExport: boolean;
   maxConnections: number;
+  /** Where metrics are told; undefined: nowhere. */
+  metrics: { host: string; port: number } | undefined;
   /** Persistent bitmaps to offer as metadata contexts. */
   bitmaps: string[];
   tracking: TrackingSettings;
@@ -98,6 +100,7 @@ export interface ServeFlags extends TlsFlags {
   name?: string;
   cowBufferSize?: number;
   preallocate?: boolean;
+  metrics?: { host: string; port: number };
   snapshotExport?: boolean;
   tracking?: TrackingMode | "off";
   trackingDir?: string;
@@ -156,6 +159,12 @@ function addImageOptions(command: Command): Command {
         `copy-before-write buffer, the default for its jobs (${buffer})`,
       ),
     )
+    .addOption(
+      new Option(
+        "--metrics <ADDR:PORT>",
+        "Prometheus metrics at http://ADDR:PORT/metrics, for whoever can connect (none)",
+      ).argParser(parseMetricsPlace),
+    )
     .option("--preallocate", "make all of that buffer's memory ready before listening")
     .option(
       "--snapshot-export",
@@ -188,6 +197,15 @@ function addImageOptions(command: Command): Command {
  * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
  * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
  */
+/** @throws CowcatcherError USAGE */
+function parseMetricsPlace(text: string): { host: string; port: number } {
+  const [, host, port] = /^(.+):(\d{1,5})$/.exec(text) ?? [];
+  if (host === undefined || !(Number(port) <= PORT_BOUNDS.max)) {
+    throw usageError("--metrics", `'${text}' is no address`, "give ADDR:PORT, such as 127.0.0.1:9101");
+  }
+  return { host: host.replace(/^\[(.*)\]$/, "$1"), port: Number(port) };
+}
+
 function parsePreallocate({ preallocate = false, cowBufferSize }: ServeFlags): boolean {
   if (preallocate && cowBufferSize === 0) {
     throw usageError(
@@ -214,6 +232,7 @@ export function parseServeSettings(
     direct: flags.direct ?? false,
     cowBufferSizeBytes: flags.cowBufferSize ?? JOB_DEFAULTS.cowBufferSizeBytes,
     preallocate: parsePreallocate(flags),
+    metrics: flags.metrics,
     snapshotExport: flags.snapshotExport ?? false,
     maxConnections: flags.maxConnections ?? DEFAULT_MAX_CONNECTIONS,
     bitmaps: parseBitmaps(flags),

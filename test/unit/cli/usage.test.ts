@@ -201,6 +201,10 @@ const USAGE: [string, string, number?][] = [
     "--bitmap: needs --read-only (guest writes are not recorded in bitmaps)",
   ],
   [`serve --socket s --name ${"x".repeat(4097)} a.img`, "IMAGE: an export's name has more than 4096 bytes"],
+  [
+    "serve --port 1 --metrics 9101 a.img",
+    "--metrics: '9101' is no address (give ADDR:PORT, such as 127.0.0.1:9101)",
+  ],
   ["serve --port 65536 a.img", "--port: '65536' is not a number from 0 to 65535"],
   ["serve --socket s a.img b.img", "a.img: has no name (with several images, give each as IMAGE=NAME)"],
   ["serve --socket s a.img=x b.img=x", "IMAGE: the name 'x' is given twice"],
