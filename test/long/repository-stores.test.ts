@@ -6,7 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { COWCATCHER_BIN, cowcatcher, run } from "../support/cli.js";
+import { COWCATCHER_BIN, cowcatcher, run, type RunResult } from "../support/cli.js";
 import { Random } from "../support/random.js";
 import { FakeS3 } from "../support/repository/fake-s3.js";
 
@@ -104,13 +104,22 @@ describe("without this program", () => {
   });
 });
 
-describe("runs that are killed at any moment", () => {
+describe.each(["a folder", "a bucket"])("runs in %s that are killed at any moment", (place) => {
+  let fake: FakeS3 | undefined;
+  let env: Record<string, string> = {};
+  beforeEach(async () => {
+    fake = place === "a bucket" ? await FakeS3.listen() : undefined;
+    env = fake?.environment ?? {};
+  });
+  afterEach(async () => fake?.close());
+
   it("harm no backup that is complete, and the next run works", { timeout: 600_000 }, async () => {
     const random = new Random(16);
-    const repo = path("repo");
+    const repo = fake?.address ?? path("repo");
+    const cli = (...args: string[]): Promise<RunResult> => cowcatcher(args, { env });
     const seen = new Map<string, Buffer>();
     let disk = makeDisk("disk.img", 9 * MiB);
-    expect((await cowcatcher(["repo", "init", repo, "--chunk-size", "1M"])).code).toBe(0);
+    expect((await cli("repo", "init", repo, "--chunk-size", "1M")).code).toBe(0);
     for (let round = 0; round < ROUNDS; round++) {
       disk = Buffer.from(disk);
       randomBytes(3 * MiB).copy(disk, random.below(6) * MiB);
@@ -122,28 +131,31 @@ describe("runs that are killed at any moment", () => {
         ["repo", "forget", `${repo}::vm1`, "--keep-last", "2"],
       ]);
       await killedAfter(
-        spawn(process.execPath, [COWCATCHER_BIN, ...work], { stdio: "ignore" }),
+        spawn(process.execPath, [COWCATCHER_BIN, ...work], {
+          stdio: "ignore",
+          env: { ...process.env, ...env },
+        }),
         random.below(900),
       );
       // What a killed one has completed is a backup of the disk as it was.
-      for (const time of await times(repo)) if (!seen.has(time)) seen.set(time, disk);
-      const next = await cowcatcher(["backup", path("disk.img"), "--repo", repo, "--group", "vm1"]);
+      for (const time of await times(cli, repo)) if (!seen.has(time)) seen.set(time, disk);
+      const next = await cli("backup", path("disk.img"), "--repo", repo, "--group", "vm1");
       expect(next, next.stderr).toMatchObject({ code: 0 });
-      for (const time of await times(repo)) if (!seen.has(time)) seen.set(time, disk);
-      const pruned = await cowcatcher(["repo", "prune", repo]);
+      for (const time of await times(cli, repo)) if (!seen.has(time)) seen.set(time, disk);
+      const pruned = await cli("repo", "prune", repo);
       expect(pruned, pruned.stderr).toMatchObject({ code: 0 });
-      const verified = await cowcatcher(["repo", "verify", repo]);
+      const verified = await cli("repo", "verify", repo);
       expect(verified, verified.stderr).toMatchObject({ code: 0 });
     }
-    for (const time of await times(repo)) {
-      await cowcatcher(["restore", `${repo}::vm1@${time}`, path("out.img"), "--force"]);
+    for (const time of await times(cli, repo)) {
+      await cli("restore", `${repo}::vm1@${time}`, path("out.img"), "--force");
       expect(fs.readFileSync(path("out.img")).equals(seen.get(time) ?? Buffer.alloc(0))).toBe(true);
     }
   });
 });
 
-async function times(repo: string): Promise<string[]> {
-  const { stdout } = await cowcatcher(["repo", "list", repo, "--json"]);
+async function times(cli: (...args: string[]) => Promise<RunResult>, repo: string): Promise<string[]> {
+  const { stdout } = await cli("repo", "list", repo, "--json");
   return (JSON.parse(stdout) as { t0: string }[]).map(({ t0 }) => t0);
 }
 
