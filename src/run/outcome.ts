@@ -28,9 +28,13 @@ export interface Outcome {
   levelReason: string | undefined;
 }
 
-/** @param messages of one `backup`; @param planned its disks, in the order of its targets */
-export function diskResults(messages: readonly unknown[], planned: readonly PlannedDisk[]): Outcome {
+/** Undefined without a summary. @param messages of one `backup`; @param planned its disks, in the order of its targets */
+export function diskResults(
+  messages: readonly unknown[],
+  planned: readonly PlannedDisk[],
+): Outcome | undefined {
   const summaries = messages.filter(isObject).filter(({ message_type }) => message_type === "summary");
+  if (summaries.length === 0) return undefined;
   const whole = summaries.find(({ disks }) => Array.isArray(disks));
   if (whole !== undefined) return ofRepository(whole, planned);
   const disks = planned.map((disk, index) => {

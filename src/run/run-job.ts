@@ -194,11 +194,13 @@ class JobRun {
       if (exitCode !== 0 && exitCode !== EXIT_IGNORED) {
         return {
           exitCode: isOverdue ? 1 : exitCode,
-          error: isOverdue ? this.#overdue() : (error ?? this.#unknown()),
+          error: isOverdue ? this.#overdue() : (error ?? this.#unknown("failed without a word")),
         };
       }
       this.#exitCode = Math.max(this.#exitCode, exitCode);
       const found = diskResults(ended.messages, disks);
+      // Whatever said nothing of a backup has made none.
+      if (found === undefined) return { exitCode: 1, error: this.#unknown("ended without a result") };
       this.#disks.push(...found.disks);
       if (found.level !== undefined) this.#level = found.level;
       if (found.levelReason !== undefined) this.#levelReason = found.levelReason;
@@ -316,11 +318,11 @@ class JobRun {
     });
   }
 
-  #unknown(): CowcatcherError {
+  #unknown(how: string): CowcatcherError {
     return new CowcatcherError({
       code: "INTERNAL",
       object: this.job.name,
-      problem: "the backup failed without a word",
+      problem: `the backup ${how}`,
     });
   }
 

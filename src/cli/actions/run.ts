@@ -7,6 +7,7 @@ import type { Job } from "../../run/job.js";
 import { lockFolder, Locks } from "../../run/locks.js";
 import { composeMails, sendMail } from "../../run/notice/mail.js";
 import { Notices } from "../../run/notice/notices.js";
+import { COMMAND_ENTRY } from "../../run/program-file.js";
 import { runJobs } from "../../run/run-jobs.js";
 import { type JobResult, type LineLevel, worstExitCode } from "../../run/result.js";
 import { checkJobArguments } from "../options/job-arguments.js";
@@ -62,7 +63,7 @@ export async function runRun(request: RunRequest, context: CommandContext): Prom
   const removeHandlers = onInterrupt(context, { onFirst: () => interruption.abort() });
   try {
     const finished = await runJobs(jobs, {
-      program: [process.execPath, ...process.execArgv, process.argv[1] ?? ""],
+      program: [process.execPath, COMMAND_ENTRY],
       version: packageVersion(),
       isFull: request.isFull,
       parallel: request.parallel,

@@ -191,6 +191,14 @@ describe("tries", () => {
     expect(fake.calls).toHaveLength(1);
   });
 
+  it("have failed without a result, whatever the exit code", async () => {
+    fake.answer([{ command: "backup" }]);
+    expect(await run(job())).toMatchObject({
+      ...{ result: "failed", exit_code: 1 },
+      error: { problem: "the backup ended without a result" },
+    });
+  });
+
   it("say what ended a backup that said nothing", async () => {
     fake.answer([{ command: "backup", exitCode: 7 }]);
     expect(await run(job())).toMatchObject({
