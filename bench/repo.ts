@@ -5,7 +5,7 @@
 // the disk, and each tool syncs what it writes. The steps:
 //
 //   first     the whole disk
-//   second    1 % of it has changed, in places of 64 KiB at random: read and hashed, what is new is stored
+//   second    1 % of it has changed, in places of 64 KiB, evenly spread: read and hashed, what is new is stored
 //   tracked   the same of cowcatcher alone, from a server that knows what has changed (serve, backup --control)
 //   restore   the second backup into a new file, which is synced within the time and compared with the disk
 //
