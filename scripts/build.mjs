@@ -41,8 +41,6 @@ function alwaysLoaded(folder) {
   for (const entry of [start, resolve(folder, "src/cli/program.js")]) add(entry);
   // It waits for the program, which would wait for the chunk that it is in.
   files.delete(start);
-  // The entry has it before anything else, and by itself.
-  files.delete(resolve(folder, "src/cli/ignored-signals.js"));
   return files;
 }
 
