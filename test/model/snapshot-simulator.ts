@@ -234,7 +234,7 @@ export class SnapshotSimulation {
     const spills = fault !== "no spill";
     const interceptor = new Interceptor({
       shared,
-      image: this.#disk as unknown as Image,
+      image: this.#disk,
       openSpill: spills ? () => spill : undefined,
       spillLimitBytes: fault === "limit" ? 64 * KiB : SIZE_BYTES + BLOCK_BYTES,
       policy: {

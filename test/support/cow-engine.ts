@@ -84,7 +84,7 @@ export function makeEngine(options: EngineOptions = {}): Engine {
   const broken: CowcatcherError[] = [];
   const interceptor = new Interceptor({
     shared,
-    image: disk as unknown as BlockDevice,
+    image: disk,
     openSpill: () => new SpillFile(spill, geometry),
     spillLimitBytes: options.spillLimitBytes ?? Number.MAX_SAFE_INTEGER,
     policy: {

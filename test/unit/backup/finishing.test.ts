@@ -70,7 +70,7 @@ describe("a cancel while the target gets its name", () => {
       const { target, hangs, end } = hangingTarget(false);
       let refuse = (_error: Error): void => undefined;
       const refused = new Promise<never>((_resolve, reject) => (refuse = reject));
-      const { commit } = target;
+      const commit = (): Promise<void> => target.commit();
       let abortCount = 0;
       const finishing = finishingOf({
         ...target,

@@ -5,7 +5,7 @@ import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
 import { Interceptor } from "../../../src/cow/interceptor.js";
 import { createSharedState, CTL_SPILL_BLOCKS, SPILLED } from "../../../src/cow/shared.js";
 import { SpillBitmaps, spillBitmapBytes, type SpillPlace } from "../../../src/cow/spill.js";
-import type { BlockDevice } from "../../../src/block/device.js";
+
 import type { CowcatcherError } from "../../../src/errors.js";
 import { ColdDisk, MiB, turns } from "../../support/cow-engine.js";
 
@@ -71,7 +71,7 @@ function make(onCbwError: "break-snapshot" | "break-guest-write") {
   const broken: CowcatcherError[] = [];
   const interceptor = new Interceptor({
     shared,
-    image: new ColdDisk(4 * MiB) as unknown as BlockDevice,
+    image: new ColdDisk(4 * MiB),
     openSpill: () => spill,
     spillLimitBytes: 4 * MiB,
     policy: { onBufferFull: "spill", onCbwError, guestTimeoutMs: 1_000 },

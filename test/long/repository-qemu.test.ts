@@ -3,10 +3,10 @@ import { spawnSync } from "node:child_process";
 import { mkdirSync, readdirSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, expect, it } from "vitest";
-import { cowcatcher } from "../../support/cli.js";
-import { expectSchema } from "../../support/json-schema.js";
-import { Qemu } from "../../support/qemu.js";
-import { Backup, scratchFolder, stopAll } from "../../support/server.js";
+import { cowcatcher } from "../support/cli.js";
+import { expectSchema } from "../support/json-schema.js";
+import { Qemu } from "../support/qemu.js";
+import { Backup, scratchFolder, stopAll } from "../support/server.js";
 
 const hasQemu = spawnSync("qemu-system-x86_64", ["--version"]).status === 0;
 
