@@ -4,6 +4,7 @@ import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { cowcatcher, COWCATCHER_BIN } from "../support/cli.js";
+import { expectSchema } from "../support/json-schema.js";
 import { mustRun, Process, scratchFolder, stopAll, until } from "../support/server.js";
 
 const isInstalled = (name: string): boolean => spawnSync("sh", ["-c", `command -v ${name}`]).status === 0;
@@ -39,7 +40,9 @@ it.skipIf(!isInstalled("nbdfuse")).each<[NodeJS.Signals, number]>([
 ])("mount shows the disk until %s, and then nothing", async (signal, code) => {
   const args = ["mount", "--json", backup, at("mnt"), "--key-file", at("key")];
   const mount = new Process(process.execPath, [COWCATCHER_BIN, ...args]);
-  const { path } = JSON.parse(await mount.line((line) => line.includes("mounted"))) as { path: string };
+  const line = JSON.parse(await mount.line((text) => text.includes("mounted"))) as { path: string };
+  expectSchema("mount", line);
+  const { path } = line;
   await mustRun("cmp", path, at("disk.img"));
   mount.kill(signal);
   expect((await mount.end()).code).toBe(code);

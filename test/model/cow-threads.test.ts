@@ -9,6 +9,7 @@ import type { LiveHost as LiveHostType } from "../../src/backup/job/live-host.js
 import { JOB_DEFAULTS, type JobOptions } from "../../src/backup/options.js";
 import type { DiskNode as DiskNodeType } from "../../src/cow/disk-node.js";
 import type { openImage as openImageType } from "../../src/image/open.js";
+import { IS_CAMPAIGN } from "../support/campaign.js";
 import { Random } from "../support/random.js";
 
 const dist = new URL(process.env["COWCATCHER_DIST"] ?? "../../dist/", import.meta.url);
@@ -21,7 +22,7 @@ const directory = mkdtempSync(join(tmpdir(), "cow-threads-"));
 afterAll(() => rmSync(directory, { recursive: true, force: true }));
 
 const MiB = 1024 * 1024;
-const ROUNDS = 24;
+const ROUNDS = IS_CAMPAIGN ? 100 : 12;
 
 interface Round {
   sizeBytes: number;

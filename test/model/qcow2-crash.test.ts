@@ -9,13 +9,14 @@ import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { checkImage } from "../../src/image/qcow2/check/check.js";
 import { openQcow2, type Qcow2Image } from "../../src/image/qcow2/image.js";
 import { KiB, MiB } from "../../src/units.js";
+import { IS_CAMPAIGN } from "../support/campaign.js";
 import { MemoryFile, crashedContent, randomFrom } from "../support/qcow2-memory.js";
 
 const SIZE = 256 * KiB;
 const CRASHES_PER_EPISODE = Number(process.env["QCOW2_CRASHES"] ?? 36);
 /** The rest is checked by cowcatcher's own check alone, which needs no process. */
 const CRASHES_PER_QEMU_CHECK = 9;
-const SEEDS = Number(process.env["QCOW2_SEEDS"] ?? 2);
+const SEEDS = Number(process.env["QCOW2_SEEDS"] ?? (IS_CAMPAIGN ? 10 : 1));
 const OPTIONS = { path: "", name: "memory", fd: -1, direct: false, probed: false, backing: null };
 let folder: string;
 

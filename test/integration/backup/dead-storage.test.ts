@@ -54,11 +54,8 @@ function namesOf(calls: readonly LoggedCall[]): string[] {
 
 describe("storage that does not answer from", () => {
   it.concurrent.each([
-    // Claimed, spilled and drained.
+    // Claimed, and given its name: test/long has all the others.
     { scenario: EVERYTHING, call: "stat", nth: 0 },
-    { scenario: EVERYTHING, call: "pwrite", nth: 0 },
-    // Finished, given its name.
-    { scenario: EVERYTHING, call: "fdatasync", nth: 0 },
     { scenario: EVERYTHING, call: "rename", nth: 0 },
     // Given up.
     { scenario: CANCELLED, call: "unlink", nth: 0 },

@@ -4,6 +4,7 @@ import { spawnSync } from "node:child_process";
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { IS_CAMPAIGN } from "../../support/campaign.js";
 import { cowcatcher } from "../../support/cli.js";
 import { Qemu } from "../../support/qemu.js";
 import { expectChain, flatOf } from "../../support/qemu-chain.js";
@@ -53,46 +54,56 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
     ]);
   });
 
-  it("gives the bitmap back with all that was written since, after a failure and after kill -9; else exit 12", async () => {
-    const qemu = await Qemu.start(folder, { sizeBytes: SIZE, format: "qcow2" });
-    await qemu.fill();
-    const full = join(folder, "full.qcow2");
-    const onto = ["-b", full, "-B", "qcow2"];
-    expect(await backup(qemu, [full]).succeed()).toMatchObject({ level: "full", bitmap_action: "new" });
-    const bitmaps = await bitmapsOf(qemu);
-    await qemu.writeSomewhere();
-    for (const signal of ["SIGINT", "SIGKILL"] as const) {
-      const running = backup(qemu, [...onto, "--rate-limit", "1K", join(folder, "lost.qcow2")]);
-      await running.started();
-      for (let i = 0; i < 5; i++) await qemu.writeSomewhere();
-      running.process.kill(signal);
-      await running.end();
-      for (let i = 0; i < 5; i++) await qemu.writeSomewhere();
-      // After a kill it is the next one that does it.
-      if (signal === "SIGINT") expect(await bitmapsOf(qemu)).toEqual(bitmaps);
-    }
-    const cleaned = await cowcatcher(["backup", "--qmp", qemu.monitor, "--fleece-dir", fleece, "--cleanup"]);
-    expect(cleaned.code).toBe(0);
-    expect(await bitmapsOf(qemu)).toEqual(bitmaps);
-    const next = join(folder, "next.qcow2");
-    const summary: Summary = await backup(qemu, [...onto, next]).succeed();
-    expect(summary).toMatchObject({ level: "incremental", bitmap_action: "used" });
-    expect(qemu.instantOf([await flatOf(next)], 1)).toBe(qemu.writes.length);
-    // The chain has gone on: nothing is known any more of what has changed since the full one.
-    const refused = await backup(qemu, [...onto, join(folder, "late.qcow2")]).end();
-    expect(refused.code).toBe(12);
-    expect(refused.stderr).toMatch(/drive0|vd0/);
-    expect(refused.stderr).toContain(`QEMU has no bitmap of what has changed since ${full}`);
-    const earlier = (await bitmapsOf(qemu)).map(({ name }) => name);
-    const late = join(folder, "late.qcow2");
-    const whole = await backup(qemu, [...onto, "--since-or-full", late]).succeed();
-    expect(whole).toMatchObject({ level: "full", bitmap_action: "missing" });
-    expect(qemu.instantOf([await flatOf(late)], 1)).toBe(qemu.writes.length);
-    // One that was switched off has missed something.
-    const own = (await bitmapsOf(qemu)).find(({ name }) => !earlier.includes(name));
-    await qemu.execute("block-dirty-bitmap-disable", { node: "drive0", name: own?.name ?? "" });
-    const missed = await backup(qemu, ["-b", late, "-B", "qcow2", join(folder, "x.qcow2")]).end();
-    expect(missed.code).toBe(12);
-    expect(missed.stderr).toContain("has not recorded all that was written");
-  });
+  it.runIf(IS_CAMPAIGN)(
+    "gives the bitmap back with all that was written since, after a failure and after kill -9; else exit 12",
+    async () => {
+      const qemu = await Qemu.start(folder, { sizeBytes: SIZE, format: "qcow2" });
+      await qemu.fill();
+      const full = join(folder, "full.qcow2");
+      const onto = ["-b", full, "-B", "qcow2"];
+      expect(await backup(qemu, [full]).succeed()).toMatchObject({ level: "full", bitmap_action: "new" });
+      const bitmaps = await bitmapsOf(qemu);
+      await qemu.writeSomewhere();
+      for (const signal of ["SIGINT", "SIGKILL"] as const) {
+        const running = backup(qemu, [...onto, "--rate-limit", "1K", join(folder, "lost.qcow2")]);
+        await running.started();
+        for (let i = 0; i < 5; i++) await qemu.writeSomewhere();
+        running.process.kill(signal);
+        await running.end();
+        for (let i = 0; i < 5; i++) await qemu.writeSomewhere();
+        // After a kill it is the next one that does it.
+        if (signal === "SIGINT") expect(await bitmapsOf(qemu)).toEqual(bitmaps);
+      }
+      const cleaned = await cowcatcher([
+        "backup",
+        "--qmp",
+        qemu.monitor,
+        "--fleece-dir",
+        fleece,
+        "--cleanup",
+      ]);
+      expect(cleaned.code).toBe(0);
+      expect(await bitmapsOf(qemu)).toEqual(bitmaps);
+      const next = join(folder, "next.qcow2");
+      const summary: Summary = await backup(qemu, [...onto, next]).succeed();
+      expect(summary).toMatchObject({ level: "incremental", bitmap_action: "used" });
+      expect(qemu.instantOf([await flatOf(next)], 1)).toBe(qemu.writes.length);
+      // The chain has gone on: nothing is known any more of what has changed since the full one.
+      const refused = await backup(qemu, [...onto, join(folder, "late.qcow2")]).end();
+      expect(refused.code).toBe(12);
+      expect(refused.stderr).toMatch(/drive0|vd0/);
+      expect(refused.stderr).toContain(`QEMU has no bitmap of what has changed since ${full}`);
+      const earlier = (await bitmapsOf(qemu)).map(({ name }) => name);
+      const late = join(folder, "late.qcow2");
+      const whole = await backup(qemu, [...onto, "--since-or-full", late]).succeed();
+      expect(whole).toMatchObject({ level: "full", bitmap_action: "missing" });
+      expect(qemu.instantOf([await flatOf(late)], 1)).toBe(qemu.writes.length);
+      // One that was switched off has missed something.
+      const own = (await bitmapsOf(qemu)).find(({ name }) => !earlier.includes(name));
+      await qemu.execute("block-dirty-bitmap-disable", { node: "drive0", name: own?.name ?? "" });
+      const missed = await backup(qemu, ["-b", late, "-B", "qcow2", join(folder, "x.qcow2")]).end();
+      expect(missed.code).toBe(12);
+      expect(missed.stderr).toContain("has not recorded all that was written");
+    },
+  );
 });
