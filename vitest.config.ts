@@ -1,10 +1,10 @@
 import { defineConfig } from "vitest/config";
+import { CAMPAIGN_FILES } from "./vitest.campaigns.js";
 
 export default defineConfig({
   test: {
     include: ["test/**/*.test.ts"],
-    // Campaigns of minutes: vitest.long.config.ts.
-    exclude: ["test/long/**"],
+    exclude: CAMPAIGN_FILES,
     globalSetup: ["test/support/ceph-setup.ts"],
     // No test is about these limits: they end a run that hangs, and must not end one whose processors were away.
     testTimeout: 180_000,

@@ -1,15 +1,10 @@
 import { defineConfig } from "vitest/config";
+import { CAMPAIGN_FILES, SAMPLED_FILES } from "./vitest.campaigns.js";
 
 /** Campaigns of minutes, not part of CI: `npm run test:long` (CONTRIBUTING.md). */
 export default defineConfig({
   test: {
-    include: [
-      "test/long/**/*.test.ts",
-      // Of these CI takes a part (test/support/campaign.ts).
-      "test/integration/backup/{live-backup,missing-bytes}.test.ts",
-      "test/integration/qemu/{bitmaps,ring}.test.ts",
-      "test/model/{cow-threads,qcow2-crash}.test.ts",
-    ],
+    include: [...CAMPAIGN_FILES, ...SAMPLED_FILES],
     env: { COWCATCHER_CAMPAIGN: "1" },
     globalSetup: ["test/support/ceph-setup.ts"],
     testTimeout: 3_600_000,
