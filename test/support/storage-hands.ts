@@ -39,6 +39,10 @@ export class LocalHands implements StorageHands {
     };
   }
 
+  warmUp(): Promise<void> {
+    return Promise.resolve();
+  }
+
   close(): void {
     // There is no thread to be ended.
   }

@@ -13,7 +13,7 @@
 // unprivileged process cannot raise again.
 
 import type { Piscina } from "piscina";
-import { createCopyPool, endPool, WORKER_HEAP } from "./pool.js";
+import { createCopyPool, endPool, poolHasBooted, WORKER_HEAP } from "./pool.js";
 
 /** Idle: those of four jobs of four workers and the thread that readies their buffer. One pool is kept whatever its size. */
 const KEPT_THREADS_MAX = 20;
@@ -37,6 +37,22 @@ export class CopyThreads {
       return kept;
     }
     return this.#create(workerCount);
+  }
+
+  /**
+   * Boots a thread for a job of so many workers, so that the first need not wait for it. Where there is none to be had
+   * the first job says so. Settles when it is up; never rejects.
+   */
+  async warmUp(workerCount: number): Promise<void> {
+    if (this.#closing || this.#idle.some((pool) => pool.maxThreads === workerCount)) return;
+    let pool: Piscina;
+    try {
+      pool = this.#create(workerCount);
+    } catch {
+      return;
+    }
+    this.giveBack(pool);
+    await poolHasBooted(pool);
   }
 
   /** Every task that the pool was given has ended, and its threads live. */

@@ -2,7 +2,7 @@
 
 import { randomUUID } from "node:crypto";
 import * as fs from "node:fs";
-import { setTimeout as delay } from "node:timers/promises";
+import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { promisify } from "node:util";
 import type { Image } from "../../block/device.js";
 import type { DiskNode } from "../../cow/disk-node.js";
@@ -12,6 +12,7 @@ import { BufferStore } from "../memory/buffer-store.js";
 import { PagePreparer } from "../copy/page-preparer.js";
 import { ABORT_GRACE_MS } from "../copy/run.js";
 import { CopyThreads } from "../copy/threads.js";
+import { JOB_DEFAULTS } from "../options.js";
 import type {
   BackupJob,
   BackupRequest,
@@ -47,6 +48,12 @@ const statFd: (fd: number) => Promise<fs.Stats> = promisify(fs.fstat);
 /** What is cancelled gives up its workers after one such time, their threads after another, its target after a third. */
 const UNDO_MS_MAX = 3 * ABORT_GRACE_MS + 1_000;
 
+/** Storage threads of a server, from its first job to its end. */
+interface KeptHands extends StorageHands {
+  warmUp(): Promise<void>;
+  close(): void;
+}
+
 /** The jobs of a server: starts them at one T0, lists them, ends them with the process. Main thread only. */
 export class LiveHost implements JobHost {
   readonly #nodes: ReadonlyMap<string, DiskNode>;
@@ -58,7 +65,7 @@ export class LiveHost implements JobHost {
   readonly #buffers = new BufferStore();
   readonly #tables = new TableStore();
   readonly #threads = new CopyThreads();
-  readonly #hands: StorageHands & { close(): void };
+  readonly #hands: KeptHands;
   readonly #targets: TargetClaims;
   #places: readonly NbdPlace[] = [];
   readonly #onQuit: () => void;
@@ -76,7 +83,7 @@ export class LiveHost implements JobHost {
     onQuit: () => void,
     publisher?: SnapshotPublisher,
     trackers: ReadonlyMap<string, DiskTracker> = new Map(),
-    hands: StorageHands & { close(): void } = new StorageThreads(),
+    hands: KeptHands = new StorageThreads(),
   ) {
     this.#trackers = trackers;
     this.#hands = hands;
@@ -101,6 +108,25 @@ export class LiveHost implements JobHost {
     const preparer = new PagePreparer(this.#threads, lease, { bufferBytes, everything: true, niceness: 0 });
     await preparer.ended;
     lease.release();
+  }
+
+  /**
+   * Boots the threads that the first backup needs before its T0: for its target, its spill, the pages of its buffer and
+   * its copy. Each takes a tenth of a second of a processor, which the guest would miss then. One after another, so that
+   * a guest that is served already has the others. Settles when all are up; never rejects.
+   */
+  async warmUp(): Promise<void> {
+    const boots = [
+      () => this.#hands.warmUp(),
+      () => this.#threads.warmUp(JOB_DEFAULTS.workerCount),
+      () => this.#threads.warmUp(1),
+      () => this.#hands.warmUp(),
+    ];
+    for (const boot of boots) {
+      await nextTurn();
+      if (this.#closing) return;
+      await boot();
+    }
   }
 
   disks(): readonly DiskInfo[] {

@@ -56,6 +56,11 @@ export class StorageThread {
     return this.#death === undefined;
   }
 
+  /** Settles when it is up, or has died. Never rejects. */
+  get booted(): Promise<void> {
+    return bootsOver(this.#boots);
+  }
+
   call<Call extends StorageCall>(call: Call, argument: ArgumentOf<Call>): Promise<ResultOf<Call>> {
     if (this.#death !== undefined) return Promise.reject(this.#death);
     const id = ++this.#lastId;

@@ -35,6 +35,8 @@ export class StorageThreads implements StorageHands {
         hint: "some wait for storage that does not answer: see to it",
       });
     }
+    // One may have died while it was idle.
+    this.#idle = this.#idle.filter(({ isAlive }) => isAlive);
     const thread = this.#idle.pop() ?? new StorageThread();
     let isReleased = false;
     const keepIfDone = (): void => {
@@ -54,6 +56,20 @@ export class StorageThreads implements StorageHands {
         keepIfDone();
       },
     };
+  }
+
+  /** Boots a thread ahead of the first job that needs it. Settles when it is up; never rejects. */
+  async warmUp(): Promise<void> {
+    if (this.#closing || this.#idle.length >= KEPT_MAX) return;
+    let thread: StorageThread;
+    try {
+      thread = new StorageThread();
+    } catch {
+      // The system has none; the first job says so, if that is still true then.
+      return;
+    }
+    this.#idle.push(thread);
+    await thread.booted;
   }
 
   #keep(thread: StorageThread): void {

@@ -159,6 +159,8 @@ async function serveNodes(
     leaveWorkingFolder();
     for (const listener of listeners) listener.serve(server);
     if (!quitting.isAsked) announce(settings, context, listeners);
+    // Without a control socket nobody can ask for a backup.
+    if (settings.control !== undefined) void host.warmUp();
     await quitting.asked;
   } finally {
     stopLoopDelay();
