@@ -18,6 +18,8 @@ export interface JobProgress {
   guestWaitCount: number;
   guestWaitMsMax: number;
   guestWaitMsTotal: number;
+  /** Waits by ranges of their length (cow/wait-histogram.ts); empty where they are not known, as at a client. */
+  guestWaitCounts: readonly number[];
   /** Bytes a second to the target, over the last seconds. */
   targetRate: number;
   elapsedMs: number;
@@ -38,6 +40,7 @@ export const NO_PROGRESS: JobProgress = {
   guestWaitCount: 0,
   guestWaitMsMax: 0,
   guestWaitMsTotal: 0,
+  guestWaitCounts: [],
   targetRate: 0,
   elapsedMs: 0,
   ignoredErrorCount: 0,

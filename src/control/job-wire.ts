@@ -2,10 +2,13 @@
 
 import { type BackupJob, type BasisInfo, BITMAP_ACTIONS, type RepositoryOutcome } from "../backup/host.js";
 import type { FreezeInfo } from "../backup/job/while-frozen.js";
-import type { JobProgress } from "../backup/progress.js";
+import { type JobProgress, NO_PROGRESS } from "../backup/progress.js";
 import { errorToWire, isJsonObject, type JsonObject } from "../qmp/protocol.js";
 
-const PROGRESS_FIELDS: Record<keyof JobProgress, string> = {
+/** The ranges of waits stay with the server, for its metrics. */
+type WiredField = Exclude<keyof JobProgress, "guestWaitCounts">;
+
+const PROGRESS_FIELDS: Record<WiredField, string> = {
   bytesDone: "bytes-done",
   bytesTotal: "bytes-total",
   bytesWritten: "bytes-written",
@@ -21,7 +24,7 @@ const PROGRESS_FIELDS: Record<keyof JobProgress, string> = {
   elapsedMs: "elapsed-ms",
   ignoredErrorCount: "ignored-error-count",
 };
-const PROGRESS_KEYS = Object.keys(PROGRESS_FIELDS) as (keyof JobProgress)[];
+const PROGRESS_KEYS = Object.keys(PROGRESS_FIELDS) as WiredField[];
 
 /** A job's `x-cowcatcher` object: its counters, what it is about, and its first error. */
 export function jobToWire(job: BackupJob): JsonObject {
@@ -93,7 +96,7 @@ export function progressFromWire(wire: JsonObject): JobProgress {
     const value = wire[PROGRESS_FIELDS[key]];
     return [key, typeof value === "number" ? value : 0] as const;
   });
-  return Object.fromEntries(entries) as unknown as JobProgress;
+  return { ...NO_PROGRESS, ...(Object.fromEntries(entries) as unknown as Pick<JobProgress, WiredField>) };
 }
 
 /** The `x-freeze` object of a start's answer. */

@@ -7,6 +7,7 @@ import { createServer, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
 import type { BackupJob, JobHost, JobStatus } from "../backup/host.js";
 import type { JobProgress } from "../backup/progress.js";
+import { noWaits, WAIT_BOUNDS_SECONDS } from "../cow/wait-histogram.js";
 import { ioError } from "../errors.js";
 
 /** Sums of a disk's jobs that have ended. */
@@ -15,8 +16,8 @@ interface Totals {
   captureCount: number;
   capturedBytes: number;
   spilledBytes: number;
-  guestWaitCount: number;
   guestWaitMs: number;
+  guestWaitCounts: readonly number[];
   ignoredErrorCount: number;
   done: number;
   failed: number;
@@ -92,8 +93,8 @@ export class Metrics {
     counter("captures", "Copies made before guest writes.", now.captureCount);
     counter("captured_bytes", "Bytes of those copies.", now.capturedBytes);
     counter("spilled_bytes", "Bytes that went to spill files.", now.spilledBytes);
-    counter("guest_waits", "Guest writes that waited for a backup.", now.guestWaitCount);
-    counter("guest_wait_seconds", "All of their waits together.", now.guestWaitMs / 1000);
+    const waits = { bounds: WAIT_BOUNDS_SECONDS, counts: now.guestWaitCounts, sum: now.guestWaitMs / 1000 };
+    page.histogram("cowcatcher_guest_wait_seconds", "Waits of guest writes for a backup.", labels, waits);
     counter("ignored_errors", "Errors passed over as asked.", now.ignoredErrorCount);
     for (const result of ["done", "failed", "cancelled"] as const) {
       counter("jobs_ended", "Backups that have ended.", now[result], { result });
@@ -112,8 +113,9 @@ export class Metrics {
 
 function noTotals(): Totals {
   return {
-    ...{ writtenBytes: 0, captureCount: 0, capturedBytes: 0, spilledBytes: 0, guestWaitCount: 0 },
-    ...{ guestWaitMs: 0, ignoredErrorCount: 0, done: 0, failed: 0, cancelled: 0 },
+    ...{ writtenBytes: 0, captureCount: 0, capturedBytes: 0, spilledBytes: 0, guestWaitMs: 0 },
+    guestWaitCounts: noWaits(),
+    ...{ ignoredErrorCount: 0, done: 0, failed: 0, cancelled: 0 },
   };
 }
 
@@ -124,28 +126,58 @@ function added(totals: Totals, progress: JobProgress): Totals {
     captureCount: totals.captureCount + progress.captureCount,
     capturedBytes: totals.capturedBytes + progress.capturedBytes,
     spilledBytes: totals.spilledBytes + progress.spilledBytes,
-    guestWaitCount: totals.guestWaitCount + progress.guestWaitCount,
     guestWaitMs: totals.guestWaitMs + progress.guestWaitMsTotal,
+    guestWaitCounts: totals.guestWaitCounts.map(
+      (count, range) => count + (progress.guestWaitCounts[range] ?? 0),
+    ),
     ignoredErrorCount: totals.ignoredErrorCount + progress.ignoredErrorCount,
   };
 }
 
 type Labels = Record<string, string>;
 
+interface Histogram {
+  /** Upper ends of the ranges, ascending; a last range has what is beyond them. */
+  bounds: readonly number[];
+  /** Of each range by itself. */
+  counts: readonly number[];
+  sum: number;
+}
+
 /** Samples by their metric: all of one stand together, behind its help and type. */
 class Page {
   readonly #metrics = new Map<string, string[]>();
 
   sample(name: string, type: "gauge" | "counter", help: string, labels: Labels, value: number): void {
+    this.#lines(name, type, help).push(line(name, labels, value));
+  }
+
+  /** The text format wants each bucket to hold those before it, too, and one of +Inf for all. */
+  histogram(name: string, help: string, labels: Labels, { bounds, counts, sum }: Histogram): void {
+    const lines = this.#lines(name, "histogram", help);
+    let count = 0;
+    for (const [range, bound] of [...bounds, Infinity].entries()) {
+      count += counts[range] ?? 0;
+      const le = bound === Infinity ? "+Inf" : String(bound);
+      lines.push(line(`${name}_bucket`, { ...labels, le }, count));
+    }
+    lines.push(line(`${name}_sum`, labels, sum), line(`${name}_count`, labels, count));
+  }
+
+  #lines(name: string, type: string, help: string): string[] {
     const lines = this.#metrics.get(name) ?? [`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`];
-    const pairs = Object.entries(labels).map(([label, text]) => `${label}="${escaped(text)}"`);
-    lines.push(`${name}{${pairs.join(",")}} ${value}`);
     this.#metrics.set(name, lines);
+    return lines;
   }
 
   text(): string {
     return `${[...this.#metrics.values()].flat().join("\n")}\n`;
   }
+}
+
+function line(name: string, labels: Labels, value: number): string {
+  const pairs = Object.entries(labels).map(([label, text]) => `${label}="${escaped(text)}"`);
+  return `${name}{${pairs.join(",")}} ${value}`;
 }
 
 /** Of label values: backslash, quote and line feed. */

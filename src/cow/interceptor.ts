@@ -42,6 +42,7 @@ import {
   type SharedState,
   SPILLED,
 } from "./shared.js";
+import { countWait, noWaits } from "./wait-histogram.js";
 import { WaitingLine } from "./waiting-line.js";
 
 export interface InterceptorOptions extends CaptureStoreOptions {
@@ -67,6 +68,8 @@ export interface GuestWaitCounters {
   guestWaitCount: number;
   guestWaitMsMax: number;
   guestWaitMsTotal: number;
+  /** By ranges (wait-histogram.ts). */
+  guestWaitCounts: number[];
 }
 
 /** How far a capture came without waiting. */
@@ -89,6 +92,7 @@ export class Interceptor {
     guestWaitCount: 0,
     guestWaitMsMax: 0,
     guestWaitMsTotal: 0,
+    guestWaitCounts: noWaits(),
   };
   readonly #options: InterceptorOptions;
   readonly #shared: SharedState;
@@ -309,6 +313,7 @@ export class Interceptor {
     this.counters.guestWaitCount++;
     this.counters.guestWaitMsTotal += ms;
     this.counters.guestWaitMsMax = Math.max(this.counters.guestWaitMsMax, ms);
+    countWait(this.counters.guestWaitCounts, ms);
   }
 
   /** Captures what of the write lies in one chunk. Never waits, and holds no claim afterwards unless a promise. */

@@ -220,6 +220,7 @@ describe("jobs", () => {
       guestWaitCount: 0,
       guestWaitMsMax: 0,
       guestWaitMsTotal: 0,
+      guestWaitCounts: [],
       targetRate: 40 * MiB,
       elapsedMs: 26_000,
       ignoredErrorCount: 0,

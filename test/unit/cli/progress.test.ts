@@ -29,6 +29,7 @@ const PROGRESS: JobProgress = {
   guestWaitCount: 2,
   guestWaitMsMax: 12.4,
   guestWaitMsTotal: 20,
+  guestWaitCounts: [],
   targetRate: 50 * MiB,
   elapsedMs: 60_000,
   ignoredErrorCount: 0,

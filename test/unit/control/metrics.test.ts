@@ -2,6 +2,7 @@
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { JOB_DEFAULTS } from "../../../src/backup/options.js";
 import { Metrics, type MetricsServer, serveMetrics } from "../../../src/control/metrics.js";
+import { countWait, noWaits } from "../../../src/cow/wait-histogram.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import { FakeJobHost } from "../../support/fake-job-host.js";
 
@@ -20,8 +21,15 @@ async function start(id: string, disk = "disk") {
     guestWaitCount: 2,
     guestWaitMsTotal: 30,
     guestWaitMsMax: 20,
+    guestWaitCounts: waitsOf(10, 20),
   };
   return job;
+}
+
+function waitsOf(...ms: number[]): number[] {
+  const counts = noWaits();
+  for (const wait of ms) countWait(counts, wait);
+  return counts;
 }
 
 /** The value of a sample; undefined where it is not there. */
@@ -34,7 +42,7 @@ describe("counters", () => {
   it("count on when a job ends and is forgotten, by disk and result, each job once", async () => {
     const metrics = new Metrics(host, "1");
     const waits = (): number | undefined =>
-      valueOf(metrics.text(), 'cowcatcher_guest_wait_seconds_total{disk="disk"}');
+      valueOf(metrics.text(), 'cowcatcher_guest_wait_seconds_sum{disk="disk"}');
     expect(waits()).toBe(0);
     const first = await start("a");
     expect(waits()).toBe(0.03);
@@ -47,7 +55,10 @@ describe("counters", () => {
     (await start("c")).fail(new CowcatcherError({ code: "IO", object: "", problem: "" }));
     await start("d");
     const text = metrics.text();
-    expect(valueOf(text, 'cowcatcher_guest_waits_total{disk="disk"}')).toBe(8);
+    expect(valueOf(text, 'cowcatcher_guest_wait_seconds_count{disk="disk"}')).toBe(8);
+    const bucket = (le: string) =>
+      valueOf(text, `cowcatcher_guest_wait_seconds_bucket{disk="disk",le="${le}"}`);
+    expect(["0.005", "0.01", "0.025", "60", "+Inf"].map(bucket)).toEqual([0, 4, 8, 8, 8]);
     expect(valueOf(text, 'cowcatcher_written_bytes_total{disk="disk"}')).toBe(400);
     expect(valueOf(text, 'cowcatcher_written_bytes_total{disk="data"}')).toBe(0);
     for (const result of ["done", "failed", "cancelled"]) {
@@ -73,10 +84,13 @@ describe("counters", () => {
         expect(seen.has(name)).toBe(false);
         seen.add((metric = name));
       } else if (kind === "TYPE") {
-        expect(line.endsWith(name.endsWith("_total") ? " counter" : " gauge")).toBe(true);
+        const type = name === "cowcatcher_guest_wait_seconds" ? "histogram" : "gauge";
+        expect(line.endsWith(name.endsWith("_total") ? " counter" : ` ${type}`)).toBe(true);
       } else {
         expect(line).toMatch(
-          new RegExp(`^${metric}\\{(?:[a-z]+="(?:[^"\\\\\\n]|\\\\.)*",?)+\\} [\\d.e+-]+$`),
+          new RegExp(
+            `^${metric}(?:_bucket|_sum|_count)?\\{(?:[a-z]+="(?:[^"\\\\\\n]|\\\\.)*",?)+\\} [\\d.e+-]+$`,
+          ),
         );
       }
     }
