@@ -18,7 +18,7 @@ import { makeRawDisk } from "./lib/disks.js";
 import { runFio, type FioPattern } from "./lib/fio.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
 import { formatFigure, markdownTable, median } from "./lib/statistics.js";
-import { lineChart } from "./lib/svg.js";
+import { lineChart } from "../src/bench/line-chart.js";
 
 const HELP = `npm run bench:memory -- [options]
   --minutes N            of random writes (10)

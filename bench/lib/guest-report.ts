@@ -3,7 +3,7 @@
 import type { Cell } from "./guest-cells.js";
 import type { Measurement } from "./measure-guest.js";
 import { formatFigure, markdownTable, medianOf } from "./statistics.js";
-import { lineChart } from "./svg.js";
+import { lineChart } from "../../src/bench/line-chart.js";
 
 export interface CellResult {
   name: string;

@@ -1,10 +1,11 @@
 // The benchmark behind `cowcatcher bench`: what a guest's writes cost with no backup, an unbuffered and a buffered one.
 //
-//   make the disk ─► for each phase: serve ─► guest connects ─► T0 ─► guest writes for the runtime ─► the backup's end
+//   make the disk ─► for each phase: serve ─► the guest writes ─► T0 ─► the runtime, measured ─► the backup's end ─► it stops
+//                                            └──lead──┘                                              └──lead──┘
 //
-// Each phase has a server of its own, so that none finds what another left in memory, and its own T0; the backup
-// starts just before the guest, and goes on to its end afterwards, at most `backupTimeoutMs`. Guest and server are
-// two processes, as in life: the guest (guest.ts) has this one, where nothing else happens while it writes but a
+// Each phase has a server of its own, so that none finds what another left in memory, and its own T0. The guest writes
+// all the time, so that its timeline shows it before, during and after the backup, which goes on to its end after the
+// runtime, at most `backupTimeoutMs`; what is measured is the runtime alone. Guest and server are two processes, as in life: the guest (guest.ts) has this one, where nothing else happens while it writes but a
 // question for progress now and then.
 //
 // Everything lies in one new folder, sockets in a second one under the temporary folder (their paths are short by
@@ -15,6 +16,7 @@ import type { ChildProcess } from "node:child_process";
 import { mkdtempSync, rmSync, statSync } from "node:fs";
 import { statfs } from "node:fs/promises";
 import { tmpdir } from "node:os";
+import { setTimeout as delay } from "node:timers/promises";
 import { join } from "node:path";
 import type { OnBufferFull } from "../cow/policies.js";
 import type { JobProgress } from "../backup/progress.js";
@@ -25,6 +27,7 @@ import { formatBytes } from "../units.js";
 import { makeDisk } from "./disk.js";
 import { BenchGuest, type GuestFigures } from "./guest.js";
 import { BenchServer } from "./server.js";
+import type { TimelineFigures } from "./timeline.js";
 
 export interface BenchSettings {
   /** Where disk, target and spill stand. */
@@ -64,10 +67,14 @@ export interface PhaseResult {
   name: PhaseName;
   guest: GuestFigures;
   backup: BackupFigures | undefined;
+  timeline: TimelineFigures;
 }
 
 const DISK = "disk";
 const JOB = "bench";
+/** What the timeline shows before T0 and after the backup: this part of the runtime, and no more than so long. */
+const LEAD_FRACTION = 0.2;
+const LEAD_MS_MAX = 1000;
 
 /**
  * Three phases on a test disk: no backup, an unbuffered one, a buffered one. Removes what it made, whatever
@@ -186,11 +193,19 @@ export class Benchmark {
     try {
       this.#check();
       guest = await BenchGuest.connect({ socketPath, exportName: DISK, blockBytes, ioDepth });
+      const leadMs = Math.min(runtimeMs * LEAD_FRACTION, LEAD_MS_MAX);
+      const timeline = guest.start();
+      await Promise.race([delay(leadMs), cancelled]);
       const backup = name === "no backup" ? undefined : await this.#startBackup(name, server, folder);
-      const writing = guest.run(runtimeMs);
-      writing.catch(() => undefined);
-      const figures = await Promise.race([writing, cancelled, ...(backup ? [backup.failed] : [])]);
-      return { name, guest: figures, backup: await Promise.race([backup?.end(), cancelled]) };
+      if (backup !== undefined) timeline.markT0(performance.now());
+      void backup?.over.then(() => timeline.markEnd(performance.now()));
+      const measuring = guest.measure(runtimeMs);
+      measuring.catch(() => undefined);
+      const figures = await Promise.race([measuring, cancelled, ...(backup ? [backup.failed] : [])]);
+      const backupFigures = await Promise.race([backup?.end(), cancelled]);
+      await Promise.race([delay(leadMs), cancelled]);
+      await Promise.race([guest.stop(), cancelled]);
+      return { name, guest: figures, backup: backupFigures, timeline: timeline.figures(performance.now()) };
     } finally {
       this.#onCancel = undefined;
       guest?.close();
@@ -205,7 +220,7 @@ export class Benchmark {
     name: PhaseName,
     server: BenchServer,
     folder: string,
-  ): Promise<{ failed: Promise<never>; end(): Promise<BackupFigures> }> {
+  ): Promise<{ failed: Promise<never>; over: Promise<void>; end(): Promise<BackupFigures> }> {
     const { control } = server;
     const { targetFormat, force, rateLimitBytes, onBufferFull, direct, backupTimeoutMs } = this.#settings;
     const bufferBytes = name === "buffered" ? this.#settings.cowBufferSizeBytes : 0;
@@ -226,6 +241,10 @@ export class Benchmark {
       watched.catch(reject);
     });
     failed.catch(() => undefined);
+    const over = watched.then(
+      () => undefined,
+      () => undefined,
+    );
     const end = async (): Promise<BackupFigures> => {
       const endedBeforeGuest = hasEnded;
       const progress = await withinTime(watched, backupTimeoutMs);
@@ -243,7 +262,7 @@ export class Benchmark {
         throw new CowcatcherError({ code: "INTERNAL", object: JOB, problem: "is lost" });
       return { bufferBytes, isComplete: last !== undefined, endedBeforeGuest, progress: final };
     };
-    return { failed, end };
+    return { failed, over, end };
   }
 
   #target(folder: string): string {

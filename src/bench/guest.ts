@@ -5,7 +5,10 @@
 // answered with the next write of the same slot, and all that a chunk of replies asks for leaves in one system call.
 // The cookie is the slot's number. No promise, closure or object a request, apart from those of the socket.
 //
-//   slot: free ──write──► in flight (sentMs[slot] > 0) ──reply──► free ──write──► …   until the time is up
+//   slot: free ──write──► in flight (sentMs[slot] > 0) ──reply──► free ──write──► …   until it is stopped
+//
+// It writes from `start` to `stop`, and all that time is in its timeline. Figures are those of a window in it: of the writes
+// that were sent in it, each of which is waited for.
 //
 // The handshake is the shortest there is, EXPORT_NAME; this guest talks to no other server than ours. It belongs to
 // the benchmark's main thread; the server is another process. Specification: doc/proto.md of NetworkBlockDevice/nbd.
@@ -31,6 +34,7 @@ import {
 } from "../nbd/wire/protocol.js";
 import { KiB } from "../units.js";
 import { LatencyHistogram } from "./latency-histogram.js";
+import { Timeline } from "./timeline.js";
 
 export interface GuestOptions {
   socketPath: string;
@@ -47,6 +51,17 @@ export interface GuestFigures {
   averageMs: number;
   p99Ms: number;
   longestMs: number;
+}
+
+/** Of the writes sent from its start on until its time is up. */
+interface Window {
+  startMs: number;
+  endMs: number;
+  /** Its writes that are not answered yet. */
+  inFlight: number;
+  lastReplyMs: number;
+  histogram: LatencyHistogram;
+  settle: (error?: CowcatcherError) => void;
 }
 
 const GREETING_BYTES = 18;
@@ -69,8 +84,11 @@ export class BenchGuest {
   readonly #partialReply = Buffer.alloc(SIMPLE_REPLY_BYTES);
   #partialBytes = 0;
   #inFlight = 0;
-  #endMs = 0;
-  #histogram = new LatencyHistogram();
+  #isWriting = false;
+  #timeline = new Timeline(0);
+  #window: Window | undefined;
+  /** Which slots' writes are the window's. */
+  readonly #inWindow: Uint8Array;
   #failure: CowcatcherError | undefined;
   #whenIdle: ((error?: CowcatcherError) => void) | undefined;
 
@@ -83,6 +101,7 @@ export class BenchGuest {
     this.#requests = Array.from({ length: ioDepth }, (_, slot) => writeRequest(slot, blockBytes));
     this.#views = this.#requests.map(({ buffer, byteOffset }) => new DataView(buffer, byteOffset));
     this.#sentMs = new Float64Array(ioDepth);
+    this.#inWindow = new Uint8Array(ioDepth);
     receiver.take = (bytes) => this.#receive(bytes);
     receiver.fail = (error) => this.#fail(error);
     socket.setTimeout(SILENCE_MS, () => {
@@ -125,23 +144,45 @@ export class BenchGuest {
     }
   }
 
+  /** Writes until `stop`. Once. @throws CowcatcherError IO where the connection is lost already */
+  start(): Timeline {
+    if (this.#failure !== undefined) throw this.#failure;
+    const startMs = performance.now();
+    this.#timeline = new Timeline(startMs);
+    this.#isWriting = true;
+    this.#socket.cork();
+    for (let slot = 0; slot < this.#requests.length; slot++) this.#send(slot, startMs);
+    this.#socket.uncork();
+    return this.#timeline;
+  }
+
   /**
-   * Writes for `runtimeMs`, then waits for what is in flight. Not while another run is under way.
+   * The figures of the next `runtimeMs`. While it writes; one at a time.
    * @throws CowcatcherError IO for a write that the server refused, with its offset, or a lost connection.
    */
-  async run(runtimeMs: number): Promise<GuestFigures> {
+  async measure(runtimeMs: number): Promise<GuestFigures> {
     if (this.#failure !== undefined) throw this.#failure;
-    const histogram = new LatencyHistogram();
-    this.#histogram = histogram;
     const startMs = performance.now();
-    this.#endMs = startMs + runtimeMs;
-    await new Promise<void>((resolve, reject) => {
-      this.#whenIdle = (error) => (error === undefined ? resolve() : reject(error));
-      this.#socket.cork();
-      for (let slot = 0; slot < this.#requests.length; slot++) this.#send(slot, startMs);
-      this.#socket.uncork();
-    });
-    const seconds = (performance.now() - startMs) / 1000;
+    const histogram = new LatencyHistogram();
+    const window: Window = {
+      startMs,
+      endMs: startMs + runtimeMs,
+      inFlight: 0,
+      lastReplyMs: startMs,
+      histogram,
+      settle: () => undefined,
+    };
+    // What is in flight was sent before.
+    this.#inWindow.fill(0);
+    this.#window = window;
+    try {
+      await new Promise<void>((resolve, reject) => {
+        window.settle = (error) => (error === undefined ? resolve() : reject(error));
+      });
+    } finally {
+      this.#window = undefined;
+    }
+    const seconds = (window.lastReplyMs - startMs) / 1000;
     return {
       writeCount: histogram.count,
       seconds,
@@ -150,6 +191,16 @@ export class BenchGuest {
       p99Ms: histogram.percentileMicroseconds(0.99) / 1000,
       longestMs: histogram.longestMicroseconds / 1000,
     };
+  }
+
+  /** Begins no more writes, and waits for those in flight. @throws CowcatcherError as measure */
+  async stop(): Promise<void> {
+    this.#isWriting = false;
+    if (this.#failure !== undefined) throw this.#failure;
+    if (this.#inFlight === 0) return;
+    await new Promise<void>((resolve, reject) => {
+      this.#whenIdle = (error) => (error === undefined ? resolve() : reject(error));
+    });
   }
 
   /** Says goodbye and hangs up; what is in flight fails. */
@@ -171,6 +222,11 @@ export class BenchGuest {
     writeUint64(view, 16, Math.floor(Math.random() * this.#blockCount) * this.#blockBytes);
     this.#sentMs[slot] = nowMs;
     this.#inFlight++;
+    const window = this.#window;
+    if (window !== undefined && nowMs < window.endMs) {
+      this.#inWindow[slot] = 1;
+      window.inFlight++;
+    }
     this.#socket.write(request);
   }
 
@@ -192,6 +248,8 @@ export class BenchGuest {
       this.#takeReply(this.#partialReply, 0, nowMs);
     }
     this.#socket.uncork();
+    const window = this.#window;
+    if (window !== undefined && nowMs >= window.endMs && window.inFlight === 0) window.settle();
     if (this.#inFlight === 0) this.#whenIdle?.();
   }
 
@@ -209,15 +267,23 @@ export class BenchGuest {
       this.#fail(this.#error(`the server refused a write with error ${nbdError}`, "EIO", offsetBytes));
       return;
     }
-    this.#histogram.record((nowMs - sentMs) * 1000);
+    this.#timeline.record(nowMs);
+    const window = this.#window;
+    if (window !== undefined && this.#inWindow[slot] === 1) {
+      window.histogram.record((nowMs - sentMs) * 1000);
+      window.lastReplyMs = nowMs;
+      window.inFlight--;
+      this.#inWindow[slot] = 0;
+    }
     this.#sentMs[slot] = 0;
     this.#inFlight--;
-    if (nowMs < this.#endMs) this.#send(slot, nowMs);
+    if (this.#isWriting) this.#send(slot, nowMs);
   }
 
   #fail(error: CowcatcherError): void {
     this.#failure ??= error;
     this.#socket.destroySoon();
+    this.#window?.settle(this.#failure);
     this.#whenIdle?.(this.#failure);
   }
 

@@ -4,7 +4,7 @@ import { once } from "node:events";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { COWCATCHER_BIN, cowcatcher, type RunResult } from "../support/cli.js";
+import { COWCATCHER_BIN, cowcatcher, run, type RunResult } from "../support/cli.js";
 import { Process, scratchFolder, stopAll, until } from "../support/server.js";
 
 const TINY = ["--size", "8M", "--runtime", "200ms", "--rate-limit", "40M"];
@@ -66,7 +66,31 @@ describe("bench", () => {
       "unbuffered",
       "buffered, 256 MiB",
     ]);
+    expect(result.stdout).toMatch(
+      /^Of its writes the guest kept \d+ % with the buffered backup, \d+ % with the unbuffered one\.$/m,
+    );
     expectNothingLeft();
+  });
+
+  it("draws the guest's writes before, during and after, as SVG and in a terminal", async () => {
+    const plot = join(folder, "guest.svg");
+    const command = [process.execPath, COWCATCHER_BIN, "bench", "--dir", folder, "--plot", plot, ...TINY];
+    // A terminal of its own, by util-linux.
+    const env = { TMPDIR: temporary, TERM: "xterm" };
+    const shown = await run("script", ["-qec", command.join(" "), "/dev/null"], { env });
+    expect(shown.code).toBe(0);
+    expect(shown.stdout.match(/└T0/g)).toHaveLength(2);
+    expect(shown.stdout).toContain("\u001b[36m");
+    const svg = readFileSync(plot, "utf8");
+    expect(svg.match(/<path d="M[\d. L]+" fill="none"/g)).toHaveLength(3);
+    // T0 and the end of two backups.
+    expect(svg.match(/stroke-dasharray/g)).toHaveLength(4);
+    const plain = await run("script", ["-qec", command.join(" "), "/dev/null"], {
+      env: { ...env, NO_COLOR: "1" },
+    });
+    expect(plain.stdout).toContain("└T0");
+    expect(plain.stdout).not.toContain("\u001b[3");
+    expectNothingLeft(["guest.svg"]);
   });
 
   it("gives its figures as one JSON document", async () => {
@@ -128,6 +152,16 @@ describe("bench", () => {
 });
 
 describe("bench refuses", () => {
+  it("a plot where none can be written, before it makes anything", async () => {
+    const plot = join(folder, "missing", "guest.svg");
+    expect(await bench([...TINY, "--plot", plot])).toMatchObject({
+      code: 1,
+      stderr: `cowcatcher: ${plot}: cannot write the plot: no such file or directory\n`,
+    });
+    expect((await bench([...TINY, "--plot", folder])).stderr).toMatch(/is there, and no file/);
+    expectNothingLeft();
+  });
+
   it("a target that is there, and does not touch it", async () => {
     const target = join(folder, "precious.raw");
     writeFileSync(target, "precious");

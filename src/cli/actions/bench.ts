@@ -1,24 +1,35 @@
 // `bench`: the guest's IOPS and latency with no backup, an unbuffered one and a buffered one, on the user's storage.
 
-import { statSync } from "node:fs";
+import { accessSync, constants, statSync, writeFileSync } from "node:fs";
+import { dirname } from "node:path";
 import {
   Benchmark,
   type BackupFigures,
   type BenchSettings,
   type PhaseResult,
 } from "../../bench/benchmark.js";
-import { CowcatcherError } from "../../errors.js";
+import { lineChart } from "../../bench/line-chart.js";
+import { ratesOf, type TimelineFigures } from "../../bench/timeline.js";
+import { CowcatcherError, ioError } from "../../errors.js";
+import { hasColours } from "../output/colour.js";
 import { formatBytes, formatDuration } from "../../units.js";
-import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
+import { printJsonDocument, printLine, type CommandContext, type TextOutput } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
+import { timelinePictures } from "../output/timeline-picture.js";
+import type { BenchCommandSettings } from "../options/bench-options.js";
 import { isNbdUri, isRbdAddress, NULL_TARGET, unsupported, usageError } from "../options/options.js";
 import { onInterrupt } from "../signals.js";
 
 /** A terminal sends its signal to the server, too, and the server's end may be noticed before the signal. */
 const SIGNAL_GRACE_MS = 100;
+const DEFAULT_COLUMNS = 80;
+/** Of a line in a plot of 750 pixels. */
+const PLOT_POINTS = 200;
+const MS = 1000;
 
-export async function runBench(settings: BenchSettings, context: CommandContext): Promise<number> {
+export async function runBench(settings: BenchCommandSettings, context: CommandContext): Promise<number> {
   checkTarget(settings);
+  if (settings.plot !== undefined) checkPlot(settings.plot);
   const { output } = context;
   const showsSteps = !output.quiet && (output.progress ?? output.stderr.isTTY ?? false);
   const benchmark = new Benchmark(settings, (step) => {
@@ -30,8 +41,11 @@ export async function runBench(settings: BenchSettings, context: CommandContext)
   });
   try {
     const results = await benchmark.run();
+    if (settings.plot !== undefined) writePlot(settings.plot, results);
     if (output.json) printJsonDocument(output, benchDocument(settings, results));
-    else for (const line of benchLines(settings, results)) printLine(output, line);
+    else
+      for (const line of [...benchLines(settings, results), ...pictures(results, output.stdout)])
+        printLine(output, line);
     return EXIT.done;
   } catch (error) {
     await new Promise((resolve) => setTimeout(resolve, SIGNAL_GRACE_MS));
@@ -39,6 +53,49 @@ export async function runBench(settings: BenchSettings, context: CommandContext)
   } finally {
     removeHandlers();
   }
+}
+
+/** Said now rather than after minutes. @throws CowcatcherError */
+function checkPlot(path: string): void {
+  const stats = statSync(path, { throwIfNoEntry: false });
+  if (stats !== undefined && !stats.isFile()) {
+    throw new CowcatcherError({
+      code: "EXISTS",
+      object: path,
+      problem: "is there, and no file",
+      hint: "choose another name",
+    });
+  }
+  try {
+    accessSync(stats === undefined ? dirname(path) : path, constants.W_OK);
+  } catch (error) {
+    throw ioError("write the plot", path, error);
+  }
+}
+
+/** @throws CowcatcherError IO, NO_SPACE */
+function writePlot(path: string, results: readonly PhaseResult[]): void {
+  const series = results.map(({ name, timeline }) => ({
+    name,
+    points: ratesOf(timeline, PLOT_POINTS).map((y, part) => ({
+      x: (((part + 0.5) / PLOT_POINTS) * timeline.lengthMs) / MS,
+      y,
+    })),
+    marks: [timeline.t0Ms, timeline.endMs].flatMap((ms) => (ms === undefined ? [] : ms / MS)),
+  }));
+  const title = "A guest's writes before, during and after a backup (dashed: T0, the backup's end)";
+  try {
+    writeFileSync(path, `${lineChart(title, "seconds", "writes a second", series)}\n`);
+  } catch (error) {
+    throw ioError("write the plot", path, error);
+  }
+}
+
+/** For people who look at it, in a terminal that has room. */
+function pictures(results: readonly PhaseResult[], stdout: TextOutput): string[] {
+  if (stdout.isTTY !== true) return [];
+  const isColoured = hasColours(stdout, process.env);
+  return ["", ...timelinePictures(results, { columns: stdout.columns || DEFAULT_COLUMNS, isColoured })];
 }
 
 function interrupted(signal: string): CowcatcherError {
@@ -87,7 +144,10 @@ function needsForce(object: string, problem: string): CowcatcherError {
 }
 
 /** Figures of a phase as `--json` prints them: milliseconds, bytes, seconds. */
-function phaseDocument({ name, guest, backup }: PhaseResult, base: PhaseResult | undefined): object {
+function phaseDocument(
+  { name, guest, backup, timeline }: PhaseResult,
+  base: PhaseResult | undefined,
+): object {
   return {
     phase: name,
     writes: guest.writeCount,
@@ -100,7 +160,13 @@ function phaseDocument({ name, guest, backup }: PhaseResult, base: PhaseResult |
       longest: rounded(guest.longestMs, 3),
     },
     backup: backup === undefined ? null : backupDocument(backup),
+    timeline: timelineDocument(timeline),
   };
+}
+
+function timelineDocument({ slotMs, writes, t0Ms, endMs, lengthMs }: TimelineFigures): object {
+  const ms = (value: number | undefined): number | null => (value === undefined ? null : rounded(value, 3));
+  return { slot_ms: slotMs, writes, t0_ms: ms(t0Ms), end_ms: ms(endMs), length_ms: ms(lengthMs) };
 }
 
 function backupDocument({ bufferBytes, isComplete, endedBeforeGuest, progress }: BackupFigures): object {
@@ -148,7 +214,23 @@ export function benchLines(settings: BenchSettings, results: readonly PhaseResul
     formatLatency(guest.longestMs),
     ...backupCells(backup),
   ]);
-  return [headline(settings), "", ...alignColumns([HEADING, ...rows]), ...notes(results)];
+  return [
+    headline(settings),
+    "",
+    ...alignColumns([HEADING, ...rows]),
+    "",
+    verdict(results),
+    ...notes(results),
+  ];
+}
+
+/** What it comes to, in a line. */
+function verdict([base, unbuffered, buffered]: readonly PhaseResult[]): string {
+  const kept = (phase: PhaseResult | undefined): string =>
+    base === undefined || phase === undefined
+      ? "-"
+      : `${Math.round((phase.guest.iops / base.guest.iops) * 100)} %`;
+  return `Of its writes the guest kept ${kept(buffered)} with the buffered backup, ${kept(unbuffered)} with the unbuffered one.`;
 }
 
 function headline(settings: BenchSettings): string {

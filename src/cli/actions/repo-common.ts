@@ -1,4 +1,4 @@
-// What all actions on repositories share: opening one, finding a backup in it, a table of text.
+// What all actions on repositories share: opening one, finding a backup in it.
 import { CowcatcherError } from "../../errors.js";
 import { parseBackupAddress } from "../../repository/address.js";
 import { type BackupEntry, Repository } from "../../repository/repository.js";
@@ -48,14 +48,4 @@ export async function findEntry(repository: Repository, name: string): Promise<B
     problem: "there is no such backup",
     hint: "see repo list",
   });
-}
-
-export function table(rows: readonly string[][]): string[] {
-  const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0)));
-  return rows.map((row) =>
-    row
-      .map((cell, column) => cell.padEnd(widths[column] ?? 0))
-      .join("  ")
-      .trimEnd(),
-  );
 }

@@ -4,9 +4,10 @@ import type { KeyInfo } from "../../repository/format/keys.js";
 import { usageError } from "../options/options.js";
 import { keyFromFile, passphraseFromFile } from "../../repository/key-files.js";
 import { keySource, repositoryArguments } from "../options/repository-options.js";
+import { alignColumns } from "../output/columns.js";
 import { type CommandContext, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { refuseRest, type RepoFlags, table, withRepository } from "./repo-common.js";
+import { refuseRest, type RepoFlags, withRepository } from "./repo-common.js";
 
 export function runKey(
   [action, ...args]: string[],
@@ -21,7 +22,7 @@ export function runKey(
       case "list": {
         const shown = await shownKeys(repository);
         if (output.json) printJsonDocument(output, shown);
-        else for (const line of table(shown.map(Object.values<string>))) printLine(output, line);
+        else for (const line of alignColumns(shown.map(Object.values<string>))) printLine(output, line);
         return EXIT.done;
       }
       case "add":

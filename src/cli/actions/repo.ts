@@ -11,14 +11,15 @@ import {
 import type { Manifest } from "../../repository/format/manifest.js";
 import { type BackupEntry, Repository } from "../../repository/repository.js";
 import { prune } from "../../repository/upkeep/prune.js";
-import { readStats } from "../../repository/upkeep/stats.js";
+import { type GroupStats, readStats } from "../../repository/upkeep/stats.js";
 import { inParallel, READERS } from "../../repository/work/parallel.js";
 import { formatBytes } from "../../units.js";
 import { usageError } from "../options/options.js";
 import { keySource, repositoryArguments } from "../options/repository-options.js";
+import { alignColumns, fitColumns } from "../output/columns.js";
 import { type CommandContext, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
-import { refuseRest, type RepoFlags, table, withRepository } from "./repo-common.js";
+import { refuseRest, type RepoFlags, withRepository } from "./repo-common.js";
 
 export interface InitFlags extends RepoFlags {
   chunkSize?: number;
@@ -136,7 +137,7 @@ function listLines(backups: readonly ListedBackup[]): string[] {
       marks.filter((mark) => mark !== "").join(", "),
     ];
   });
-  return table([["GROUP", "TIME", "DISKS", "LEVEL", "NEW", ""], ...rows]);
+  return alignColumns([["GROUP", "TIME", "DISKS", "LEVEL", "NEW", ""], ...rows]);
 }
 
 export function runPrune(args: string[], flags: RepoFlags, { output }: CommandContext): Promise<number> {
@@ -169,6 +170,17 @@ export function runPrune(args: string[], flags: RepoFlags, { output }: CommandCo
   });
 }
 
+function statsTable(groups: readonly GroupStats[]): string[] {
+  const rows = groups.map(({ group, backups, last, diskBytes, newBytes }) => [
+    group,
+    String(backups),
+    last.replace(/\.\d+Z$/, "Z"),
+    formatBytes(diskBytes),
+    formatBytes(newBytes),
+  ]);
+  return fitColumns([["GROUP", "BACKUPS", "LAST", "DISKS", "NEW"], ...rows]);
+}
+
 export function runStats(args: string[], flags: RepoFlags, { output }: CommandContext): Promise<number> {
   const { repository: address, rest } = repositoryArguments(args, flags.repo);
   refuseRest(rest);
@@ -184,9 +196,17 @@ export function runStats(args: string[], flags: RepoFlags, { output }: CommandCo
         chunk_bytes: chunkBytes,
         metadata_bytes: metadataBytes,
         damaged_chunks: damagedChunks,
+        by_group: stats.byGroup.map(({ group, backups: count, last, diskBytes: bytes, newBytes }) => ({
+          group,
+          backups: count,
+          last,
+          disk_bytes: bytes,
+          new_bytes: newBytes,
+        })),
       });
       return EXIT.done;
     }
+    for (const line of statsTable(stats.byGroup)) printLine(output, line);
     printLine(output, `${backups} backups in ${groups} groups, disks of ${formatBytes(diskBytes)}`);
     printLine(
       output,

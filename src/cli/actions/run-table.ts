@@ -1,9 +1,7 @@
 // What a run says at its end: a table of jobs that fits 80 columns.
 import type { JobResult } from "../../run/result.js";
 import { formatBytes, formatDuration } from "../../units.js";
-import { alignColumns } from "../output/columns.js";
-
-const MAX_NAME = 24;
+import { fitColumns } from "../output/columns.js";
 
 export function summaryTable(results: readonly JobResult[]): string[] {
   if (results.length === 0) return ["no job"];
@@ -12,7 +10,7 @@ export function summaryTable(results: readonly JobResult[]): string[] {
     const written = disks.reduce((sum, disk) => sum + disk.bytes_written, 0);
     const waitMs = Math.max(0, ...disks.map((disk) => disk.guest_wait_ms_max));
     return [
-      job.length > MAX_NAME ? `${job.slice(0, MAX_NAME - 1)}…` : job,
+      job,
       result.exit_code === 0 || result.result === "skipped"
         ? result.result
         : `${result.result} (${result.exit_code})`,
@@ -23,5 +21,5 @@ export function summaryTable(results: readonly JobResult[]): string[] {
       String(removed.length),
     ];
   });
-  return alignColumns([["JOB", "RESULT", "LEVEL", "WRITTEN", "TIME", "WAIT", "REMOVED"], ...rows]);
+  return fitColumns([["JOB", "RESULT", "LEVEL", "WRITTEN", "TIME", "WAIT", "REMOVED"], ...rows]);
 }

@@ -13,6 +13,7 @@ import { type JobResult, type LineLevel, worstExitCode } from "../../run/result.
 import { checkJobArguments } from "../options/job-arguments.js";
 import { usageError } from "../options/options.js";
 import type { RunRequest } from "../options/run-options.js";
+import { coloured, hasColours } from "../output/colour.js";
 import { type CommandContext, type OutputSettings, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT, interruptExitCode } from "../output/exit-codes.js";
 import { onInterrupt } from "../signals.js";
@@ -93,7 +94,11 @@ export async function runRun(request: RunRequest, context: CommandContext): Prom
         faults: loaded.faults.map(faultDocument),
       } satisfies RunDocument);
     } else if (!output.quiet) {
-      for (const line of summaryTable(results)) printLine(output, line);
+      const isColoured = hasColours(output.stdout, process.env);
+      for (const [row, line] of summaryTable(results).entries()) {
+        const isBad = row > 0 && results[row - 1]?.result === "failed";
+        printLine(output, coloured(line, "red", isColoured && isBad));
+      }
     }
     return exitCode;
   } finally {

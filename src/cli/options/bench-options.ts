@@ -5,6 +5,7 @@ import type { BenchSettings } from "../../bench/benchmark.js";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import type { ImageFormat } from "../../block/format.js";
 import { targetFormatOf } from "./target-format.js";
+import { absoluteName } from "../../file-names.js";
 import { GiB, KiB, MiB, formatBytes } from "../../units.js";
 import {
   bufferSizeOption,
@@ -17,6 +18,12 @@ import {
   refuseStdio,
   usageError,
 } from "./options.js";
+
+/** With what is the command's own. */
+export interface BenchCommandSettings extends BenchSettings {
+  /** Where the plot goes; undefined: there is none. */
+  plot: string | undefined;
+}
 
 export interface BenchFlags {
   dir?: string;
@@ -33,6 +40,7 @@ export interface BenchFlags {
   runtime?: number;
   backupTimeout?: number;
   direct?: boolean;
+  plot?: string;
 }
 
 // The fio job that this project began with, on a disk small enough to be made in seconds, against a target that is
@@ -74,11 +82,14 @@ export function addBenchOptions(command: Command): Command {
     .addOption(countOption("--iodepth <N>", "writes that the guest has in flight (8)", IO_DEPTH_BOUNDS))
     .addOption(durationOption("--runtime <TIME>", "of the guest in each phase (5s)"))
     .addOption(durationOption("--backup-timeout <TIME>", "for a backup's rest, after the guest (2m)"))
-    .option("--direct", "O_DIRECT on disk and target");
+    .option("--direct", "O_DIRECT on disk and target")
+    .addOption(
+      pathOption("--plot <FILE>", "SVG picture of the guest's writes before, during and after each backup"),
+    );
 }
 
 /** @throws CowcatcherError USAGE for what cannot mean anything. */
-export function parseBenchSettings(flags: BenchFlags): BenchSettings {
+export function parseBenchSettings(flags: BenchFlags): BenchCommandSettings {
   const blockBytes = flags.blockSize ?? DEFAULTS.blockBytes;
   const ioDepth = flags.iodepth ?? DEFAULTS.ioDepth;
   const sizeBytes = flags.size ?? DEFAULTS.sizeBytes;
@@ -104,6 +115,7 @@ export function parseBenchSettings(flags: BenchFlags): BenchSettings {
     runtimeMs: time("--runtime", flags.runtime ?? DEFAULTS.runtimeMs, MIN_RUNTIME_MS),
     backupTimeoutMs: time("--backup-timeout", flags.backupTimeout ?? DEFAULTS.backupTimeoutMs, 0),
     direct: flags.direct ?? false,
+    plot: flags.plot === undefined ? undefined : absoluteName(flags.plot),
   };
 }
 

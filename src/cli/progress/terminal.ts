@@ -6,8 +6,8 @@
 // nothing, and begins afresh where it finds the cursor when it is back.
 import { MultiBar, type Options, type Params, type SingleBar } from "cli-progress";
 import type { JobProgress } from "../../backup/progress.js";
-import type { TextOutput } from "../output/context.js";
-import type { Environment } from "../output/context.js";
+import type { Environment, TextOutput } from "../output/context.js";
+import { coloured, hasColours } from "../output/colour.js";
 import { WatchedJobs, type WatchedJob } from "./jobs.js";
 import { bufferFraction, fractionDone } from "./pace.js";
 import { progressLine } from "./plain.js";
@@ -23,8 +23,6 @@ const NARROW_BAR_COLUMNS = 10;
 const MAX_NAME_COLUMNS = 24;
 const DEFAULT_COLUMNS = 80;
 const ALMOST_FULL = 0.75;
-const YELLOW = "\u001b[33m";
-const RESET = "\u001b[0m";
 
 export class TerminalView implements PrintableView {
   private readonly jobs = new WatchedJobs();
@@ -41,8 +39,7 @@ export class TerminalView implements PrintableView {
     environment: Environment,
     private readonly mayDraw: () => boolean = isInForeground,
   ) {
-    // https://no-color.org: set and not empty.
-    this.color = (environment["NO_COLOR"] ?? "") === "";
+    this.color = hasColours(output, environment);
     this.multibar = new MultiBar({
       // A TextOutput that is a terminal is process.stderr; tests give a stream.
       stream: this.#gatedStream() as unknown as NodeJS.WritableStream,
@@ -188,5 +185,5 @@ function shorten(text: string, columns: number): string {
 function colorBuffer(text: string, progress: JobProgress | undefined, color: boolean): string {
   if (!color || progress === undefined || bufferFraction(progress) < ALMOST_FULL) return text;
   const part = bufferPart(progress);
-  return text.replace(part, `${YELLOW}${part}${RESET}`);
+  return text.replace(part, coloured(part, "yellow", color));
 }

@@ -4,8 +4,21 @@ import { CHUNKS_PREFIX, DAMAGED_PREFIX, GROUPS_PREFIX, parseChunkName } from "..
 import type { Repository } from "../repository.js";
 import { inParallel, READERS } from "../work/parallel.js";
 
+export interface GroupStats {
+  group: string;
+  backups: number;
+  /** T0 of the last one. */
+  last: string;
+  /** Sizes of the last one's disks, holes included; 0 where it cannot be read. */
+  diskBytes: number;
+  /** What its backups brought that was not there. */
+  newBytes: number;
+}
+
 export interface RepositoryStats {
   groups: number;
+  /** By name. */
+  byGroup: GroupStats[];
   backups: number;
   /** Sizes of all disks of all backups, holes included. */
   diskBytes: number;
@@ -22,7 +35,8 @@ export async function readStats(repository: Repository): Promise<RepositoryStats
   const { store } = repository;
   const entries = await repository.backups();
   const stats: RepositoryStats = {
-    groups: new Set(entries.map(({ group }) => group)).size,
+    groups: 0,
+    byGroup: [],
     backups: entries.length,
     diskBytes: 0,
     chunks: 0,
@@ -30,10 +44,23 @@ export async function readStats(repository: Repository): Promise<RepositoryStats
     metadataBytes: 0,
     damagedChunks: 0,
   };
+  const groups = new Map<string, GroupStats>();
   await inParallel(entries, READERS, async (entry) => {
+    const { group, time } = entry;
     const manifest = await repository.readManifest(entry).catch(() => undefined);
-    for (const { size_bytes: bytes } of manifest?.disks ?? []) stats.diskBytes += bytes;
+    const disks = manifest?.disks ?? [];
+    const diskBytes = disks.reduce((sum, disk) => sum + disk.size_bytes, 0);
+    stats.diskBytes += diskBytes;
+    const known = groups.get(group) ?? { group, backups: 0, last: "", diskBytes: 0, newBytes: 0 };
+    groups.set(group, {
+      group,
+      backups: known.backups + 1,
+      ...(time > known.last ? { last: time, diskBytes } : { last: known.last, diskBytes: known.diskBytes }),
+      newBytes: known.newBytes + disks.reduce((sum, disk) => sum + disk.new_bytes, 0),
+    });
   });
+  stats.groups = groups.size;
+  stats.byGroup = [...groups.values()].sort((a, b) => (a.group < b.group ? -1 : 1));
   for await (const batch of store.list(CHUNKS_PREFIX, ALL)) {
     for (const { name, sizeBytes } of batch) {
       if (parseChunkName(name) === undefined) continue;

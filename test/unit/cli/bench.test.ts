@@ -24,6 +24,7 @@ describe("bench", () => {
       runtimeMs: 5000,
       backupTimeoutMs: 120_000,
       direct: false,
+      plot: undefined,
     });
   });
 
