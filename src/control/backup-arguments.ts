@@ -28,6 +28,7 @@ import {
   repositoryFrom,
   repositoryTargetName,
 } from "./repository-arguments.js";
+import type { FreezeRequest } from "../qemu/t0-gate.js";
 import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import {
@@ -95,6 +96,7 @@ export const BACKUP_COMMON = {
   "x-since": optional(string),
   "x-since-or-full": optional(boolean),
   "x-guest-agent": optional(fileName),
+  "x-t0-gate": optional(fileName),
   "x-compression-type": optional(oneOf(COMPRESSION_TYPES)),
   "x-compression-level": optional(integer),
 };
@@ -112,8 +114,8 @@ export type DriveBackupArguments = Arguments<typeof DRIVE_BACKUP>;
 export interface BackupStart {
   request: BackupRequest;
   autoDismiss: boolean;
-  /** The socket of the agent that freezes the guest for T0. */
-  guestAgent: string | undefined;
+  /** Who freezes the guest for T0. */
+  guestAgent: FreezeRequest | undefined;
 }
 
 /** @throws QmpError GenericError for a disk or job id that does not fit, and for what is not supported. */
@@ -136,8 +138,17 @@ export function backupFromArguments(
       options: optionsFrom(args, disk, defaults, repositoryFrom(args, disk.name, tool)),
     },
     autoDismiss: args["auto-dismiss"] ?? true,
-    guestAgent: args["x-guest-agent"] === undefined ? undefined : absoluteName(args["x-guest-agent"]),
+    guestAgent: freezeFrom(args),
   };
+}
+
+function freezeFrom(args: DriveBackupArguments): FreezeRequest | undefined {
+  const { "x-guest-agent": agent, "x-t0-gate": t0Gate } = args;
+  if (agent !== undefined) {
+    return { agent: absoluteName(agent), t0Gate: t0Gate === undefined ? undefined : absoluteName(t0Gate) };
+  }
+  if (t0Gate !== undefined) throw genericError("Parameter 'x-t0-gate' needs 'x-guest-agent'");
+  return undefined;
 }
 
 /** @throws QmpError GenericError where there is none. */
@@ -318,7 +329,7 @@ export interface BackupOrder {
   disk: string;
   options: Partial<JobOptions> & { target: string };
   /** As in BackupStart. */
-  guestAgent?: string | undefined;
+  guestAgent?: FreezeRequest | undefined;
 }
 
 /** drive-backup's arguments for an order. Paths go as they are: the server resolves them in its own folder. */
@@ -350,7 +361,8 @@ export function argumentsFromBackup({ id, disk, options, guestAgent }: BackupOrd
     "x-checkpoint": options.checkpoint,
     "x-since": options.since,
     "x-since-or-full": options.sinceOrFull,
-    "x-guest-agent": guestAgent,
+    "x-guest-agent": guestAgent?.agent,
+    "x-t0-gate": guestAgent?.t0Gate,
     compress: options.compression === undefined ? undefined : true,
     "x-compression-type": options.compression?.type,
     "x-compression-level": options.compression?.level,

@@ -4,7 +4,8 @@
 import { userInfo } from "node:os";
 import { CowcatcherError } from "../errors.js";
 import type { MarkRequest } from "../backup/host.js";
-import { GuestFreeze } from "../qemu/guest-freeze.js";
+import type { GuestFreezer } from "../backup/job/while-frozen.js";
+import { makeFreezer } from "../qemu/t0-gate.js";
 import { freezeToWire } from "./job-wire.js";
 import { addMark, BITMAP_SCHEMAS, clearMark, removeBitmap, requireBitmap } from "./bitmap-commands.js";
 import { existingTarget } from "./existing-target.js";
@@ -103,10 +104,14 @@ async function start(
 }
 
 /** Disks that start at one T0 are one guest's. */
-function freezerOf(starts: readonly BackupStart[]): GuestFreeze | undefined {
-  const [path, other] = new Set(starts.flatMap(({ guestAgent = [] }) => guestAgent));
-  if (other !== undefined) throw genericError("A transaction has one 'x-guest-agent' at most");
-  return path === undefined ? undefined : new GuestFreeze(path);
+function freezerOf(starts: readonly BackupStart[]): GuestFreezer | undefined {
+  const requests = starts.flatMap(({ guestAgent = [] }) => guestAgent);
+  const [first] = requests;
+  for (const key of ["agent", "t0Gate"] as const) {
+    if (requests.every((request) => request[key] === first?.[key])) continue;
+    throw genericError(`A transaction has one 'x-${key === "agent" ? "guest-agent" : "t0-gate"}' at most`);
+  }
+  return first === undefined ? undefined : makeFreezer(first);
 }
 
 /** Whoever asks is often root, and wonders why a permission is missing. */

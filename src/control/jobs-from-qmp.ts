@@ -18,6 +18,7 @@ import { COMMAND_MS, type ControlClient, type ControlEvent } from "../qmp/client
 import { errorFromWire, isJsonObject } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import { FREEZE_MS_MAX } from "../qemu/guest-freeze.js";
+import { T0_GATE_MS } from "../qemu/t0-gate.js";
 import { basisFromWire, freezeFromWire, progressFromWire, repositoryFromWire } from "./job-wire.js";
 
 export type { BackupOrder } from "./backup-arguments.js";
@@ -92,7 +93,7 @@ export async function startBackup(
 /** The server waits for the guests' writes in flight for as long as they may take; who gave up before left it a job. */
 function startLimitMs(orders: readonly BackupOrder[]): number {
   const guestMs = orders.map(({ options }) => options.guestTimeoutMs ?? JOB_DEFAULTS.guestTimeoutMs);
-  const freezeMs = orders.some(({ guestAgent }) => guestAgent !== undefined) ? FREEZE_MS_MAX : 0;
+  const freezeMs = orders.some(({ guestAgent }) => guestAgent !== undefined) ? FREEZE_MS_MAX + T0_GATE_MS : 0;
   return Math.min(COMMAND_MS + freezeMs + Math.max(0, ...guestMs), TIMER_MS_MAX);
 }
 

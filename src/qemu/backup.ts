@@ -24,7 +24,7 @@ import { BitmapHandover, bitmapOfTarget, type BitmapWish, findBitmapBasis } from
 import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy } from "./disk-copy.js";
 import { startServer } from "./exports.js";
-import { GuestFreeze } from "./guest-freeze.js";
+import { type FreezeRequest, makeFreezer } from "./t0-gate.js";
 import { diskNames, findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
 import { chooseMethod, type MethodChoice } from "./method.js";
 import type { QemuMethod } from "./methods.js";
@@ -75,8 +75,8 @@ export interface QemuBackupRequest {
   /** Of QEMU's NBD server where it runs already; undefined: it is started. */
   server: ServerAddress | undefined;
   acceptGuestRisk: boolean;
-  /** Socket of the guest's agent, which freezes its file systems for T0. */
-  guestAgent: string | undefined;
+  /** Who freezes the guest's file systems for T0. */
+  guestAgent: FreezeRequest | undefined;
   isCancelled: () => boolean;
   onStopped: (error: CowcatcherError) => void;
 }
@@ -131,7 +131,7 @@ class RunningBackup implements QemuBackup {
   readonly #abort = new AbortController();
   /** What the disks have in common: the server. */
   readonly #undo = new UndoStack();
-  readonly #freezer: GuestFreeze | undefined;
+  readonly #freezer: ReturnType<typeof makeFreezer> | undefined;
   /** Our own connections, which stay until the exports are gone. */
   readonly #clients: NbdClient[] = [];
   readonly #notUndone: string[] = [];
@@ -148,7 +148,7 @@ class RunningBackup implements QemuBackup {
     this.#jobs = request.disks;
     this.#monitor = new QemuMonitor(request.monitor);
     const { guestAgent } = request;
-    this.#freezer = guestAgent === undefined ? undefined : new GuestFreeze(guestAgent);
+    this.#freezer = guestAgent === undefined ? undefined : makeFreezer(guestAgent);
   }
 
   /** Of all disks alike. */
@@ -250,7 +250,7 @@ class RunningBackup implements QemuBackup {
             found &&
             ((target) => {
               const next = bitmapOfTarget(job.target, target);
-              return new BitmapHandover(disk.node, found.old, next, this.#run, index);
+              return new BitmapHandover(disk.node, found, next, this.#run, index);
             }),
           filesInUse,
           isCancelled: this.#request.isCancelled,
@@ -426,7 +426,7 @@ class RunningBackup implements QemuBackup {
   }
 }
 
-function refuseSilentGuest({ path }: GuestFreeze, { status }: QemuGraph): void {
+function refuseSilentGuest({ path }: { path: string }, { status }: QemuGraph): void {
   if (status === undefined || status === "running") return;
   const problem = `the guest is ${status}, so its agent cannot answer`;
   throw busy(path, problem, "leave out --freeze: what does not run writes nothing");

@@ -12,16 +12,17 @@
 //   add new ─► T0 ─► disable old ─► copy what old calls dirty ─► good: in one transaction new gets its name, old goes
 //                                                              └► else: in one transaction old gets all of new, and records again
 //
-// The first backup of a chain has no old one. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
+// The first backup of a chain has no old one; one that begins a chain in the place of another ends the bitmaps of the backups
+// that it is told of, in the transaction that names its own. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
 // crash in between, cleanup.ts gives back by the name. A bitmap that QEMU calls inconsistent, or that does not record, has
 // missed writes: it is not used.
 
 import { createHash } from "node:crypto";
-import { realpathSync, statSync } from "node:fs";
+import { existsSync, realpathSync, statSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import type { BasisInfo } from "../backup/host.js";
 import { CowcatcherError } from "../errors.js";
-import type { JsonObject } from "../qmp/protocol.js";
+import { type JsonObject, QmpError } from "../qmp/protocol.js";
 import type { Target } from "../target/target.js";
 import type { QemuBitmap, QemuNode } from "./graph.js";
 import type { Visit } from "./monitor.js";
@@ -38,17 +39,23 @@ export interface BitmapWish {
   base: string | undefined;
   /** Where the base's bitmap cannot be used, all is copied. */
   orFull: boolean;
+  /** Backups on which nothing will be built any more once this one is good; their bitmaps go then. */
+  replaced?: readonly string[] | undefined;
 }
 
 export interface BitmapBasis {
   /** Of the base; undefined: a full backup. */
   old: string | undefined;
+  /** Bitmaps of other chains, which end with a good backup. */
+  ended: readonly string[];
   info: BasisInfo;
 }
 
 /** How much is to be copied, and why. @throws CowcatcherError NO_BASIS where that must not be all; BUSY */
-export function findBitmapBasis(disk: string, node: QemuNode, { base, orFull }: BitmapWish): BitmapBasis {
-  const count = node.bitmaps.filter(({ name }) => name.startsWith(PREFIX)).length;
+export function findBitmapBasis(disk: string, node: QemuNode, wish: BitmapWish): BitmapBasis {
+  const { base, orFull } = wish;
+  const ended = endedBitmaps(node, wish.replaced ?? []);
+  const count = node.bitmaps.filter(({ name }) => name.startsWith(PREFIX)).length - ended.length;
   if (count >= BITMAPS_MAX && base === undefined) {
     throw new CowcatcherError({
       code: "LIMIT",
@@ -57,7 +64,7 @@ export function findBitmapBasis(disk: string, node: QemuNode, { base, orFull }: 
       hint: "remove those of backups that nothing builds on: QMP's block-dirty-bitmap-remove",
     });
   }
-  if (base === undefined) return { old: undefined, info: { level: "full", bitmapAction: "new" } };
+  if (base === undefined) return { old: undefined, ended, info: { level: "full", bitmapAction: "new" } };
   const name = bitmapOfFile(base);
   const bitmap = node.bitmaps.find((found) => found.name === name);
   if (bitmap?.isBusy === true) {
@@ -65,7 +72,9 @@ export function findBitmapBasis(disk: string, node: QemuNode, { base, orFull }: 
     throw new CowcatcherError({ code: "BUSY", object: disk, problem, hint: "wait for its end" });
   }
   const obstacle = obstacleOf(bitmap, base);
-  if (obstacle === undefined) return { old: name, info: { level: "incremental", bitmapAction: "used" } };
+  if (obstacle === undefined) {
+    return { old: name, ended: [], info: { level: "incremental", bitmapAction: "used" } };
+  }
   if (!orFull) {
     throw new CowcatcherError({
       code: "NO_BASIS",
@@ -75,7 +84,13 @@ export function findBitmapBasis(disk: string, node: QemuNode, { base, orFull }: 
     });
   }
   const bitmapAction = bitmap === undefined ? "missing" : "invalid";
-  return { old: undefined, info: { level: "full", bitmapAction, reason: obstacle } };
+  return { old: undefined, ended, info: { level: "full", bitmapAction, reason: obstacle } };
+}
+
+/** A backup that is gone has no name any more by which its bitmap could be found; one in use is left alone. */
+function endedBitmaps(node: QemuNode, replaced: readonly string[]): string[] {
+  const names = new Set(replaced.flatMap((path) => (existsSync(path) ? bitmapOfFile(path) : [])));
+  return node.bitmaps.filter(({ name, isBusy }) => !isBusy && names.has(name)).map(({ name }) => name);
 }
 
 function obstacleOf(bitmap: QemuBitmap | undefined, base: string): string | undefined {
@@ -114,21 +129,43 @@ export class BitmapHandover {
   readonly #work: string;
   readonly #next: string;
   readonly #persistent: boolean;
+  readonly #ended: readonly string[];
   /** Something is to be handed over or given back. */
   isOpen = false;
 
-  constructor(node: QemuNode, old: string | undefined, next: string, run: string, index: number) {
+  constructor(
+    node: QemuNode,
+    { old, ended }: Pick<BitmapBasis, "old" | "ended">,
+    next: string,
+    run: string,
+    index: number,
+  ) {
     this.#node = node.name;
     this.old = old;
+    this.#ended = ended;
     this.#next = next;
     this.#work = bitmapWorkName(run, index, old);
     this.#persistent = node.driver === "qcow2";
   }
 
-  /** Before T0. @throws CowcatcherError; giveBack is the caller's */
+  /**
+   * Before T0; giveBack is the caller's.
+   * @throws CowcatcherError NO_BASIS where QEMU keeps no bitmap of such a disk; IO
+   */
   async begin(visit: Visit): Promise<void> {
     this.isOpen = true;
-    await transaction(visit, [this.#add(this.#work)]);
+    try {
+      await transaction(visit, [this.#add(this.#work)]);
+    } catch (cause) {
+      if (!(cause instanceof QmpError)) throw cause;
+      throw new CowcatcherError({
+        code: "NO_BASIS",
+        object: this.#node,
+        problem: `QEMU cannot keep a bitmap of it: ${cause.desc}`,
+        hint: "leave out --bitmap: a full backup needs none",
+        cause,
+      });
+    }
   }
 
   /** After T0. */
@@ -144,6 +181,7 @@ export class BitmapHandover {
       merge(this.#node, this.#next, this.#work),
       action("remove", this.#node, this.#work),
       ...(this.old === undefined ? [] : [action("remove", this.#node, this.old)]),
+      ...this.#ended.map((name) => action("remove", this.#node, name)),
     ]);
     this.isOpen = false;
   }

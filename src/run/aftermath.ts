@@ -74,6 +74,7 @@ export async function noteBackups(work: Aftermath & { isVerified: boolean }): Pr
       level_reason: levelReason,
       parent: level === "incremental" && planned.parent !== undefined ? planned.parent.file : null,
       checkpoint: plan.checkpoint ?? null,
+      ...(job.source.kind === "qmp" ? { qemu_bitmap: plan.isRemembered } : {}),
       target_format: /\.qcow2?$/i.test(planned.target) ? "qcow2" : null,
       bytes: disk?.bytes ?? 0,
       bytes_on_target: disk?.bytes_on_target ?? null,

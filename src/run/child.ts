@@ -20,6 +20,8 @@ export interface ChildRequest {
   /** Descriptors that it keeps open. */
   descriptors?: readonly number[] | undefined;
   environment?: Record<string, string> | undefined;
+  /** What it prints, as it comes: each line that is JSON by itself. */
+  onMessage?: ((message: unknown) => void) | undefined;
   /** Each line of its standard error. */
   onLine?: ((line: string) => void) | undefined;
   /** Ends it after that long. */
@@ -51,7 +53,7 @@ const KILLED = SIGNAL_BASE + 9;
 /** Runs `cowcatcher ARGS --json`. Never rejects: what goes wrong is in the result. */
 export async function runChild(program: ProgramWords, request: ChildRequest): Promise<ChildResult> {
   const [command, ...words] = program;
-  const { args, descriptors = [], environment = {}, onLine, timeLimitMs, signal } = request;
+  const { args, descriptors = [], environment = {}, onMessage, onLine, timeLimitMs, signal } = request;
   const child = spawn(command, [...words, ...args], {
     stdio: ["ignore", "pipe", "pipe", ...descriptors],
     env: { ...process.env, ...environment },
@@ -74,6 +76,9 @@ export async function runChild(program: ProgramWords, request: ChildRequest): Pr
         );
   try {
     const output = collect(child.stdout as Readable);
+    if (onMessage !== undefined) {
+      forEachLine(child.stdout as Readable, (line) => readLines(line).forEach(onMessage));
+    }
     forEachLine(child.stderr as Readable, onLine ?? (() => undefined));
     const ended = await new Promise<number | CowcatcherError>((settle) => {
       child.on("error", (error) => settle(ioError("start", command, error)));
@@ -149,7 +154,11 @@ function readMessages(text: string): unknown[] {
   } catch {
     // Several: a line each.
   }
-  return trimmed.split("\n").flatMap((line) => {
+  return readLines(trimmed);
+}
+
+function readLines(text: string): unknown[] {
+  return text.split("\n").flatMap((line) => {
     try {
       return [JSON.parse(line) as unknown];
     } catch {

@@ -29,6 +29,8 @@ export interface BackupManifest {
   parent: string | null;
   /** The server's checkpoint of its T0; null where it has none. */
   checkpoint: string | null;
+  /** QEMU keeps a bitmap of what has changed since its T0, and finds it by the backup's file. */
+  qemu_bitmap?: boolean | undefined;
   target_format: string | null;
   /** Of the disk. */
   bytes: number;

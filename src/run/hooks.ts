@@ -3,15 +3,19 @@
 //   job-init      before anything is looked at: mount the backup disk, wake the machine that has it
 //   job-start     the checks went well
 //   backup-start  before each try
+//   t0            the guest's file systems are frozen, and T0 waits for this phase alone (with `freeze`)
+//   thaw          of a running guest: T0 is over and the guest thawed, or neither will come about
 //   backup-end    after a try that went well
 //   backup-abort  after one that did not
 //   job-end       all is done: verified, old backups removed
 //   job-abort     something failed, a hook among it
 //   log-end       last of all, whatever happened
 //
-// A hook that fails, or takes longer than hook-timeout, makes its job fail, but for backup-abort, job-abort and log-end,
+// A hook that fails, or takes longer than hook-timeout, makes its job fail, but for thaw, backup-abort, job-abort and log-end,
 // which clean up: of those it is told, no more. After job-init has been started, one of job-end and job-abort comes for
-// certain, and log-end; where job-end fails, job-abort comes, too.
+// certain, and log-end; where job-end fails, job-abort comes, too. After backup-start has been started, thaw comes for
+// certain, also where backup-start or t0 failed, and soon: while the backup is copied, before its end. t0 has 20 s at most,
+// whatever hook-timeout says, as the guest cannot write meanwhile.
 //
 // The program gets the phase and the job's name as its arguments, COWCATCHER_PHASE, _JOB, _GROUP, _DISKS, _TARGETS,
 // _LEVEL and _ERROR in its environment, and the same and more as JSON on its standard input.
@@ -24,12 +28,16 @@ export type Phase =
   | "job-init"
   | "job-start"
   | "backup-start"
+  | "t0"
+  | "thaw"
   | "backup-end"
   | "backup-abort"
   | "job-end"
   | "job-abort"
   | "log-end";
 
+/** Of the phase t0: with what ends a hook that takes too long, less than a gate may stay shut (qemu/t0-gate.ts). */
+export const T0_HOOK_MS_MAX = 20_000;
 /** From being asked to end to being ended. */
 const GRACE_MS = 5_000;
 const TIMER_MS_MAX = 2 ** 31 - 1;

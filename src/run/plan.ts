@@ -1,9 +1,10 @@
 // What a job's next backup is: full or incremental, what it builds on, and the arguments of `backup` that make it.
 //
-// An incremental file needs three things: a server that keeps track of the disk (`control`), a qcow2 target, and a last
-// backup whose chain is whole and whose checkpoint the server still knows, the same for all disks of the job. What is
-// missing makes it a full one under `level: auto`, with the reason said; under `incremental` it is an error. A chain whose
-// first backup is older than `full-every` is ended.
+// An incremental file needs three things: somebody who keeps track of the disk (a server at `control`, by checkpoints; the
+// QEMU at `qmp`, by bitmaps that it finds by the backup's file), a qcow2 target, and a last backup whose chain is whole and of
+// which the other side still knows what has changed since, the same for all disks of the job. What is missing makes it a full
+// one under `level: auto`, with the reason said; under `incremental` it is an error. A chain whose first backup is older than
+// `full-every` is ended: a server's checkpoints are deleted afterwards (aftermath.ts), a bitmap goes with the new chain's start.
 import { basename, dirname } from "node:path";
 import { CowcatcherError } from "../errors.js";
 import { chainOf, type KnownBackup, readHistory } from "./history.js";
@@ -31,6 +32,8 @@ export interface Plan {
   disks: readonly PlannedDisk[];
   /** The name under which the server remembers this backup's T0. */
   checkpoint: string | undefined;
+  /** Somebody keeps track of what changes from this backup's T0 on. */
+  isRemembered: boolean;
   /** One for all disks, whose T0 is one then; of images that nobody writes, into files, one for each. */
   commands: readonly PlannedCommand[];
 }
@@ -45,11 +48,13 @@ export interface PlannedCommand {
 export interface PlanLimits {
   /** A full one, and why. */
   fullBecause?: string | undefined;
-  noCheckpoint?: boolean | undefined;
+  /** Nobody can remember this backup's T0. */
+  noMemory?: boolean | undefined;
 }
 
 /** What the only disk of a guest is called where nobody named it. */
 const ONLY_DISK = "disk";
+const REASON_INCREMENTAL = "the last backup is there, and what has changed since is known";
 /** The deepest chain that is built on: each read of the last backup looks through all of it. */
 const MAX_CHAIN = 100;
 
@@ -84,7 +89,7 @@ function planWith(
   job: Job,
   disks: readonly PlannedDisk[],
   start: Date,
-  { fullBecause, noCheckpoint = false }: PlanLimits,
+  { fullBecause, noMemory = false }: PlanLimits,
 ): Plan {
   const { target } = job;
   if (target.kind === "repository") {
@@ -95,12 +100,13 @@ function planWith(
       reason: "",
       disks,
       checkpoint: undefined,
+      isRemembered: false,
       commands: [{ args: [...args, ...job.options, ...sourceArguments(job, disks)], disks }],
     };
   }
   const { pattern } = target;
   refuseSameTarget(disks);
-  const canBeIncremental = job.source.kind === "control" && pattern.isFile && isQcow2(job, pattern.text);
+  const canBeIncremental = job.source.kind !== "images" && pattern.isFile && isQcow2(job, pattern.text);
   const basis = canBeIncremental
     ? basisOf(job, disks, start, fullBecause)
     : { why: fullBecause ?? "it is the only kind for this source and target" };
@@ -111,15 +117,19 @@ function planWith(
     ...disk,
     parent: isIncremental ? basis.parents[index] : undefined,
   }));
-  const isRemembered = canBeIncremental && job.level !== "full" && !noCheckpoint;
-  const checkpoint = isRemembered ? checkpointName(job.name, dateWord(start)) : undefined;
+  const isRemembered = canBeIncremental && job.level !== "full" && !noMemory;
+  const isOfQemu = job.source.kind === "qmp";
+  const checkpoint = isRemembered && !isOfQemu ? checkpointName(job.name, dateWord(start)) : undefined;
   return {
     level: isIncremental ? "incremental" : "full",
-    reason: isIncremental ? "the last backup and its checkpoint are there" : basis.why,
+    reason: isIncremental ? REASON_INCREMENTAL : basis.why,
     disks: planned,
     checkpoint,
+    isRemembered,
     commands: commandsFor(job, planned, [
       ...(checkpoint === undefined ? [] : ["--checkpoint", checkpoint]),
+      ...(isRemembered && isOfQemu ? ["--bitmap", "auto"] : []),
+      ...(isRemembered && isOfQemu && !isIncremental ? replacedArguments(disks) : []),
       ...(isIncremental ? incrementalArguments(basis) : verifyArguments(job)),
       ...job.options,
     ]),
@@ -166,16 +176,24 @@ function verifyArguments({ verify }: Job): string[] {
   return verify === true ? ["--verify"] : [];
 }
 
+/** The chain that ends with this backup has its bitmap by its last file. */
+function replacedArguments(disks: readonly PlannedDisk[]): string[] {
+  return disks.flatMap(({ history }) => {
+    const last = history.at(-1);
+    return last?.qemu_bitmap === true ? ["--bitmap-replaces", last.path] : [];
+  });
+}
+
 interface Basis {
   parents: KnownBackup[];
-  checkpoint: string;
+  /** Undefined: QEMU's bitmaps, which go by the parents' files. */
+  checkpoint: string | undefined;
 }
 
 function incrementalArguments({ parents, checkpoint }: Basis): string[] {
   // By its name alone: the folder may be moved as a whole.
   return [
-    "--since",
-    checkpoint,
+    ...(checkpoint === undefined ? [] : ["--since", checkpoint]),
     ...parents.flatMap(({ file }) => ["-b", file]),
     "-B",
     "qcow2",
@@ -198,17 +216,20 @@ function basisOf(
     if (last === undefined) return { why: `there is no earlier backup of ${label}` };
     const chain = chainOf(last, history);
     if (chain === undefined) return { why: `${last.file} builds on a backup that is gone` };
-    if (last.checkpoint === null) return { why: `${last.file} has no checkpoint` };
+    const isKnown = job.source.kind === "qmp" ? last.qemu_bitmap === true : last.checkpoint !== null;
+    if (!isKnown)
+      return { why: `${last.file} has no ${job.source.kind === "qmp" ? "bitmap" : "checkpoint"}` };
     if (chain.length >= MAX_CHAIN)
       return { why: `the chain has ${chain.length} backups, the most there may be` };
     const ageMs = start.getTime() - Date.parse(chain[0]?.t0 ?? "");
     if (ageMs >= job.fullEveryMs) return { why: `the last full one is older than full-every` };
     parents.push(last);
   }
-  const checkpoint = parents[0]?.checkpoint ?? "";
-  const other = parents.find((parent) => parent.checkpoint !== checkpoint);
-  if (other !== undefined) return { why: "the disks' last backups are of different times" };
-  return { parents, checkpoint };
+  const [first] = parents;
+  const isOther = (parent: KnownBackup): boolean =>
+    parent.checkpoint !== first?.checkpoint || parent.t0 !== first.t0;
+  if (parents.some(isOther)) return { why: "the disks' last backups are of different times" };
+  return { parents, checkpoint: first?.checkpoint ?? undefined };
 }
 
 function isQcow2({ options }: Job, target: string): boolean {

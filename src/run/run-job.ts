@@ -3,15 +3,15 @@
 //   window ─► locks ─► job-init ─► mount, plan, folders, space ─► job-start ─► tries ─► manifests ─► retention ─► job-end
 //                 any failure behind job-init ─► job-abort          always, last ─► log-end
 //
-// A try is backup-start, the backup, backup-end or backup-abort. Which failures are tried again: those that may go better
+// A try is backup-start, the backup with t0 and thaw in it, backup-end or backup-abort. Which failures are tried again: those that may go better
 // the next time (exit codes 1 and 13). Under `level: auto` a try that says that there is nothing to build upon (12) is made
 // again at once as a full one, and counts as the same try. Retention and verification of a repository come after the
 // backup, under the same locks; where they fail, the job has failed, and the backup stays.
 import { setTimeout as delay } from "node:timers/promises";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import { type ChildResult, type ProgramWords, runChild } from "./child.js";
+import { type ChildRequest, type ChildResult, type ProgramWords, runChild } from "./child.js";
 import { keepBackups, noteBackups, verifyBackups } from "./aftermath.js";
-import { runHook, type Phase } from "./hooks.js";
+import { runHook, type Phase, T0_HOOK_MS_MAX } from "./hooks.js";
 import type { Job } from "./job.js";
 import type { Locks } from "./locks.js";
 import { type Plan, planBackup, type PlanLimits } from "./plan.js";
@@ -19,6 +19,7 @@ import { checkFolders, checkMount, checkSpace } from "./preflight.js";
 import { diskResults, lockKeys } from "./outcome.js";
 import { type DiskResult, errorMember, type JobResult, type LineLevel } from "./result.js";
 import { diskNames } from "./served-names.js";
+import { type GatedBackup, T0Phases } from "./t0-phases.js";
 import { isInWindow } from "./window.js";
 
 export interface RunSettings {
@@ -50,6 +51,12 @@ export async function runJob(
   const run = new JobRun(job, settings);
   const result = await run.whole();
   return { result, log: run.log };
+}
+
+/** Of one try. */
+interface Failure {
+  exitCode: number;
+  error: CowcatcherError;
 }
 
 class JobRun {
@@ -148,13 +155,18 @@ class JobRun {
   }
 
   /** Undefined when the backup is made. */
-  async #try(first: Plan): Promise<{ exitCode: number; error: CowcatcherError } | undefined> {
-    let failure: { exitCode: number; error: CowcatcherError };
+  async #try(first: Plan): Promise<Failure | undefined> {
+    let failure: Failure;
+    const phases = new T0Phases(this.job, {
+      run: (phase) => this.#hook(phase),
+      cleanUp: (phase) => this.#cleaningHook(phase),
+    });
     try {
       await this.#hook("backup-start");
       for (let plan = first; ;) {
-        const ended = await this.#backup(plan);
+        const ended = await this.#backup(plan, phases);
         if (ended === undefined) {
+          await phases.thaw();
           await this.#hook("backup-end");
           return undefined;
         }
@@ -169,6 +181,7 @@ class JobRun {
       failure = { exitCode: 1, error: toCowcatcherError(error, this.job.name) };
     }
     this.#error = failure.error;
+    await phases.thaw();
     await this.#cleaningHook("backup-abort");
     this.#error = undefined;
     this.#exitCode = failure.exitCode;
@@ -179,17 +192,25 @@ class JobRun {
   #withoutBasis(plan: Plan, { problem }: CowcatcherError): PlanLimits | undefined {
     if (this.job.level !== "auto") return undefined;
     if (plan.level === "incremental") return { fullBecause: problem };
-    if (plan.checkpoint !== undefined) return { fullBecause: problem, noCheckpoint: true };
+    if (plan.isRemembered) return { fullBecause: problem, noMemory: true };
     return undefined;
   }
 
-  async #backup(plan: Plan): Promise<{ exitCode: number; error: CowcatcherError } | undefined> {
+  async #backup(plan: Plan, phases: T0Phases): Promise<Failure | undefined> {
+    const { result, refused } = await phases.around((gated) => this.#runBackup(plan, gated));
+    return result === undefined || refused === undefined ? result : { exitCode: 1, error: refused };
+  }
+
+  async #runBackup(plan: Plan, gated: GatedBackup): Promise<Failure | undefined> {
     this.#level = plan.level === "by-repository" ? null : plan.level;
     this.#levelReason = plan.reason;
     this.#disks = [];
     this.#exitCode = 0;
     for (const { args, disks } of plan.commands) {
-      const ended = await this.#cowcatcher(["backup", "--no-progress", ...args], this.job.timeLimitMs);
+      const ended = await this.#cowcatcher(["backup", "--no-progress", ...gated.args, ...args], {
+        timeLimitMs: this.job.timeLimitMs,
+        onMessage: gated.onMessage,
+      });
       const { exitCode, error, isOverdue } = ended;
       if (exitCode !== 0 && exitCode !== EXIT_IGNORED) {
         return {
@@ -228,11 +249,14 @@ class JobRun {
     this.#removed.push(...(await keepBackups(work)));
   }
 
-  #cowcatcher(args: readonly string[], timeLimitMs?: number): Promise<ChildResult> {
+  #cowcatcher(
+    args: readonly string[],
+    more: Pick<ChildRequest, "timeLimitMs" | "onMessage"> = {},
+  ): Promise<ChildResult> {
     return runChild(this.settings.program, {
+      ...more,
       args: [...args, "--json"],
       descriptors: this.#descriptors,
-      timeLimitMs,
       signal: this.#signal,
       onLine: (line) => this.#childLine(line),
     });
@@ -254,7 +278,7 @@ class JobRun {
       command: hook,
       phase,
       job: name,
-      timeoutMs: hookTimeoutMs,
+      timeoutMs: phase === "t0" ? Math.min(hookTimeoutMs, T0_HOOK_MS_MAX) : hookTimeoutMs,
       variables: {
         GROUP: group,
         DISKS: disks.map(({ label }) => label).join(" "),

@@ -13,6 +13,8 @@ export interface Answer {
   stderr?: string;
   /** Makes the files that end the arguments, as many as there are `summary` messages. */
   writesTargets?: boolean;
+  /** Asks at --t0-gate before its T0, if there is one; fails with its words where it stays shut. */
+  asksGate?: boolean;
   /** Never ends by itself; says so in a file `waiting`. */
   hangs?: boolean;
 }
@@ -25,11 +27,23 @@ const answers = JSON.parse(fs.readFileSync(folder + "/answers", "utf8"));
 const index = answers.findIndex(({ command }) => args.join(" ").startsWith(command));
 const answer = answers[index] ?? {};
 if (answer.once) fs.writeFileSync(folder + "/answers", JSON.stringify(answers.filter((_, at) => at !== index)));
-for (const message of answer.stdout ?? []) process.stdout.write(JSON.stringify(message) + "\\n");
 process.stderr.write(answer.stderr ?? "");
 const words = args.filter((word) => word !== "--json");
 if (answer.writesTargets) for (const path of words.slice(-(answer.stdout ?? []).length)) fs.writeFileSync(path, "data");
-process.exitCode = answer.exitCode ?? 0;
+const say = (message) => process.stdout.write(JSON.stringify(message) + "\\n");
+const end = () => {
+  for (const message of answer.stdout ?? []) say(message);
+  process.exitCode = answer.exitCode ?? 0;
+};
+const gate = args.find((word) => word.startsWith("--t0-gate="))?.slice("--t0-gate=".length);
+if (answer.asksGate && gate !== undefined) {
+  let line = "";
+  require("node:net").connect(gate).setEncoding("utf8").on("data", (text) => (line += text)).on("close", () => {
+    if (line === "go\\n") return say({ message_type: "started" }), end();
+    process.exitCode = 1;
+    say({ message_type: "error", error: { code: "IO", object: gate, problem: line.trim(), hint: null } });
+  });
+} else end();
 if (answer.hangs) {
   fs.writeFileSync(folder + "/waiting", "");
   setInterval(() => undefined, 1000);

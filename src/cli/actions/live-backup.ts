@@ -3,6 +3,7 @@
 import { setTimeout as delay } from "node:timers/promises";
 import { endedJob, listJobs, startBackup, watchJob, type BackupOrder } from "../../control/jobs-from-qmp.js";
 import { CowcatcherError } from "../../errors.js";
+import type { FreezeRequest } from "../../qemu/t0-gate.js";
 import { ControlClient } from "../../qmp/client.js";
 import type { RepositoryOutcome } from "../../backup/host.js";
 import type { LiveBackupSettings } from "../options/backup-options.js";
@@ -33,8 +34,8 @@ export interface JobEnd {
 export interface LiveForm {
   disks(served: ReadonlyMap<string, ServedDisk>): readonly LiveDiskSettings[];
   print(ends: readonly JobEnd[]): void;
-  /** Socket of the guest agent that freezes the guest for T0. */
-  guestAgent: string | undefined;
+  /** Who freezes the guest for T0. */
+  guestAgent: FreezeRequest | undefined;
   /** What is left when the command is interrupted, where the targets do not tell. */
   remains?: string | undefined;
 }

@@ -35,6 +35,7 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   acceptGuestRisk?: boolean;
   cleanup?: boolean;
   freeze?: string;
+  t0Gate?: string;
   disk?: string[];
   /** One, or one for each TARGET. */
   backingFile?: string[];
@@ -51,6 +52,7 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   sync?: SyncMode | "incremental";
   bitmap?: string;
   bitmapMode?: string;
+  bitmapReplaces?: string[];
   checkpoint?: string;
   since?: string;
   sinceOrFull?: boolean;

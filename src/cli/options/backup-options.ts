@@ -6,6 +6,7 @@ import { ON_BUFFER_FULL, ON_CBW_ERROR, ON_IO_ERROR } from "../../cow/policies.js
 import type { ImageFormat } from "../../block/format.js";
 import { DEFAULT_COMPRESSION_TYPE, parseCompression } from "../../image/qcow2/format/compression.js";
 import { absoluteName } from "../../file-names.js";
+import type { FreezeRequest } from "../../qemu/t0-gate.js";
 import { MiB, formatBytes } from "../../units.js";
 import { checkCheckpointFlags, refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { JobSettings, LiveDiskSettings } from "./job-settings.js";
@@ -18,7 +19,7 @@ import {
   qemuSettings,
   refuseQemuFlags,
 } from "./qemu-options.js";
-import { checkBufferFlags, checkSnapshotFlags, refuseLiveFlags } from "./live-flags.js";
+import { checkBufferFlags, checkSnapshotFlags, freezeRequest, refuseLiveFlags } from "./live-flags.js";
 import {
   NULL_TARGET,
   absoluteImage,
@@ -58,8 +59,7 @@ export interface LiveBackupSettings {
   mode: "live";
   /** Path of the control socket. */
   control: string;
-  /** Socket of the guest's agent. */
-  guestAgent: string | undefined;
+  guestAgent: FreezeRequest | undefined;
   /** At least one; paths are absolute, as the server's folder may be another. */
   disks: LiveDiskSettings[];
 }
@@ -92,6 +92,12 @@ export function addBackupOptions(command: Command): Command {
     );
   command.addOption(
     pathOption("--freeze <SOCK>", "live: have the QEMU guest agent at this socket freeze the guest for T0"),
+  );
+  command.addOption(
+    pathOption(
+      "--t0-gate <SOCK>",
+      "with --freeze: ask at this socket while the guest is frozen; T0 is when it says `go`",
+    ),
   );
   addQemuOptions(command);
   addFormatOptions(command)
@@ -347,7 +353,7 @@ function parseLive(targets: readonly string[], flags: BackupFlags, control: stri
   return {
     mode: "live",
     control: absoluteName(control),
-    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
+    guestAgent: freezeRequest(flags),
     disks: diskSettings(targets, flags, "--control"),
   };
 }

@@ -1,12 +1,15 @@
 // The options of `backup` that are about a guest's writes: which of them go with what.
+import { absoluteName } from "../../file-names.js";
+import type { FreezeRequest } from "../../qemu/t0-gate.js";
 import type { BackupFlags } from "./backup-flags.js";
 import { NULL_TARGET, usageError } from "./options.js";
 
 /** What is about the guest's writes. Passed over in silence, it would look as if it had been heeded. */
 export function refuseLiveFlags(flags: BackupFlags): void {
-  const { cowBufferSize, onBufferFull, spillDir, spillLimit, guestTimeout, onCbwError, freeze } = flags;
+  const { cowBufferSize, onBufferFull, spillDir, spillLimit, guestTimeout, onCbwError } = flags;
   const ofGuests = {
-    freeze,
+    freeze: flags.freeze,
+    "t0-gate": flags.t0Gate,
     "cow-buffer-size": cowBufferSize,
     "on-buffer-full": onBufferFull,
     "spill-dir": spillDir,
@@ -17,6 +20,16 @@ export function refuseLiveFlags(flags: BackupFlags): void {
   const useless = Object.entries(ofGuests).find(([, value]) => value !== undefined);
   if (useless === undefined) return;
   throw usageError(`--${useless[0]}`, "needs --control", "no guest writes to SOURCE, so there is no buffer");
+}
+
+/** Who freezes the guest for T0. @throws CowcatcherError USAGE */
+export function freezeRequest({ freeze, t0Gate }: BackupFlags): FreezeRequest | undefined {
+  if (freeze === undefined) {
+    if (t0Gate !== undefined)
+      throw usageError("--t0-gate", "needs --freeze", "give the guest agent's socket");
+    return undefined;
+  }
+  return { agent: absoluteName(freeze), t0Gate: t0Gate === undefined ? undefined : absoluteName(t0Gate) };
 }
 
 /** The ways of a full buffer, and how long a guest waits. @throws CowcatcherError USAGE */

@@ -1,4 +1,5 @@
 // The options of `backup --qmp`: disks of a guest that QEMU runs, and what goes with them.
+import { dirname, resolve } from "node:path";
 import { Option, type Command } from "commander";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import { absoluteName } from "../../file-names.js";
@@ -7,7 +8,8 @@ import { QEMU_METHODS } from "../../qemu/methods.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import type { LiveDiskSettings } from "./job-settings.js";
-import { choiceOption, listWords, textOption, unsupported, usageError } from "./options.js";
+import { freezeRequest } from "./live-flags.js";
+import { choiceOption, listWords, repeatedPath, textOption, unsupported, usageError } from "./options.js";
 
 /** A file system on a disk, by the hierarchy standard: /tmp may be memory, which old data would fill. */
 const FLEECE_DIR = "/var/tmp";
@@ -46,6 +48,12 @@ export function addQemuOptions(command: Command): Command {
         "where QEMU's NBD server listens, if it runs already: a path or HOST:PORT",
       ),
     )
+    .addOption(
+      repeatedPath(
+        "--bitmap-replaces <FILE>",
+        "with --bitmap auto and a full backup: QEMU's bitmap of the backup FILE goes when this one is good; may be repeated",
+      ),
+    )
     .option("--accept-guest-risk", "also where the guest would be harmed if this process were killed")
     .addOption(
       new Option(
@@ -57,13 +65,14 @@ export function addQemuOptions(command: Command): Command {
 
 /** What is about a QEMU and means nothing elsewhere. @throws CowcatcherError USAGE */
 export function refuseQemuFlags(flags: BackupFlags): void {
-  const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup } = flags;
+  const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup, bitmapReplaces } = flags;
   const ofQemu = {
     "qemu-method": qemuMethod,
     "fleece-dir": fleeceDir,
     nbd,
     "accept-guest-risk": acceptGuestRisk,
     cleanup,
+    "bitmap-replaces": bitmapReplaces,
   };
   const useless = Object.entries(ofQemu).find(([, value]) => value !== undefined);
   if (useless !== undefined) throw usageError(`--${useless[0]}`, "needs --qmp", "give QEMU's QMP socket");
@@ -78,15 +87,23 @@ export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: Back
     disks: disks.map(({ disk, job }) => ({
       disk,
       job: { ...job, bitmap: undefined },
-      bitmaps: flags.bitmap === undefined ? undefined : { base: job.backingFile, orFull },
+      bitmaps:
+        flags.bitmap === undefined
+          ? undefined
+          : { base: baseOf(job), orFull, replaced: flags.bitmapReplaces?.map(absoluteName) },
     })),
     monitor: absoluteName(qmp),
     method: flags.qemuMethod ?? "auto",
     fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
     server: flags.nbd === undefined ? undefined : parseServer(flags.nbd),
     acceptGuestRisk: flags.acceptGuestRisk ?? false,
-    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
+    guestAgent: freezeRequest(flags),
   };
+}
+
+/** The file that an overlay names: a relative name is relative to the overlay's folder. */
+function baseOf({ target, backingFile }: LiveDiskSettings["job"]): string | undefined {
+  return backingFile === undefined ? undefined : resolve(dirname(target), backingFile);
 }
 
 /** @throws CowcatcherError USAGE for anything besides */
@@ -124,7 +141,11 @@ function checkQemuFlags(flags: BackupFlags): void {
 }
 
 /** What an incremental backup by QEMU's bitmaps needs. */
-function checkBitmapBase({ bitmap, backingFile, verify, sinceOrFull }: BackupFlags): void {
+function checkBitmapBase({ bitmap, bitmapReplaces, backingFile, verify, sinceOrFull }: BackupFlags): void {
+  if (bitmapReplaces !== undefined && (bitmap === undefined || backingFile !== undefined)) {
+    const hint = "give --bitmap auto and no --backing-file";
+    throw usageError("--bitmap-replaces", "goes with a full backup that begins a chain", hint);
+  }
   if (bitmap === undefined || backingFile === undefined) {
     if (bitmap !== undefined && sinceOrFull === true) {
       throw usageError("--since-or-full", "needs --backing-file", "without one the backup is a full one");

@@ -12,11 +12,12 @@ import {
 import { isS3Address } from "../../repository/store/s3-address.js";
 import type { RepositoryBackupRequest } from "../../backup/job/repository-backup.js";
 import { ioError } from "../../errors.js";
+import type { FreezeRequest } from "../../qemu/t0-gate.js";
 import { diskNameOf } from "../../run/disk-name.js";
 import { checkDisk, checkGroup } from "../../repository/format/names.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
-import { refuseLiveFlags } from "./live-flags.js";
+import { freezeRequest, refuseLiveFlags } from "./live-flags.js";
 import { jobSettings } from "./backup-options.js";
 import type { JobSettings } from "./job-settings.js";
 import { type QemuBackupSettings, qemuSettings, refuseQemuFlags } from "./qemu-options.js";
@@ -34,7 +35,7 @@ export interface RepositoryBackupSettings extends Pick<
 export interface RepositoryLiveSettings {
   mode: "repository-live";
   control: string;
-  guestAgent: string | undefined;
+  guestAgent: FreezeRequest | undefined;
   /** Node names; none: all that the server has. */
   disks: readonly string[];
   job: JobSettings;
@@ -144,7 +145,7 @@ function parseLiveIntoRepository(
   return {
     mode: "repository-live",
     control: absoluteName(control),
-    guestAgent: flags.freeze === undefined ? undefined : absoluteName(flags.freeze),
+    guestAgent: freezeRequest(flags),
     disks,
     job,
     place: {

@@ -128,6 +128,22 @@ export const JOB_MEMBERS = {
 export type JobMembers = typeof JOB_MEMBERS;
 export type JobValues = ValuesOf<JobMembers>;
 
+/** Words of vzdump.conf and of the command line, and a source that is not supported: what to give instead. */
+export const OTHER_WORDS: ReadonlyMap<string, string> = new Map([
+  ["libvirt", "sources through libvirt are not supported: give its QEMU a second monitor, and that as 'qmp'"],
+  ["prune-backups", "give 'keep', such as keep: {daily: 7, weekly: 4}"],
+  ["bwlimit", "give options: {rate-limit: 50M}"],
+  ["mailto", "give 'mail'"],
+  ["script", "give 'hook'"],
+  ["lockwait", "give 'lock-wait'"],
+  ["storage", "give 'target' or 'repository'"],
+  ["repo", "give 'repository'"],
+  ["schedule", "a job has no time of its own: give cowcatcher-run.timer one, and 'window' bounds it"],
+  ...["rate-limit", "compress", "direct", "workers", "cow-buffer-size", "on-buffer-full", "spill-dir"].map(
+    (option) => [option, `it is an option of \`backup\`: give options: {${option}: …}`] as const,
+  ),
+]);
+
 /** Of the machine: one job's alone. */
 export const SOURCE_KEYS = ["image", "images", "control", "qmp"] as const;
 export const NOT_FOR_DEFAULTS: readonly string[] = [...SOURCE_KEYS, "disks", "freeze", "group"];

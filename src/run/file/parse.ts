@@ -10,7 +10,14 @@
 // taken as a whole, but for `options`, of which each one is inherited by itself. YAML 1.2: 22:00 is a text, and `on` no boolean.
 import { LineCounter, parseDocument, type Node, type YAMLError } from "yaml";
 import type { Place } from "../job.js";
-import { JOB_MEMBERS, type JobMembers, type JobValues, NAME, NOT_FOR_DEFAULTS } from "./job-shape.js";
+import {
+  JOB_MEMBERS,
+  type JobMembers,
+  type JobValues,
+  NAME,
+  NOT_FOR_DEFAULTS,
+  OTHER_WORDS,
+} from "./job-shape.js";
 import {
   type Fault,
   type JsonSchema,
@@ -50,12 +57,13 @@ export interface ReadFile {
   faults: FileFault[];
 }
 
-const job = record("a backup that is made again and again", JOB_MEMBERS);
+const job = record("a backup that is made again and again", JOB_MEMBERS, OTHER_WORDS);
 const inherited = record(
   "what jobs inherit",
   Object.fromEntries(
     Object.entries(JOB_MEMBERS).filter(([key]) => !NOT_FOR_DEFAULTS.includes(key)),
   ) as unknown as JobMembers,
+  OTHER_WORDS,
 );
 const file = record("job file of cowcatcher run", {
   defaults: inherited,

@@ -28,6 +28,9 @@ const OWN_OPTIONS: Record<string, string> = {
   quiet: "give --quiet to `run`",
   progress: "leave it out",
   "no-progress": "leave it out",
+  bitmap: "give `level`",
+  "bitmap-replaces": "give `level`",
+  "t0-gate": "give `hook`",
   cleanup: "give --cleanup to `backup`",
   help: "leave it out",
 };
@@ -168,9 +171,9 @@ function checkTogether(source: JobSource, target: JobTarget, values: JobValues):
     );
   }
   if (level !== "incremental") return;
-  if (source.kind !== "control") {
-    const hint = "give 'control', or a repository, or level: full";
-    throw new Refusal("level", "an incremental file needs a server that keeps track of the disk", hint);
+  if (source.kind === "images") {
+    const hint = "give 'control' or 'qmp', or a repository, or level: full";
+    throw new Refusal("level", "an incremental file needs somebody who keeps track of the disk", hint);
   }
   if (!pattern.isFile) {
     throw new Refusal("level", "what is written in place has no chain of backups", "give level: full");

@@ -208,8 +208,12 @@ export interface ReadRecord<M extends Members> {
   isWhole: boolean;
 }
 
-/** A mapping of known keys, each optional. */
-export function record<M extends Members>(description: string, shapes: M): Shape<ReadRecord<M>> {
+/** A mapping of known keys, each optional. @param others what to do instead of keys that other programs have, or that are missing here */
+export function record<M extends Members>(
+  description: string,
+  shapes: M,
+  others: ReadonlyMap<string, string> = new Map(),
+): Shape<ReadRecord<M>> {
   return {
     schema: {
       type: "object",
@@ -227,7 +231,8 @@ export function record<M extends Members>(description: string, shapes: M): Shape
         const shape = shapes[key];
         nodes[key] = keyNode;
         if (shape === undefined) {
-          reader.fail(keyNode, path, `'${key}' is not known`, meant(key, Object.keys(shapes)));
+          const hint = others.get(key) ?? meant(key, Object.keys(shapes));
+          reader.fail(keyNode, path, `'${key}' is not known`, hint);
           isWhole = false;
           continue;
         }

@@ -6,7 +6,11 @@ import { ioError } from "../../errors.js";
 import type { FinishedJob } from "../run-jobs.js";
 import type { JobResult } from "../result.js";
 
-export const SENDMAIL = "/usr/sbin/sendmail";
+/** @param environment COWCATCHER_SENDMAIL names another program that takes a mail as sendmail does (-t -i) */
+export function sendmailProgram(environment: Record<string, string | undefined> = process.env): string {
+  return environment["COWCATCHER_SENDMAIL"] || "/usr/sbin/sendmail";
+}
+
 const TIMEOUT_MS = 60_000;
 
 export interface Mail {
@@ -49,7 +53,7 @@ function isBad({ exit_code }: JobResult): boolean {
 }
 
 /** @throws CowcatcherError IO */
-export async function sendMail({ to, subject, body }: Mail, program = SENDMAIL): Promise<void> {
+export async function sendMail({ to, subject, body }: Mail, program = sendmailProgram()): Promise<void> {
   const header = (text: string): string => text.replace(/[\r\n]+/g, " ");
   const message = [
     `To: ${header(to)}`,

@@ -1,14 +1,16 @@
 // Nights of a real server's guest and of a machine that is off, by job files, to files and into a repository.
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { appendFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, it } from "vitest";
 import type { RunDocument } from "../../../src/cli/actions/run.js";
 import { cowcatcher, run } from "../../support/cli.js";
+import { guestWith, ScriptedAgent } from "../../support/guest-agent.js";
 import { expectSchema } from "../../support/json-schema.js";
 import { scratchFolder, Server, stopAll } from "../../support/server.js";
 
 let folder: string;
 let server: Server;
+let agent: ScriptedAgent;
 const at = (name: string): string => join(folder, name);
 const noise = (): Buffer => Buffer.from(Array.from({ length: 4 << 20 }, (_, index) => (index * 7919) >> 8));
 
@@ -18,6 +20,11 @@ beforeAll(async () => {
   for (const disk of ["root.raw", "data.raw", "off.raw"]) writeFileSync(at(disk), noise());
   server = await Server.start(folder, [`${at("root.raw")}=root`, `${at("data.raw")}=data`]);
   expect((await cowcatcher(["repo", "init", at("repo")])).code).toBe(0);
+  const guest = guestWith(2);
+  agent = await new ScriptedAgent((command) => {
+    if (/freeze$|thaw$/.test(command)) appendFileSync(at("phases"), `${command} live\n`);
+    return guest(command);
+  }).listen();
   writeFileSync(
     at("jobs.d/vm.yaml"),
     `defaults:
@@ -28,6 +35,7 @@ beforeAll(async () => {
 jobs:
   live:
     control: ${server.control}
+    freeze: ${agent.path}
     hook: [/bin/sh, -c, 'echo "$0 $1" >> ${at("phases")}']
   off:
     image: ${at("off.raw")}
@@ -38,7 +46,10 @@ jobs:
 `,
   );
 });
-afterAll(stopAll);
+afterAll(async () => {
+  agent.close();
+  await stopAll();
+});
 
 async function night(...args: string[]): Promise<RunDocument> {
   const { code, stdout } = await cowcatcher(["run", "--json", "--config", at("jobs.d"), ...args]);
@@ -58,7 +69,15 @@ it("makes chains of all disks at one T0 and backups in a repository, whatever fa
     ["off", "done", 0, "full"],
   ]);
   expect(first.exit_code).toBe(1);
-  expect(readFileSync(at("phases"), "utf8")).toContain("job-abort broken\nlog-end broken\n");
+  const phases = readFileSync(at("phases"), "utf8").trim().split("\n");
+  expect(phases.filter((line) => line.endsWith(" broken")).slice(-2)).toEqual([
+    "job-abort broken",
+    "log-end broken",
+  ]);
+  expect(phases.filter((line) => line.endsWith(" live")).map((line) => line.replace(" live", ""))).toEqual([
+    ...["job-init", "job-start", "backup-start", "guest-fsfreeze-freeze", "t0", "guest-fsfreeze-thaw"],
+    ...["thaw", "backup-end", "job-end", "log-end"],
+  ]);
   // Between the nights the guest writes, on both disks.
   for (const [disk, offset] of [
     ["root", "1M"],

@@ -74,6 +74,18 @@ describe("what is wrong by itself", () => {
       "jobs:\n  a:\n    ping: {end: 'http://x'}",
       "3:12: jobs.a.ping: 'end' is not known (there are start, success, fail)",
     ],
+    [
+      "jobs:\n  a:\n    libvirt: vm1",
+      "3:5: jobs.a: 'libvirt' is not known (sources through libvirt are not supported: give its QEMU a second monitor, and that as 'qmp')",
+    ],
+    [
+      "jobs:\n  a:\n    rate-limit: 50M",
+      "3:5: jobs.a: 'rate-limit' is not known (it is an option of `backup`: give options: {rate-limit: …})",
+    ],
+    [
+      "defaults:\n  prune-backups: keep-daily=7",
+      "2:3: defaults: 'prune-backups' is not known (give 'keep', such as keep: {daily: 7, weekly: 4})",
+    ],
     ["defaults:\n  image: x", "2:3: defaults: 'image' is not known"],
     ["jobs:\n  a b: {}", "2:3: jobs: 'a b' is no name (it must fit ^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$)"],
     ["jobs:\n  a: {level: full, level: auto}", "2:20: Map keys must be unique"],
@@ -119,7 +131,7 @@ describe("what does not go together", () => {
     ],
     [
       `jobs:\n  a:\n    image: /x\n    level: incremental\n${target}`,
-      "4:5: jobs.a.level: an incremental file needs a server that keeps track of the disk (give 'control', or a repository, or level: full)",
+      "4:5: jobs.a.level: an incremental file needs somebody who keeps track of the disk (give 'control' or 'qmp', or a repository, or level: full)",
     ],
     [
       "jobs:\n  a:\n    images: {r: /x, s: /y}\n    target: /b/{date}\n",

@@ -129,6 +129,40 @@ describe("phases", () => {
     expect(result.warnings).toHaveLength(failing.length - 1);
   });
 
+  const guest = ["qmp: /run/q", "disks: [root]", "freeze: /run/qga"];
+  const asks = { command: "backup", stdout: [summary()], writesTargets: true, asksGate: true };
+
+  it("of a guest that is frozen have t0 before T0, and thaw while the backup goes on", async () => {
+    fake.answer([asks]);
+    expect(await run(job(...guest, hook()))).toMatchObject({ result: "done", exit_code: 0 });
+    expect(phases()).toEqual([
+      ...["job-init", "job-start", "backup-start", "t0", "thaw", "backup-end", "job-end", "log-end"],
+    ]);
+    expect(fake.calls[0]).toMatch(/ --t0-gate=\S+ .*--freeze=\/run\/qga /);
+    expect(existsSync(/--t0-gate=(\S+)/.exec(fake.calls[0] ?? "")?.[1] ?? folder)).toBe(false);
+  });
+
+  it.each([
+    [["t0"], ["backup-start", "t0", "thaw error", "backup-abort error"]],
+    [["backup-start"], ["backup-start", "thaw error", "backup-abort error"]],
+    [["thaw"], ["backup-start", "t0", "thaw", "backup-end"]],
+  ])("of a guest where the hook fails in %j: thaw comes once, whatever failed", async (failing, expected) => {
+    fake.answer([asks]);
+    const result = await run(job(...guest, hook(...failing)));
+    expect(phases().filter((phase) => !/^(job|log)/.test(phase))).toEqual(expected);
+    const problem = `the hook of ${failing[0]} ended with exit code 3`;
+    if (failing[0] === "thaw") {
+      expect(result).toMatchObject({ result: "done", exit_code: 0 });
+      expect(result.warnings).toEqual([expect.stringContaining(problem)]);
+    } else expect(result).toMatchObject({ exit_code: 1, error: { problem } });
+  });
+
+  it("of a guest that is not frozen have no t0, and thaw after a backup that came to no T0", async () => {
+    fake.answer([{ command: "backup", exitCode: 1, stdout: [failure("IO", "is slow")] }]);
+    expect(await run(job(...guest.slice(0, 2), hook()))).toMatchObject({ exit_code: 1 });
+    expect(phases().slice(2, 5)).toEqual(["backup-start", "thaw error", "backup-abort error"]);
+  });
+
   it("of a hook that hangs end with it, and with what it has started", async () => {
     writeFileSync(at("hook.sh"), `[ "$1" = job-init ] || exit 0\nsleep 600 & sleep 600\n`);
     const result = await run(job(`hook: [/bin/sh, ${at("hook.sh")}]`, "hook-timeout: 100ms"));
@@ -251,6 +285,45 @@ describe("chains", () => {
     // Six of the first chain, and those that are kept: the full ones are needed by the new ones.
     expect(last.removed).toHaveLength(6);
     expect(readdirSync(at("b")).filter((name) => name.endsWith(".qcow2"))).toHaveLength(4);
+  });
+
+  it("by QEMU's bitmaps build on the last file, and end its bitmap where they begin anew", async () => {
+    const qemu = async (...lines: string[]): Promise<JobResult> => {
+      const t0 = clock.toISOString();
+      const result = await run(job("qmp: /run/q", "disks: [root, data]", "verify: true", ...lines));
+      expect(result.error).toBe(null);
+      expect(result.disks.every((disk) => disk.t0 === t0)).toBe(true);
+      clock = new Date(clock.getTime() + 86_400_000);
+      return result;
+    };
+    const answer = () =>
+      fake.answer([
+        { ...good, stdout: [summary({ t0: clock.toISOString() }), summary({ t0: clock.toISOString() })] },
+      ]);
+    answer();
+    expect(await qemu()).toMatchObject({ level: "full" });
+    expect(fake.calls[0]).toMatch(/^backup --no-progress --bitmap auto --verify --qmp \/run\/q --disk root /);
+    answer();
+    expect(await qemu()).toMatchObject({ level: "incremental" });
+    expect(fake.calls[0]).toMatch(
+      /^backup --no-progress --bitmap auto -b root-2026-11-28T020000Z.qcow2 -b data-2026-11-28T020000Z.qcow2 -B qcow2 -O qcow2 --qmp /,
+    );
+    answer();
+    expect(await qemu("full-every: 2d")).toMatchObject({ level: "full" });
+    const last = (disk: string): string => `--bitmap-replaces ${at(`b/${disk}-2026-11-29T020000Z.qcow2`)}`;
+    expect(fake.calls[0]).toContain(`--bitmap auto ${last("root")} ${last("data")} --verify`);
+    // A disk of which QEMU keeps no bitmap: each is a full one, with the reason.
+    fake.answer([
+      noBasis,
+      { ...noBasis, once: true },
+      { ...good, stdout: [summary({ t0: clock.toISOString() }), summary({ t0: clock.toISOString() })] },
+    ]);
+    expect(await qemu()).toMatchObject({ level: "full", level_reason: "no checkpoint", tries: 1 });
+    expect(
+      fake.calls
+        .filter((call) => call.startsWith("backup"))
+        .map((call) => /--bitmap auto( -b)?/.exec(call)?.[0]),
+    ).toEqual(["--bitmap auto -b", "--bitmap auto", undefined]);
   });
 
   it("begin anew where the server does not know the checkpoint, without a second try", async () => {
