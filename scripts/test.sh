@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(acl attr fio gcc libc6-dev qemu-utils qemu-system-x86 qemu-guest-agent libnbd-bin python3-libnbd nbdkit e2fsprogs util-linux mandoc openssl xz-utils
+packages=(acl attr fio gcc libc6-dev qemu-utils qemu-system-x86 qemu-guest-agent libnbd-bin python3-libnbd nbdkit e2fsprogs util-linux mandoc openssl systemd xz-utils
   ceph-mon ceph-osd ceph-common librbd1 qemu-block-extra)
 missing=()
 for package in "${packages[@]}"; do

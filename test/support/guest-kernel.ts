@@ -84,9 +84,11 @@ export async function bootGuest(kernel: GuestKernel, options: GuestOptions): Pro
 function startQemu(
   folder: string,
   accelerator: Accelerator,
-  { initramfs, socket, exportName }: GuestOptions,
+  { initramfs, socket, exportName, reconnectDelaySeconds }: GuestOptions,
 ): Process {
-  const disk = `driver=nbd,node-name=disk,server.type=unix,server.path=${socket},export=${exportName},discard=unmap`;
+  const reconnect = reconnectDelaySeconds === undefined ? "" : `,reconnect-delay=${reconnectDelaySeconds}`;
+  const server = `server.type=unix,server.path=${socket},export=${exportName}`;
+  const disk = `driver=nbd,node-name=disk,${server},discard=unmap${reconnect}`;
   return new Process(QEMU, [
     ...["-accel", accelerator, "-m", "256"],
     ...["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"],
@@ -103,6 +105,8 @@ export interface GuestOptions {
   initramfs: string;
   socket: string;
   exportName: string;
+  /** How long QEMU waits for a server that is gone; undefined: the guest's requests fail at once. */
+  reconnectDelaySeconds?: number;
 }
 
 function makeInitramfs(folder: string, script: string): Buffer {

@@ -3,42 +3,36 @@
 //
 // The order of events that the test relies on: a number that is seen before the backup is asked for was committed
 // before T0; a file that the guest begins after it has answered a question, which was asked when T0 was over, is not.
-import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { randomFillSync } from "node:crypto";
 import { afterEach, describe, expect, it } from "vitest";
-import { run } from "../../support/cli.js";
 import { bootGuest, findGuestKernel } from "../../support/guest-kernel.js";
-import { leftovers, mustRun, type Process, scratchFolder, Server, stopAll } from "../../support/server.js";
+import {
+  contentOf,
+  endGuest,
+  expectCleanFileSystem,
+  FILE_CHARACTERS,
+  filesOf,
+  lastNumber,
+  makeExt4,
+  numberOf,
+  writingGuest,
+} from "../../support/numbered-files.js";
+import { leftovers, mustRun, scratchFolder, Server, stopAll } from "../../support/server.js";
 
 afterEach(stopAll);
 
 const DISK_BYTES = 96 * 2 ** 20;
 /** What a limit can hold back, and what the guest overwrites. */
 const BALLAST_BYTES = 48 * 2 ** 20;
-const FILE_CHARACTERS = 4096;
 /** Of one overwriting; each of its pages tells on its own when it was written. */
 const BALLAST_PIECE_PAGES = 16;
 /** For whatever the guest does once it has booted, under TCG too. */
 const GUEST_MS = 120_000;
 
-/** The console's commands go to flags, so that the loop looks at them without waiting. */
-const GUEST_SCRIPT = `
-mount -t ext4 -o noatime /dev/vda /mnt || echo "guest: cannot mount"
-( while read -r line; do case $line in mark) : > /mark ;; stop) : > /stop ;; esac; done < /dev/console ) &
-n=0
-while [ ! -e /stop ]; do
-  if [ -e /mark ]; then rm /mark; echo "marked $n"; fi
-  n=$((n + 1))
-  printf '%${FILE_CHARACTERS}d' $n > /mnt/file$n
-  sync /mnt/file$n || { echo "guest: cannot sync"; break; }
-  echo "committed $n"
-  printf '%${FILE_CHARACTERS}d' ${"$n ".repeat(BALLAST_PIECE_PAGES)}|
-    dd of=/mnt/ballast bs=64k iflag=fullblock seek=$((n * 37 % ${BALLAST_BYTES / 65_536})) conv=notrunc,fsync 2> /dev/null
-done
-umount /mnt || echo "guest: cannot unmount"
-echo "guest: done $n"
-`;
+const GUEST_SCRIPT = writingGuest(`printf '%${FILE_CHARACTERS}d' ${"$n ".repeat(BALLAST_PIECE_PAGES)}|
+    dd of=/mnt/ballast bs=64k iflag=fullblock seek=$((n * 37 % ${BALLAST_BYTES / 65_536})) conv=notrunc,fsync 2> /dev/null`);
 
 const kernel = findGuestKernel();
 
@@ -76,10 +70,7 @@ describe("a real guest", () => {
       await guest.line((line) => line.startsWith("committed") && numberOf(line) > atMark + 20, 0, GUEST_MS);
       expect((await server.jobs("set-speed", await backup.jobId(), "0")).code).toBe(0);
       const { captures } = await backup.succeed();
-      guest.send("stop");
-      const written = numberOf(await guest.line((line) => line.startsWith("guest: done"), 0, GUEST_MS));
-      expect((await guest.end(GUEST_MS)).code).toBe(0);
-      expect(guest.lines.filter((line) => line.startsWith("guest: cannot"))).toEqual([]);
+      const written = await endGuest(guest, GUEST_MS);
       expect((await server.stop()).code).toBe(0);
       expect(leftovers(folder)).toEqual([]);
 
@@ -95,8 +86,7 @@ async function makeFileSystem(folder: string, disk: string): Promise<void> {
   mkdirSync(content);
   writeFileSync(join(content, "ballast"), randomFillSync(Buffer.alloc(BALLAST_BYTES)));
   const raw = join(folder, "made.raw");
-  const now = "lazy_itable_init=0,lazy_journal_init=0";
-  await mustRun("mke2fs", "-q", "-F", "-t", "ext4", "-E", now, "-d", content, raw, `${DISK_BYTES / 1024}k`);
+  await makeExt4(raw, DISK_BYTES, content);
   await mustRun("qemu-img", "convert", "-f", "raw", "-O", formatOf(disk), raw, disk);
 }
 
@@ -136,35 +126,6 @@ async function expectLiveDisk(folder: string, disk: string, written: number): Pr
   for (const [number, content] of files) expect(content).toBe(contentOf(number));
 }
 
-async function expectCleanFileSystem(raw: string): Promise<void> {
-  const { code, stdout } = await run("e2fsck", ["-fn", raw]);
-  expect({ code, stdout }).toEqual({ code: 0, stdout: expect.any(String) as string });
-}
-
-/** Contents of the numbered files, read without a mount. */
-async function filesOf(raw: string, folder: string): Promise<Map<number, string>> {
-  mkdirSync(folder);
-  await mustRun("debugfs", "-R", `rdump / ${folder}`, raw);
-  const files = new Map<number, string>();
-  for (const name of readdirSync(folder)) {
-    const number = /^file(\d+)$/.exec(name)?.[1];
-    if (number !== undefined) files.set(Number(number), readFileSync(join(folder, name), "latin1"));
-  }
-  return files;
-}
-
-function contentOf(number: number): string {
-  return String(number).padStart(FILE_CHARACTERS);
-}
-
 function formatOf(path: string): string {
   return path.endsWith(".qcow2") ? "qcow2" : "raw";
-}
-
-function lastNumber(guest: Process, word: string): number {
-  return numberOf(guest.lines.findLast((line) => line.startsWith(word)) ?? "");
-}
-
-function numberOf(line: string): number {
-  return Number(/\d+/.exec(line)?.[0] ?? NaN);
 }
