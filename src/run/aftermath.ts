@@ -4,6 +4,7 @@ import { CowcatcherError } from "../errors.js";
 import { decideFiles } from "./chain-retention.js";
 import type { ChildResult } from "./child.js";
 import { type BackupManifest, MANIFEST_FORMAT, readHistory, removeBackup, writeManifest } from "./history.js";
+import { foreignOverlays } from "./foreign-overlays.js";
 import type { Job } from "./job.js";
 import { isObject } from "./outcome.js";
 import { isCheckpointOf, type Plan } from "./plan.js";
@@ -113,7 +114,11 @@ export async function keepBackups(work: Aftermath): Promise<string[]> {
   const removed: string[] = [];
   for (const { target: path, label } of plan.disks) {
     const history = await readHistory(dirname(path), job.name, label);
-    for (const { backup, keep, reason } of decideFiles(history, retention)) {
+    const overlays = await foreignOverlays(dirname(path), history);
+    for (const [file, overlay] of overlays) {
+      say("warning", `${overlay} has no manifest and builds on ${file}, which therefore stays`);
+    }
+    for (const { backup, keep, reason } of decideFiles(history, retention, overlays)) {
       if (keep) continue;
       await removeBackup(backup);
       removed.push(backup.path);

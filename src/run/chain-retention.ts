@@ -2,7 +2,8 @@
 // goes when none of its backups is kept. So an overlay's base is never removed, and more stays than the rules alone say.
 //
 // Chains are told apart by what each backup builds on. A backup whose base is gone already is a chain with what
-// builds on it: it goes by the same rules.
+// builds on it: it goes by the same rules. A base may also be there and have lost its manifest: it is a file like any other
+// that somebody has made on a backup, which keeps that backup's chain (foreign-overlays.ts).
 import { CowcatcherError } from "../errors.js";
 import { decideRetention, type Retention } from "../repository/upkeep/retention.js";
 import type { KnownBackup } from "./history.js";
@@ -16,10 +17,15 @@ export interface FileDecision {
 
 /**
  * @param backups of one disk, in any order
+ * @param overlays by backups' file names, files without a manifest that build on them
  * @returns what is removed in the order in which it must be: overlays before what they build on; then what is kept
  * @throws CowcatcherError USAGE without a rule
  */
-export function decideFiles(backups: readonly KnownBackup[], retention: Retention): FileDecision[] {
+export function decideFiles(
+  backups: readonly KnownBackup[],
+  retention: Retention,
+  overlays: ReadonlyMap<string, string> = new Map(),
+): FileDecision[] {
   // Two backups of one instant would be one to the rules.
   const times = new Map<string, KnownBackup>();
   for (const backup of backups) {
@@ -39,10 +45,15 @@ export function decideFiles(backups: readonly KnownBackup[], retention: Retentio
   const removed: FileDecision[] = [];
   const kept: FileDecision[] = [];
   for (const chain of chainsOf(backups)) {
-    const isKept = chain.some((backup) => reasons.get(backup)?.keep === true);
+    const isRuled = chain.some((backup) => reasons.get(backup)?.keep === true);
+    const overlay = chain.map(({ file }) => overlays.get(file)).find((name) => name !== undefined);
+    const isKept = isRuled || overlay !== undefined;
+    const whyKept = isRuled
+      ? "another backup of its chain is kept"
+      : `${overlay} builds on its chain, and has no manifest`;
     for (const backup of [...chain].reverse()) {
       const { keep, reason } = reasons.get(backup) ?? { keep: true, reason: "unknown" };
-      const why = keep || !isKept ? reason : "another backup of its chain is kept";
+      const why = keep || !isKept ? reason : whyKept;
       (isKept ? kept : removed).push({ backup, keep: isKept, reason: why });
     }
   }

@@ -66,7 +66,8 @@ export async function readHistory(folder: string, job: string, disk: string): Pr
   return found.sort((a, b) => (a.t0 < b.t0 ? -1 : a.t0 > b.t0 ? 1 : a.file < b.file ? -1 : 1));
 }
 
-async function namesIn(folder: string): Promise<string[]> {
+/** A folder that is not there is empty. @throws CowcatcherError IO, LIMIT */
+export async function namesIn(folder: string): Promise<string[]> {
   try {
     const names = await readdir(folder);
     if (names.length <= MAX_ENTRIES) return names;

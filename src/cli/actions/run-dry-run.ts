@@ -1,6 +1,8 @@
 // `run --dry-run`: the commands that would be run, what is in their way, and what retention would remove now.
+import { dirname } from "node:path";
 import { toCowcatcherError } from "../../errors.js";
 import { decideFiles } from "../../run/chain-retention.js";
+import { foreignOverlays } from "../../run/foreign-overlays.js";
 import type { Job } from "../../run/job.js";
 import { planBackup, type Plan } from "../../run/plan.js";
 import { checkFolders, checkMount } from "../../run/preflight.js";
@@ -50,7 +52,7 @@ export async function printDryRun(
       document.level = plan.level === "by-repository" ? null : plan.level;
       document.level_reason = plan.reason;
       document.commands = plan.commands.map(({ args }) => ["backup", ...args]);
-      document.removes = removes(job, plan);
+      document.removes = await removes(job, plan);
       await checkMount(job);
       await checkFolders(job, plan, false);
     } catch (cause) {
@@ -65,15 +67,17 @@ export async function printDryRun(
   return codes.length === 0 ? EXIT.done : worstExitCode(codes);
 }
 
-function removes({ retention }: Job, plan: Plan): string[] {
+async function removes({ retention }: Job, plan: Plan): Promise<string[]> {
   if (retention === undefined) return [];
-  return plan.disks.flatMap(({ history }) =>
-    history.length === 0
-      ? []
-      : decideFiles(history, retention)
-          .filter(({ keep }) => !keep)
-          .map(({ backup }) => backup.path),
-  );
+  const removed: string[] = [];
+  for (const { history, target } of plan.disks) {
+    if (history.length === 0) continue;
+    const overlays = await foreignOverlays(dirname(target), history);
+    for (const { keep, backup } of decideFiles(history, retention, overlays)) {
+      if (!keep) removed.push(backup.path);
+    }
+  }
+  return removed;
 }
 
 function printJob(

@@ -1,10 +1,12 @@
 // Files that a job leaves: patterns, manifests, chains, and which of them retention removes.
+import { execFileSync } from "node:child_process";
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { chainsOf, decideFiles } from "../../../src/run/chain-retention.js";
+import { foreignOverlays } from "../../../src/run/foreign-overlays.js";
 import {
   type BackupManifest,
   chainOf,
@@ -59,6 +61,12 @@ function days(fulls: readonly boolean[]): KnownBackup[] {
   });
 }
 
+let folder: string;
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), "cowcatcher-history-"));
+});
+afterEach(() => rmSync(folder, { recursive: true, force: true }));
+
 describe("retention of chains", () => {
   it("removes whole chains, overlays first, and says why the others stay", () => {
     const decisions = decideFiles(days([true, false, false, true, false, true]), { last: 2 });
@@ -106,6 +114,57 @@ describe("retention of chains", () => {
     );
   });
 
+  it("keeps what an overlay without a manifest builds on: a backup that lost it, or somebody's own disk", async () => {
+    const backups = days([true, false, false, false, true]);
+    const path = (file: string): string => join(folder, file);
+    for (const { file, parent } of backups) {
+      const base = parent === null ? [] : ["-b", parent, "-F", "qcow2"];
+      execFileSync("qemu-img", ["create", "-q", "-f", "qcow2", ...base, path(file), "1M"], { cwd: folder });
+    }
+    writeFileSync(path("notes"), "text");
+    // The manifest of day2 is lost; day3 builds on it, and is not kept by a rule either.
+    const history = backups.filter(({ file }) => file !== "day2");
+    const overlays = await foreignOverlays(folder, history);
+    expect([...overlays]).toEqual([["day1", "day2"]]);
+    const reasons = decideFiles(history, { last: 1 }, overlays).map(({ backup, keep, reason }) => [
+      ...[backup.file, keep, reason],
+    ]);
+    expect(reasons).toEqual([
+      ["day3", false, "no rule keeps it"],
+      ["day1", true, "day2 builds on its chain, and has no manifest"],
+      ["day0", true, "day2 builds on its chain, and has no manifest"],
+      ["day4", true, "keep-last"],
+    ]);
+    // By another name for it, from a disk of somebody's own; nothing of what cannot be opened.
+    execFileSync("qemu-img", [
+      "create",
+      "-q",
+      "-f",
+      "qcow2",
+      "-b",
+      path("day4"),
+      "-F",
+      "qcow2",
+      path("boot"),
+      "1M",
+    ]);
+    execFileSync("qemu-img", [
+      "create",
+      "-q",
+      "-f",
+      "qcow2",
+      "-u",
+      "-b",
+      "foo:bar",
+      "-F",
+      "raw",
+      path("odd"),
+      "1M",
+    ]);
+    expect([...(await foreignOverlays(folder, backups))]).toEqual([["day4", "boot"]]);
+    expect(await foreignOverlays(path("none"), [])).toEqual(new Map());
+  });
+
   it("refuses to remove everything, and two backups of one instant", () => {
     expect(() => decideFiles(days([true]), {})).toThrow(/no rule is given/);
     const [one] = days([true]);
@@ -121,12 +180,6 @@ describe("retention of chains", () => {
 });
 
 describe("manifests in a folder", () => {
-  let folder: string;
-  beforeEach(() => {
-    folder = mkdtempSync(join(tmpdir(), "cowcatcher-history-"));
-  });
-  afterEach(() => rmSync(folder, { recursive: true, force: true }));
-
   async function backup(name: string, value: BackupManifest): Promise<void> {
     writeFileSync(join(folder, name), "data");
     await writeManifest(join(folder, name), value);
