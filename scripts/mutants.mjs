@@ -228,9 +228,9 @@ const TRACKING_MUTANTS = [
   },
   {
     rule: "tracking: bits are synced before their extent is evicted",
-    file: "src/tracking/tracker.ts",
-    from: "await this.#active.file.sync();\n  }\n\n  /** What has changed",
-    to: "}\n\n  /** What has changed",
+    file: "src/tracking/epochs.ts",
+    from: "    await this.#active.sync();\n",
+    to: "",
   },
   {
     rule: "tracking: an extent with a new bit since the sync began stays",
@@ -258,19 +258,19 @@ const TRACKING_MUTANTS = [
   },
   {
     rule: "tracking: the boundary of a backup that runs is kept",
-    file: "src/tracking/tracker.ts",
-    from: "this.#store.hold(epoch);",
+    file: "src/tracking/epochs.ts",
+    from: "    store.hold(epoch);",
     to: "",
   },
   {
     rule: "tracking: what was found is durable before the log that told of it goes",
-    file: "src/tracking/tracker.ts",
-    from: "await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), found.active));",
-    to: "await folder.replace(activeName(epoch), encodeActive(activeHeader(head, epoch), new Bits(options.image.sizeBytes, base.granularityBytes)));",
+    file: "src/tracking/opening.ts",
+    from: "await ActiveEpoch.write(folder, head, epoch, found.active);",
+    to: "await ActiveEpoch.write(folder, head, epoch, new Bits(options.image.sizeBytes, base.granularityBytes));",
   },
   {
     rule: "tracking: a backup that is being prepared learns of the epochs that end meanwhile",
-    file: "src/tracking/tracker.ts",
+    file: "src/tracking/epochs.ts",
     from: "for (const bits of this.#followers) bits.or(over.bits);",
     to: "",
   },
@@ -285,6 +285,18 @@ const TRACKING_MUTANTS = [
     file: "src/tracking/pulse.ts",
     from: "this.#isWriting = true;\n    this.#writeNow();",
     to: "this.#isWriting = true;",
+  },
+  {
+    rule: "tracking: neighbours that are taken along are in the log, too",
+    file: "src/tracking/hot-set.ts",
+    from: 'await this.#append("add", [...cold, ...neighbours]);',
+    to: 'await this.#append("add", cold);',
+  },
+  {
+    rule: "tracking: writes of others are in the result",
+    file: "src/tracking/recovery.ts",
+    from: "active.or(others);",
+    to: "",
   },
   {
     rule: "tracking: epochs on both sides of a checkpoint are never merged",

@@ -7,6 +7,7 @@
 
 import { CRC_BYTES, getNumber, getUuid, isSealed, putUuid, seal, UUID_BYTES, viewOf } from "./seal.js";
 
+export const HEAD_NAME = "head";
 export const HEAD_COPY_BYTES = 4096;
 export const HEAD_BYTES = 2 * HEAD_COPY_BYTES;
 export const FORMAT_VERSION = 1;
@@ -42,9 +43,12 @@ export interface Head {
   processId: number;
   /** SHA-256 of the image's identity at the clean end (fingerprint.ts), in hex; all zero else. */
   identity: string;
+  /** UUID of the bitmap that was left in the image at the clean end (recovery.ts); null: none was. */
+  bitmap: string | null;
 }
 
 export const NO_IDENTITY = "0".repeat(IDENTITY_BYTES * 2);
+const NO_UUID = "00000000-0000-0000-0000-000000000000";
 
 const OFFSET = {
   magic: 0,
@@ -61,6 +65,7 @@ const OFFSET = {
   generation: 72,
   bootId: 72 + UUID_BYTES,
   identity: 72 + 2 * UUID_BYTES,
+  bitmap: 72 + 2 * UUID_BYTES + IDENTITY_BYTES,
 } as const;
 
 /** One copy, to be written at `copyOffset(head)`. */
@@ -85,6 +90,7 @@ export function encodeHead(head: Head): Uint8Array {
   putUuid(bytes, OFFSET.generation, head.generation);
   putUuid(bytes, OFFSET.bootId, head.bootId);
   bytes.set(Buffer.from(head.identity, "hex").subarray(0, IDENTITY_BYTES), OFFSET.identity);
+  putUuid(bytes, OFFSET.bitmap, head.bitmap ?? NO_UUID);
   seal(bytes);
   return bytes;
 }
@@ -110,6 +116,7 @@ function decodeCopy(bytes: Uint8Array): Head | undefined {
   const mode = TRACKING_MODES[view.getUint32(OFFSET.mode, true)];
   if (state === undefined || mode === undefined) return undefined;
   const identity = bytes.subarray(OFFSET.identity, OFFSET.identity + IDENTITY_BYTES);
+  const bitmap = getUuid(bytes, OFFSET.bitmap);
   return {
     state,
     mode,
@@ -123,6 +130,7 @@ function decodeCopy(bytes: Uint8Array): Head | undefined {
     generation: getUuid(bytes, OFFSET.generation),
     bootId: getUuid(bytes, OFFSET.bootId),
     identity: Buffer.from(identity).toString("hex"),
+    bitmap: bitmap === NO_UUID ? null : bitmap,
   };
 }
 

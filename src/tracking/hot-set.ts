@@ -2,19 +2,31 @@
 //
 //   cold ──intent durable──► hot ──bits synced, no new bit since that sync began──► evicted, which is cold
 //
-// Intents that come while a write to the log is under way go with the next, all by one. The set is bounded: where it is
-// full, those that had no new bit for longest make room. One loop does all writing to the log, so that its order is that
-// of the decisions. Main thread; it never waits for storage.
+// Intents that come while a write to the log is under way go with the next, all by one. Each costs the guest a sync, so
+// the more were needed since the last sweep, the more neighbours each takes along, as read-ahead does: one that writes
+// here and there gets the extents that it writes to, one that writes all over a disk has all of it after a handful of
+// syncs. Half of the set is left to what was asked for.
+//
+// The set is bounded: where it is full, those that had no new bit for longest make room, an eighth of the set at a time,
+// for one sync of the bits. One loop does all writing to the log, so that its order is that of the decisions. Main
+// thread; it never waits for storage.
 
 import { EXTENTS_PER_RECORD, type LogWrite, type LogWriter } from "./activity-log.js";
 import type { TrackingFile } from "./folder.js";
 
 /** Idle for this many sweeps: evicted (as md clears its bits). */
 const IDLE_SWEEPS = 2;
+/** Neighbours that an intent takes along: a share of what was admitted since the last sweep, up to a bound. */
+const ADMITTED_PER_NEIGHBOUR = 8;
+const NEIGHBOURS_MAX = 64;
+/** Of a full set, this share makes room at once. */
+const EVICTED_SHARE = 1 / 8;
 
 export interface HotSetParts {
   file: TrackingFile;
   log: LogWriter;
+  /** Of the disk. */
+  extentCount: number;
   /** Most extents that are hot at a time. */
   limit: number;
   /** Every bit that was set before the call is durable once it is fulfilled. */
@@ -36,6 +48,7 @@ export class HotSet {
   /** By extent, the clock's time of its last new bit. */
   readonly #touched = new Map<number, number>();
   #clock = 1;
+  #admittedSinceSweep = 0;
   /** The clock at the last sweeps, the oldest first. */
   #sweeps: number[] = [];
   #waiting: Intent[] = [];
@@ -75,6 +88,7 @@ export class HotSet {
   sweep(): void {
     this.#sweeps.push(this.#clock);
     this.#clock++;
+    this.#admittedSinceSweep = 0;
     if (this.#sweeps.length <= IDLE_SWEEPS) return;
     this.#sweepDue = true;
     this.#start();
@@ -132,10 +146,31 @@ export class HotSet {
       if (!(await this.#evictOldest(this.size + cold.length - this.#parts.limit, wanted))) break;
       cold = [...wanted].filter((extent) => !this.#touched.has(extent));
     }
-    await this.#append("add", cold);
-    for (const extent of wanted) this.#touched.set(extent, this.#clock);
+    this.#admittedSinceSweep += cold.length;
+    const neighbours = this.#neighboursOf(cold, wanted);
+    await this.#append("add", [...cold, ...neighbours]);
+    for (const extents of [wanted, neighbours]) {
+      for (const extent of extents) this.#touched.set(extent, this.#clock);
+    }
     this.#waiting.splice(0, batch.length);
     for (const { done } of batch) done();
+  }
+
+  /** What is hot together with those that are about to be: cold ones of the same aligned group. */
+  #neighboursOf(cold: readonly number[], wanted: ReadonlySet<number>): Set<number> {
+    const { extentCount, limit } = this.#parts;
+    const neighbours = new Set<number>();
+    const wish = Math.min(NEIGHBOURS_MAX, this.#admittedSinceSweep / ADMITTED_PER_NEIGHBOUR);
+    const groupSize = wish < 2 ? 1 : 2 ** Math.floor(Math.log2(wish));
+    const room = Math.floor(limit / 2) - this.size - cold.length;
+    for (const extent of groupSize === 1 ? [] : cold) {
+      const first = extent - (extent % groupSize);
+      const end = Math.min(extentCount, first + groupSize);
+      for (let other = first; other < end && neighbours.size < room; other++) {
+        if (!this.#touched.has(other) && !wanted.has(other)) neighbours.add(other);
+      }
+    }
+    return neighbours;
   }
 
   /** @returns false where none may go */
@@ -146,7 +181,7 @@ export class HotSet {
     const oldest = [...this.#touched]
       .filter(([extent, touched]) => touched < syncedAt && !keep.has(extent))
       .sort(([, a], [, b]) => a - b);
-    await this.#evict(oldest.slice(0, count));
+    await this.#evict(oldest.slice(0, Math.max(count, this.#parts.limit * EVICTED_SHARE)));
     return true;
   }
 

@@ -3,7 +3,7 @@
 //   how it ended                              what is believed
 //   ───────────────────────────────────────   ─────────────────────────────────────────────────────────────────────
 //   closed; the image looks as it did         the bits
-//   closed; it does not, but it is qcow2      the bits, and those of the bitmap
+//   closed; it does not, but it is qcow2      the bits, and those of the bitmap that was left in it
 //     and a program that keeps bitmaps wrote
 //   closed; it does not                       nothing: somebody wrote of whom nobody knows what
 //   open, this boot: the process died         the bits: the page cache has outlived it
@@ -23,9 +23,8 @@ import { decodeActive, decodeEpoch, type DecodedEpoch } from "./epoch-file.js";
 import type { Boot } from "./fingerprint.js";
 import type { TrackingFolder } from "./folder.js";
 import { decodePulse, type ImageLooks, isTouchedByOthers, PULSE_NAME } from "./pulse.js";
-import { decodeHead, type Head, NO_IDENTITY } from "./head.js";
+import { decodeHead, type Head, HEAD_NAME, NO_IDENTITY } from "./head.js";
 
-export const HEAD_NAME = "head";
 export const LOG_NAME = "al";
 /** How far the start of the system, reckoned from a clock and a count of seconds, may be off. */
 const BOOT_CLOCK_MS = 2_000;
@@ -38,10 +37,10 @@ export interface TrackedImage {
   /** Undefined where they tell nothing. */
   looks(): Promise<ImageLooks | undefined>;
   /**
-   * What programs that keep bitmaps have written since the clean end of this generation: undefined where nobody can say
-   * so. Asked once, before anything is written to the image.
+   * What programs that keep bitmaps have written since this one (bitmap-name.ts) was left in the image at the clean end,
+   * when the disk had sizeThen bytes: undefined where nobody can say so. Asked once, before anything is written to it.
    */
-  writesOfOthers(generation: string): Promise<Bits | undefined>;
+  writesOfOthers(uuid: string, sizeThen: number): Promise<Bits | undefined>;
 }
 
 export interface Kept {
@@ -95,7 +94,7 @@ export async function recover(
   if (bits === undefined) return lost("the file of the active epoch is missing or damaged");
   const log = readLog((await folder.read(LOG_NAME)) ?? new Uint8Array(), head.generation);
   const kept = { kind: "kept", head, list, active: bits, logSequence: log?.lastSequence ?? 0 } as const;
-  if (head.state === "clean") return keepClean(kept, image, lost);
+  if (head.state === "clean") return keepClean(kept, folder, image, lost);
   if (head.bootId === boot.id) return { ...kept, how: "process-death" };
   if (log === undefined || head.extentBytes !== geometry.extentBytes)
     return lost("the activity log is missing or damaged");
@@ -130,6 +129,7 @@ async function distrust(
 
 async function keepClean(
   kept: Omit<Kept, "how">,
+  folder: TrackingFolder,
   image: TrackedImage,
   lost: (reason: string) => Recovered,
 ): Promise<Recovered> {
@@ -137,10 +137,21 @@ async function keepClean(
   const identity = await image.identity();
   const isAsItWas = head.identity !== NO_IDENTITY && identity === head.identity;
   if (isAsItWas && head.sizeBytes === image.sizeBytes) return { ...kept, how: "clean" };
-  const others = await image.writesOfOthers(head.generation);
+  // A bitmap tells of writes to the image's own file, and of no other file in its place or below it.
+  const others =
+    head.bitmap !== null && (await areSameFiles(folder, image, head))
+      ? await image.writesOfOthers(head.bitmap, head.sizeBytes)
+      : undefined;
   if (others === undefined) return lost("the image was changed while no server kept track of it");
   active.or(others);
   return { ...kept, how: "merged" };
+}
+
+/** The image's own files are those that the server had, and its backing files are as they were. */
+async function areSameFiles(folder: TrackingFolder, image: TrackedImage, head: Head): Promise<boolean> {
+  const pulse = decodePulse((await folder.read(PULSE_NAME)) ?? new Uint8Array());
+  const looks = await image.looks();
+  return pulse?.generation === head.generation && pulse.files === looks?.files;
 }
 
 async function areEpochsSound(

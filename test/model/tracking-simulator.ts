@@ -499,7 +499,7 @@ export class TrackingSimulator {
     this.#frozen = undefined;
     void this.#schedule.call(this.#image.flush());
     await this.#schedule.endAll();
-    const closed = tracker.close();
+    const closed = tracker.close(crypto.randomUUID());
     await this.#schedule.endAll();
     await closed;
     this.#forget();

@@ -91,6 +91,7 @@ describe("files of a tracking folder", () => {
     bootId: GENERATION,
     processId: 4711,
     identity: NO_IDENTITY,
+    bitmap: null,
   };
 
   it("a head is the newer of its valid copies", () => {
