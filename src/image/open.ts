@@ -39,6 +39,8 @@ export interface OpenOptions {
   backing?: boolean | undefined;
   /** Id or name of an internal snapshot of a qcow2 image: the disk as of it, read-only. */
   snapshot?: string | undefined;
+  /** A qcow2 image's bitmaps stay good until its owner says that writing begins (Qcow2Image.beginWriting). */
+  defersWriting?: boolean | undefined;
   /** Of an NBD export only: the dirty bitmap that the copy will ask for. */
   bitmap?: string | undefined;
   /** Opened by this path, while errors and relative names in the image go by the other one (of an open file without a name). */
@@ -72,7 +74,7 @@ export async function openImage(imagePath: string, options: OpenOptions): Promis
     isCancelled: options.isCancelled,
     files: new Set(),
   };
-  return openLayer(imagePath, options.format, options.readOnly, chain, options.snapshot, options.openAs);
+  return openLayer(imagePath, options.format, options.readOnly, chain, options);
 }
 
 /** An export is raw: what another program serves as qcow2 bytes, that program can serve as a disk. */
@@ -106,8 +108,11 @@ async function openLayer(
   format: ImageFormat | undefined,
   readOnly: boolean,
   chain: ChainState,
-  snapshot?: string,
-  openAs = imagePath,
+  {
+    snapshot,
+    openAs = imagePath,
+    defersWriting,
+  }: Pick<OpenOptions, "snapshot" | "openAs" | "defersWriting"> = {},
 ): Promise<Image> {
   const fd = await openImageFile(openAs, { readOnly, direct: chain.direct });
   let backing: Image | null = null;
@@ -129,7 +134,7 @@ async function openLayer(
     data = await openExternalData(imagePath, header, { ...chain, readOnly });
     // Last: an image that cannot be opened is left as it is.
     if (!readOnly) await repairIfDirty(imagePath, fd);
-    return await openQcow2({ ...base, ...data, backing, snapshot });
+    return await openQcow2({ ...base, ...data, backing, snapshot, defersWriting });
   } catch (error) {
     await backing?.close();
     if (data !== undefined) await closeFile(data.dataFd);

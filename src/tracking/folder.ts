@@ -39,9 +39,11 @@ export interface TrackingFolder {
   close(): Promise<void>;
 }
 
+/** Of the folder beside an image. */
+export const TRACKING_SUFFIX = ".cowcatcher";
 const FOLDER_MODE = 0o700;
 const FILE_MODE = 0o600;
-const LOCK_NAME = "lock";
+export const LOCK_NAME = "lock";
 const TEMPORARY_SUFFIX = ".new";
 
 /** A folder of the file system. Main thread; all but `writeNow` runs in libuv's pool. */
@@ -168,7 +170,7 @@ export async function readIn(folder: string, name: string): Promise<Uint8Array |
   try {
     return await fs.promises.readFile(systemName(path));
   } catch (error) {
-    if (errnoOf(error) === "ENOENT") return null;
+    if (["ENOENT", "ENOTDIR"].includes(errnoOf(error) ?? "")) return null;
     throw ioError("read", path, error);
   }
 }

@@ -63,6 +63,11 @@ export function releaseImageLock(fd: number): void {
   libc?.ofdLock(fd, F_UNLCK, UNSHARED_BASE, PERMISSION_COUNT);
 }
 
+/** Whether another opener holds the lock of a writer; false where nobody can say. Takes nothing. */
+export function isWrittenBySomebody(fd: number): boolean {
+  return libc?.ofdTest(fd, F_WRLCK, USED_BASE + WRITE, 1) === 1;
+}
+
 /** @returns false where the file system has no such locks. */
 function takeLocks(fd: number, name: string, used: readonly number[], unshared: readonly number[]): boolean {
   if (libc === null) return false;

@@ -27,11 +27,18 @@ import { describeImage } from "../../image/qcow2/info.js";
 import { RbdImage } from "../../rbd/image.js";
 import { isBackupAddress } from "../../repository/address.js";
 import { openBackup } from "../../repository/open.js";
+import { inspectTracking } from "../../tracking/inspect.js";
+import { TRACKING_SUFFIX } from "../../tracking/folder.js";
 import { roundUp } from "../../units.js";
 import { printJsonDocument, printLine, type CommandContext } from "../output/context.js";
 import { type KeyFlags, lazyKey } from "../options/repository-options.js";
 import { EXIT } from "../output/exit-codes.js";
-import { infoLines, type FormatSpecificDocument, type ImageInfoDocument } from "../output/info-text.js";
+import {
+  infoLines,
+  type FormatSpecificDocument,
+  type ImageInfoDocument,
+  type TrackingDocument,
+} from "../output/info-text.js";
 import { isNbdUri, isRbdAddress } from "../options/options.js";
 
 export interface InfoFlags extends KeyFlags {
@@ -158,7 +165,9 @@ async function describeLayer(
   try {
     if (lock) acquireImageLock(fd, path, { write: false });
     const known = format ?? probeFormat(path, readFirstBytes(path, fd, PROBE_BYTES));
-    return known === "raw" ? describeRaw(path, fd) : describeQcow2(path, fd);
+    const described = known === "raw" ? describeRaw(path, fd) : describeQcow2(path, fd);
+    const tracking = fstatSync(fd).isFile() ? await describeTracking(path) : undefined;
+    return { ...described, ...(tracking !== undefined && { tracking }) };
   } finally {
     await closeFile(fd);
   }
@@ -220,6 +229,24 @@ function describeQcow2(path: string, fd: number): ImageInfoDocument {
     ...(encrypted && { encrypted }),
     ...(backing !== undefined && { "full-backing-filename": backing }),
     "format-specific": { type: "qcow2", data: { ...specific.data, ...specialData(header) } },
+  };
+}
+
+/** Of the folder that stands beside the image, where there is one. @throws CowcatcherError IO */
+async function describeTracking(path: string): Promise<TrackingDocument | undefined> {
+  const folder = path + TRACKING_SUFFIX;
+  const tracking = await inspectTracking(folder);
+  if (tracking === undefined) return undefined;
+  const { state, mode, generation, granularityBytes, epochCount, checkpoints, loss } = tracking;
+  return {
+    folder,
+    state,
+    ...(mode !== undefined && { mode }),
+    ...(generation !== undefined && { generation }),
+    ...(granularityBytes !== undefined && { granularity: granularityBytes }),
+    ...(epochCount !== undefined && { epochs: epochCount }),
+    checkpoints: checkpoints.map(({ name, uuid, createdMs }) => ({ name, uuid, "created-ms": createdMs })),
+    ...(loss !== null && { "loss-reason": loss.reason, "lost-checkpoints": loss.checkpoints }),
   };
 }
 

@@ -8,6 +8,7 @@ import type { Image } from "../../block/device.js";
 import { Qcow2Image } from "../../image/qcow2/image.js";
 import { NBD_META_DIRTY_BITMAP_PREFIX, NBD_STATE_DIRTY } from "../../nbd/wire/protocol.js";
 import type { OutputSettings } from "../output/context.js";
+import { isBitmapName } from "../../tracking/bitmap-name.js";
 import { warn } from "../output/report.js";
 import type { StatusContext } from "../../nbd/server/export.js";
 
@@ -27,11 +28,13 @@ export function bitmapContexts(images: readonly Image[], names: readonly string[
 
 /** To open an image for writing makes its persistent bitmaps out of date: that is not to be done in silence. */
 export function warnOfBitmaps(image: Image, output: OutputSettings): void {
-  if (!(image instanceof Qcow2Image) || image.staleBitmaps.length === 0) return;
-  const names = image.staleBitmaps.map((name) => `'${name}'`).join(", ");
+  if (!(image instanceof Qcow2Image)) return;
+  const stale = image.staleBitmaps.filter((name) => !isBitmapName(name));
+  if (stale.length === 0) return;
+  const names = stale.map((name) => `'${name}'`).join(", ");
   warn(
     output,
-    `${image.name}: its persistent bitmap${image.staleBitmaps.length > 1 ? "s" : ""} ${names} will be out of date, as ` +
+    `${image.name}: its persistent bitmap${stale.length > 1 ? "s" : ""} ${names} will be out of date, as ` +
       "the guest's writes are not recorded there (backups with --bitmap need QEMU; --read-only leaves them valid)",
   );
 }

@@ -8,6 +8,7 @@ import { ControlServer } from "../../control/server.js";
 import type { KeySource } from "../../repository/format/keys.js";
 import { DiskNode } from "../../cow/disk-node.js";
 import type { Image } from "../../block/device.js";
+import { Qcow2Image } from "../../image/qcow2/image.js";
 import { openAnyImage } from "../../repository/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
 import { processLimit } from "../../process-limits.js";
@@ -53,6 +54,7 @@ export async function runServe(
         format: served.format,
         readOnly: settings.readOnly,
         direct: settings.direct,
+        defersWriting: true,
       };
       const image = await quitting.unless(openAnyImage(served.path, options));
       if (image === undefined) return EXIT.done;
@@ -62,6 +64,7 @@ export async function runServe(
     }
     for (const { image } of images) warnOfBitmaps(image, context.output);
     tracked = await openTrackers(images, settings.tracking, context);
+    for (const { image } of images) if (image instanceof Qcow2Image) await image.beginWriting();
     const trackers = tracked.byName;
     const nodes = new Map(
       images.map(({ served: { name }, image }) => [
@@ -74,7 +77,7 @@ export async function runServe(
     const host = new LiveHost(nodes, quit, exports, trackers);
     await serveNodes(settings, context, exports, host, quitting);
   } finally {
-    tracked?.imagesClose();
+    await tracked?.imagesClose();
     // Flushes: what a guest was told is stored must be, whatever ended the server.
     const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
     // Only what is whole and closed is what the next server will find.

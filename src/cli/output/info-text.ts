@@ -17,6 +17,21 @@ export interface ImageInfoDocument {
   "backing-filename-format"?: string;
   snapshots?: SnapshotInfo[];
   "format-specific"?: { type: string; data: FormatSpecificDocument };
+  /** Not QEMU's: of the folder beside the image that `serve` keeps track in. */
+  tracking?: TrackingDocument;
+}
+
+/** See src/tracking/inspect.ts. */
+export interface TrackingDocument {
+  folder: string;
+  state: string;
+  mode?: string;
+  generation?: string;
+  granularity?: number;
+  epochs?: number;
+  checkpoints: { name: string; uuid: string; "created-ms": number }[];
+  "loss-reason"?: string;
+  "lost-checkpoints"?: string[];
 }
 
 /** QEMU's ImageInfoSpecificQCow2; of `encrypt` the format alone. */
@@ -48,7 +63,26 @@ export function infoLines(info: ImageInfoDocument): string[] {
   if (info["format-specific"] !== undefined) {
     lines.push("Format specific information:", ...qemuDump(dumpOrder(info["format-specific"].data)));
   }
+  if (info.tracking !== undefined) lines.push("Changed-block tracking:", ...trackingLines(info.tracking));
   return lines;
+}
+
+function trackingLines(tracking: TrackingDocument): string[] {
+  const { folder, state, mode, generation, granularity, epochs, checkpoints } = tracking;
+  const loss = tracking["loss-reason"];
+  const lines = [`folder: ${folder}`, `state: ${state}`];
+  if (mode !== undefined) lines.push(`mode: ${mode}`);
+  if (generation !== undefined) lines.push(`generation: ${generation}`);
+  if (granularity !== undefined) lines.push(`granularity: ${granularity}`);
+  if (epochs !== undefined) lines.push(`epochs: ${epochs}`);
+  for (const { name, uuid, "created-ms": createdMs } of checkpoints) {
+    lines.push(`checkpoint: ${name} (${localDate(createdMs / 1000)}, ${uuid})`);
+  }
+  if (loss !== undefined) {
+    const names = tracking["lost-checkpoints"] ?? [];
+    lines.push(`lost before: ${loss}${names.length === 0 ? "" : ` (checkpoints ${names.join(", ")})`}`);
+  }
+  return lines.map((line) => `    ${line}`);
 }
 
 function dumpOrder(data: FormatSpecificDocument): Record<string, JsonValue> {

@@ -27,6 +27,7 @@ import type {
   WriteZeroesOptions,
 } from "../../block/device.js";
 import { readBitmapDirectory, readDirtyBitmap, type DirtyBitmap } from "./format/bitmap.js";
+import { type HostRange, leaveBitmap, rangesOfBitmaps, readLeftBitmap } from "./left-bitmap.js";
 import { BlockStatusQuery } from "./guest/block-status.js";
 import { DataFile } from "./guest/data-file.js";
 import { Decompressor } from "./format/decompress.js";
@@ -71,6 +72,8 @@ export interface OpenQcow2Options {
   dataFd?: number | undefined;
   /** What errors call it. */
   dataName?: string | undefined;
+  /** The caller says when writes may come (beginWriting): until then the bitmaps are good. */
+  defersWriting?: boolean | undefined;
   /** In place of the fds' files: for tests. */
   file?: QcowFile | undefined;
   dataFile?: QcowFile | undefined;
@@ -100,8 +103,9 @@ export async function openQcow2(options: OpenQcow2Options): Promise<Qcow2Image> 
   const { bitmaps } = header;
   const hadBitmaps = bitmaps !== null && (header.autoclearFeatures & AUTOCLEAR_BITMAPS) !== 0n;
   const written = { staleBitmaps: hadBitmaps ? namesOfBitmaps(header, file) : [], hadBitmaps };
-  await clearAutoclear(header, file);
-  return new Qcow2Image(options, header, file, dataFile, written);
+  const image = new Qcow2Image(options, header, file, dataFile, written);
+  if (options.defersWriting !== true) await image.beginWriting();
+  return image;
 }
 
 /** As far as the directory can be read: it is about to be of no use to anybody. */
@@ -208,6 +212,10 @@ export class Qcow2Image implements Image {
 
   /** Bitmaps that were good until this image was opened for writing: who writes here does not keep them. */
   readonly staleBitmaps: readonly string[];
+  /** Clusters of bitmaps that were good until writing began. */
+  private oldBitmaps: readonly HostRange[] = [];
+  /** Writing has begun. */
+  private isWritable = false;
 
   /** Use openQcow2. @param written what was found before the image was made ready to be written; null if it is not */
   constructor(
@@ -304,6 +312,56 @@ export class Qcow2Image implements Image {
   /** What `qemu-img info --output=json` shows of the format. @throws CowcatcherError */
   imageInfo(): Qcow2ImageInfo {
     return describeImage(this.header, this.file);
+  }
+
+  /**
+   * Before the first write to an image that was opened with `defersWriting`: its bitmaps are out of date from now on.
+   * @throws CowcatcherError IO
+   */
+  async beginWriting(): Promise<void> {
+    if (this.readOnly || this.isWritable) return;
+    const { header, file } = this;
+    if ((header.autoclearFeatures & AUTOCLEAR_BITMAPS) !== 0n)
+      this.oldBitmaps = rangesOfBitmaps(header, file);
+    await clearAutoclear(header, file);
+    this.isWritable = true;
+  }
+
+  /**
+   * What others have written to the image since `leaveBitmap` left the bitmap in it; asked before writing begins.
+   * @param sizeThen of the disk, in bytes
+   * @returns undefined where nobody can say. @throws CowcatcherError IO
+   */
+  writesSince(bitmap: string, sizeThen: number): DirtyBitmap | undefined {
+    return readLeftBitmap(this.header, this.file, bitmap, sizeThen);
+  }
+
+  /**
+   * The last thing before the image is closed: flushes it, and leaves a bitmap in it to which a QEMU writes its changes
+   * (left-bitmap.ts). No write may come any more.
+   * @returns false where the image cannot have one. @throws CowcatcherError IO, NO_SPACE: there is none then.
+   */
+  async leaveBitmap(name: string): Promise<boolean> {
+    if (!this.isWritable) return false;
+    const { header, file, mapping } = this;
+    const flush = (): Promise<void> => this.flushAll();
+    await flush();
+    if (!(await leaveBitmap(header, file, mapping.refcounts, flush, name))) return false;
+    await this.freeOldBitmaps();
+    return true;
+  }
+
+  /**
+   * The bitmaps that went out of date when writing began give their clusters back; else these are leaks, as after every
+   * program that knows no bitmaps. The last thing before the image is closed. @throws CowcatcherError IO
+   */
+  async freeOldBitmaps(): Promise<void> {
+    if (!this.isWritable) return;
+    for (const { offsetBytes, lengthBytes } of this.oldBitmaps) {
+      this.mapping.refcounts.dropRegion(offsetBytes, lengthBytes);
+    }
+    this.oldBitmaps = [];
+    await this.flushAll();
   }
 
   bitmapNames(): string[] {

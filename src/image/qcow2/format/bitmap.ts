@@ -25,7 +25,7 @@ import { assertStored } from "./stored.js";
 const MAX_BITMAP_BYTES = 512 * MiB;
 /** QEMU's limits of the granularity: 512 bytes to 2 GiB. */
 const MIN_GRANULARITY_BITS = 9;
-const MAX_GRANULARITY_BITS = 31;
+export const MAX_GRANULARITY_BITS = 31;
 const ENTRY_FIXED_BYTES = 24;
 const TYPE_DIRTY_TRACKING = 1;
 const FLAG_IN_USE = 1 << 0;
@@ -80,6 +80,34 @@ export function readBitmapDirectory(header: Qcow2Header, file: QcowFile): Bitmap
     offset = Math.ceil((nameStart + nameBytes) / 8) * 8;
   }
   return entries;
+}
+
+/** A directory of one bitmap that tracks dirty blocks: enabled, and not in use. */
+export function encodeBitmapDirectory({
+  name,
+  granularityBits,
+  tableOffset,
+  tableEntries,
+}: Pick<BitmapDirectoryEntry, "name" | "granularityBits" | "tableOffset" | "tableEntries">): Uint8Array {
+  const nameBytes = Buffer.from(name, "utf8");
+  const bytes = new Uint8Array(Math.ceil((ENTRY_FIXED_BYTES + nameBytes.length) / 8) * 8);
+  const view = new DataView(bytes.buffer);
+  view.setBigUint64(0, BigInt(tableOffset));
+  view.setUint32(8, tableEntries);
+  view.setUint32(12, FLAG_AUTO);
+  view.setUint8(16, TYPE_DIRTY_TRACKING);
+  view.setUint8(17, granularityBits);
+  view.setUint16(18, nameBytes.length);
+  bytes.set(nameBytes, ENTRY_FIXED_BYTES);
+  return bytes;
+}
+
+/**
+ * Where the data of each of the bitmap's clusters stands in the file; 0: nowhere, as all its bits are the same.
+ * @throws CowcatcherError FORMAT, IO
+ */
+export function readBitmapTable(header: Qcow2Header, file: QcowFile, entry: BitmapDirectoryEntry): number[] {
+  return readTable(header, file, entry).map((value) => Number(value & TABLE_OFFSET_MASK));
 }
 
 /** Which blocks of a disk are dirty. */
@@ -201,19 +229,10 @@ function readBits(
       tableOffset,
     );
   }
-  const table = readView(file, `the table of bitmap '${entry.name}'`, tableOffset, tableEntries * 8);
+  const table = readTable(header, file, entry);
   const bits = new Uint8Array(Math.ceil(bitmapBytes / 4) * 4);
-  for (let index = 0; index < tableEntries; index++) {
-    const value = table.getBigUint64(index * 8);
+  for (const [index, value] of table.entries()) {
     const hostOffset = Number(value & TABLE_OFFSET_MASK);
-    const isDamaged =
-      hostOffset % clusterSizeBytes !== 0 ||
-      (value & ~TABLE_OFFSET_MASK & ~TABLE_ALL_ONES) !== 0n ||
-      (hostOffset !== 0 && (value & TABLE_ALL_ONES) !== 0n);
-    if (isDamaged) {
-      const problem = `entry ${index} of the table of bitmap '${entry.name}' is invalid`;
-      throw formatError(file.name, problem, tableOffset + index * 8);
-    }
     const start = index * clusterSizeBytes;
     const count = Math.min(clusterSizeBytes, bitmapBytes - start);
     if (hostOffset !== 0) assertStored(file, `a part of bitmap '${entry.name}'`, hostOffset, count);
@@ -222,6 +241,29 @@ function readBits(
   }
   if (endianness() === "BE") Buffer.from(bits.buffer).swap32();
   return new Uint32Array(bits.buffer);
+}
+
+/** @throws CowcatcherError FORMAT for an entry that is invalid, IO */
+function readTable(
+  { clusterBits }: Qcow2Header,
+  file: QcowFile,
+  { name, tableOffset, tableEntries }: BitmapDirectoryEntry,
+): bigint[] {
+  const table = readView(file, `the table of bitmap '${name}'`, tableOffset, tableEntries * 8);
+  return Array.from({ length: tableEntries }, (_, index) => {
+    const value = table.getBigUint64(index * 8);
+    const hostOffset = Number(value & TABLE_OFFSET_MASK);
+    const isDamaged =
+      hostOffset % 2 ** clusterBits !== 0 ||
+      (value & ~TABLE_OFFSET_MASK & ~TABLE_ALL_ONES) !== 0n ||
+      (hostOffset !== 0 && (value & TABLE_ALL_ONES) !== 0n);
+    if (!isDamaged) return value;
+    throw formatError(
+      file.name,
+      `entry ${index} of the table of bitmap '${name}' is invalid`,
+      tableOffset + index * 8,
+    );
+  });
 }
 
 function readView(file: QcowFile, what: string, offset: number, lengthBytes: number): DataView<ArrayBuffer> {
