@@ -146,7 +146,10 @@ export function quickCells(): Cell[] {
 }
 
 /** Cells whose name holds every word of one of the filters; all of them without filters. */
-export function filterCells(cells: readonly Cell[], filters: readonly string[]): Cell[] {
+export function filterCells<T extends { name: string }>(
+  cells: readonly T[],
+  filters: readonly string[],
+): T[] {
   const wanted = filters.map((filter) => filter.toLowerCase().split(/\s+/));
   if (wanted.length === 0) return [...cells];
   return cells.filter(({ name }) => {

@@ -8,16 +8,27 @@ import type { Contestant, RunningBackup, RunningServer, Setup } from "./contesta
 import { rbdAddress, removeRbdImage } from "./ceph.js";
 import { startCowcatcher, startServe } from "./cowcatcher.js";
 
-/** @param backupArguments of `backup`, beside target and rate; undefined: no backup. */
-export function cowcatcher(name: string, backupArguments: readonly string[] | undefined): Contestant {
+/**
+ * @param backupArguments of `backup`, beside target and rate; undefined: no backup.
+ * @param moreOfServe arguments of `serve`
+ */
+export function cowcatcher(
+  name: string,
+  backupArguments: readonly string[] | undefined,
+  moreOfServe: readonly string[] = [],
+): Contestant {
   return {
     name: `cowcatcher, ${name}`,
     hasBackup: backupArguments !== undefined,
-    start: (setup) => start(setup, backupArguments ?? []),
+    start: (setup) => start(setup, backupArguments ?? [], moreOfServe),
   };
 }
 
-async function start(setup: Setup, backupArguments: readonly string[]): Promise<RunningServer> {
+async function start(
+  setup: Setup,
+  backupArguments: readonly string[],
+  moreOfServe: readonly string[],
+): Promise<RunningServer> {
   const { disk, format, folder, throttle, direct } = setup;
   const log = join(folder, "serve.log");
   const [socket, control] = [join(folder, "nbd.sock"), join(folder, "control.sock")];
@@ -25,7 +36,10 @@ async function start(setup: Setup, backupArguments: readonly string[]): Promise<
   const env: Record<string, string> =
     delayMs === undefined ? {} : { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` };
   // The watch over the event loop costs a timer a millisecond, so it is set only where it is asked for.
-  const serveArguments = direct ? ["--direct", "--log-level", "debug", "--log-file", log] : [];
+  const serveArguments = [
+    ...(direct ? ["--direct", "--log-level", "debug", "--log-file", log] : []),
+    ...moreOfServe,
+  ];
   const child = await startServe({ image: disk, format, socket, control, env, args: serveArguments });
   const { rbd } = throttle;
   const target = rbd === undefined ? join(folder, "target.raw") : rbdAddress(rbd);
