@@ -28,7 +28,11 @@ export interface Boot {
   startedMs: number;
 }
 
-export async function currentBoot(): Promise<Boot> {
+/** @param simulated for tests of power cuts: another start of the system, which begins now */
+export async function currentBoot(simulated = process.env["COWCATCHER_BOOT_ID"]): Promise<Boot> {
+  if (simulated !== undefined) {
+    return { id: simulated, startedMs: Date.now() };
+  }
   // Where there is none (no Linux), each process counts as another start of the system: nothing is taken for granted.
   const id = await readLine("/proc/sys/kernel/random/boot_id");
   return { id: id ?? crypto.randomUUID(), startedMs: Date.now() - uptime() * 1000 };
