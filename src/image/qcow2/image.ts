@@ -7,7 +7,7 @@
 //   host-space.ts   where host clusters come from           data-file.ts    an external data file
 //   guest/read.ts, guest/write.ts, guest/zero.ts            what the guest asks for
 //   flusher.ts      the order in which metadata reaches the file
-//   reader.ts       a worker's view of T0
+//   reader.ts       a worker's view of T0                   left-bitmap.ts  for a QEMU that writes the image later
 //
 // Invariants:
 //  1. The file's refcounts are never lower than the references that its tables hold (a crash leaks, no more).
