@@ -8,7 +8,7 @@
 //   slot: free ──write──► in flight (sentMs[slot] > 0) ──reply──► free ──write──► …   until it is stopped
 //
 // It writes from `start` to `stop`, and all that time is in its timeline. Figures are those of a window in it: of the writes
-// that were sent in it, each of which is waited for.
+// that were in flight at its start or sent in it, each of which is waited for.
 //
 // The handshake is the shortest there is, EXPORT_NAME; this guest talks to no other server than ours. It belongs to
 // the benchmark's main thread; the server is another process. Specification: doc/proto.md of NetworkBlockDevice/nbd.
@@ -53,7 +53,7 @@ export interface GuestFigures {
   longestMs: number;
 }
 
-/** Of the writes sent from its start on until its time is up. */
+/** Of the writes in flight at its start, and of those sent until its time is up. */
 interface Window {
   startMs: number;
   endMs: number;
@@ -172,8 +172,14 @@ export class BenchGuest {
       histogram,
       settle: () => undefined,
     };
-    // What is in flight was sent before.
-    this.#inWindow.fill(0);
+    // What is in flight counts as sent just now: it waits for what is measured, from here on.
+    for (let slot = 0; slot < this.#sentMs.length; slot++) {
+      const isInFlight = (this.#sentMs[slot] ?? 0) > 0;
+      this.#inWindow[slot] = Number(isInFlight);
+      if (!isInFlight) continue;
+      this.#sentMs[slot] = startMs;
+      window.inFlight++;
+    }
     this.#window = window;
     try {
       await new Promise<void>((resolve, reject) => {

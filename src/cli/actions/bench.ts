@@ -227,7 +227,7 @@ export function benchLines(settings: BenchSettings, results: readonly PhaseResul
 /** What it comes to, in a line. */
 function verdict([base, unbuffered, buffered]: readonly PhaseResult[]): string {
   const kept = (phase: PhaseResult | undefined): string =>
-    base === undefined || phase === undefined
+    base === undefined || phase === undefined || !Number.isFinite(phase.guest.iops / base.guest.iops)
       ? "-"
       : `${Math.round((phase.guest.iops / base.guest.iops) * 100)} %`;
   return `Of its writes the guest kept ${kept(buffered)} with the buffered backup, ${kept(unbuffered)} with the unbuffered one.`;
