@@ -55,8 +55,8 @@ function fileDisks({ target }: Job, { disks }: Plan): readonly PlannedDisk[] {
 /**
  * What the next backup is expected to take, against what is free there: by the last one of its kind, summed by file
  * system; of the first by what `backup --dry-run` measures, where that can tell (not of a compressed one, nor of a guest
- * that QEMU runs).
- * @throws CowcatcherError NO_SPACE
+ * that QEMU runs). Of a repository in a folder by what the group's last backup brought that was new.
+ * @throws CowcatcherError NO_SPACE; of a repository also what keeps it from being read
  */
 export async function checkSpace(
   job: Job,
@@ -64,6 +64,7 @@ export async function checkSpace(
   run: (args: readonly string[]) => Promise<ChildResult>,
 ): Promise<void> {
   if (!job.checkSpace) return;
+  if (job.target.kind === "repository") return checkRepositorySpace(job, job.target.repository, run);
   const systems = new Map<number, { folder: string; neededBytes: number; freeBytes: number }>();
   const files = fileDisks(job, plan);
   const measured = files.some((disk) => lastBytes(disk, plan) === undefined)
@@ -78,14 +79,38 @@ export async function checkSpace(
     systems.set(dev, { ...known, neededBytes: known.neededBytes + bytes });
   }
   for (const { folder, neededBytes, freeBytes } of systems.values()) {
-    if (freeBytes >= neededBytes) continue;
-    throw new CowcatcherError({
-      code: "NO_SPACE",
-      object: folder,
-      problem: `${formatBytes(freeBytes)} are free there, and the ${plan.level} backup is expected to take ${formatBytes(neededBytes)}`,
-      hint: "make room, keep fewer backups, or give check-space: false",
-    });
+    if (freeBytes < neededBytes) throw tooLittle(folder, freeBytes, `the ${plan.level} backup`, neededBytes);
   }
+}
+
+/** A bucket has no end that anybody knows of. */
+async function checkRepositorySpace(
+  { group, keyArguments, source }: Job,
+  repository: string,
+  run: (args: readonly string[]) => Promise<ChildResult>,
+): Promise<void> {
+  if (!repository.startsWith("/")) return;
+  const { messages, error } = await run(["repo", "list", repository, group, ...keyArguments]);
+  // A server has the repository for itself: it may be another user's, and it says what is wrong.
+  if (error !== undefined && source.kind === "control") return;
+  if (error !== undefined) throw error;
+  const last = messages.flat().filter(isObject).at(-1);
+  const disks = (Array.isArray(last?.["disks"]) ? last["disks"] : []).filter(isObject);
+  const neededBytes = disks.reduce(
+    (sum, { new_bytes: bytes }) => sum + (typeof bytes === "number" ? bytes : 0),
+    0,
+  );
+  const { bavail, bsize } = await statfs(repository);
+  if (bavail * bsize < neededBytes) throw tooLittle(repository, bavail * bsize, "the backup", neededBytes);
+}
+
+function tooLittle(object: string, freeBytes: number, what: string, neededBytes: number): CowcatcherError {
+  return new CowcatcherError({
+    code: "NO_SPACE",
+    object,
+    problem: `${formatBytes(freeBytes)} are free there, and ${what} is expected to take ${formatBytes(neededBytes)}`,
+    hint: "make room, keep fewer backups, or give check-space: false",
+  });
 }
 
 function lastBytes({ history }: PlannedDisk, plan: Plan): number | undefined {

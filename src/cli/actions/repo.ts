@@ -207,10 +207,10 @@ export function runStats(args: string[], flags: RepoFlags, { output }: CommandCo
       return EXIT.done;
     }
     for (const line of statsTable(stats.byGroup)) printLine(output, line);
-    printLine(output, `${backups} backups in ${groups} groups, disks of ${formatBytes(diskBytes)}`);
+    printLine(output, `backups: ${backups}, groups: ${groups}, disks of ${formatBytes(diskBytes)}`);
     printLine(
       output,
-      `${chunks} chunks, ${formatBytes(chunkBytes)}; indexes and manifests ${formatBytes(metadataBytes)}`,
+      `chunks: ${chunks}, ${formatBytes(chunkBytes)}; indexes and manifests ${formatBytes(metadataBytes)}`,
     );
     if (damagedChunks > 0) printLine(output, `${damagedChunks} damaged chunks set aside`);
     return EXIT.done;

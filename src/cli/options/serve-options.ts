@@ -192,11 +192,6 @@ function addImageOptions(command: Command): Command {
     );
 }
 
-/**
- * The settings of `serve IMAGE[=NAME]…`.
- * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
- * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
- */
 /** @throws CowcatcherError USAGE */
 function parseMetricsPlace(text: string): { host: string; port: number } {
   const [, host, port] = /^(.+):(\d{1,5})$/.exec(text) ?? [];
@@ -217,6 +212,11 @@ function parsePreallocate({ preallocate = false, cowBufferSize }: ServeFlags): b
   return preallocate;
 }
 
+/**
+ * The settings of `serve IMAGE[=NAME]…`.
+ * @param environment where systemd's LISTEN_FDS and LISTEN_PID are looked for
+ * @throws CowcatcherError USAGE for a combination that cannot mean anything, UNSUPPORTED for an NBD URI.
+ */
 export function parseServeSettings(
   images: readonly string[],
   flags: ServeFlags,

@@ -445,6 +445,27 @@ describe("before it starts", () => {
     expect(fake.calls).toEqual([]);
   });
 
+  it("too little room in a repository for what its last backup brought, or none that can be read, fails it", async () => {
+    mkdirSync(at("repo"));
+    const asked = { ...job(`repository: ${at("repo")}`, "key-file: /key"), checkSpace: true };
+    const list = {
+      command: "repo list",
+      stdout: [[{ disks: [{ new_bytes: 2 ** 52 }] }, { disks: [{ new_bytes: 1 }] }]],
+    };
+    const made = { command: "backup", stdout: [{ ...summary({ target: "r::vm1@T" }), disks: [] }] };
+    fake.answer([list, made]);
+    expect(await run(asked)).toMatchObject({ exit_code: 0 });
+    fake.answer([{ ...list, stdout: [list.stdout[0]?.toReversed() ?? []] }]);
+    expect(await run(asked)).toMatchObject({
+      exit_code: 1,
+      tries: 0,
+      error: { code: "NO_SPACE", object: at("repo") },
+    });
+    fake.answer([{ command: "repo list", exitCode: 1, stdout: [failure("NOT_FOUND", "is no repository")] }]);
+    expect(await run(asked)).toMatchObject({ exit_code: 1, tries: 0, error: { code: "NOT_FOUND" } });
+    expect(fake.calls).toEqual([`repo list ${at("repo")} vm1 --key-file=/key`]);
+  });
+
   it("a job outside of its window is skipped, without hooks or locks", async () => {
     const hour = (offset: number): string => String((clock.getHours() + offset) % 24).padStart(2, "0");
     const result = await run(job(`window: ${hour(2)}:00-${hour(4)}:00`, hook()));
