@@ -304,6 +304,18 @@ const TRACKING_MUTANTS = [
     from: "before < epoch && epoch <= after;",
     to: "epoch === after;",
   },
+  {
+    rule: "tracking: what a checkpoint keeps besides its epochs is part of it",
+    file: "src/tracking/epoch-store.ts",
+    from: "into.or(bits);\n      }",
+    to: "}",
+  },
+  {
+    rule: "tracking: what a change that can be undone has replaced is kept",
+    file: "src/tracking/epoch-store.ts",
+    from: "keptBits !== undefined && !this.#heldFiles.has(keptBits)",
+    to: "keptBits !== undefined",
+  },
 ].map((mutant) => ({ ...mutant, test: "test/model/tracking.test.ts" }));
 MUTANTS.push(...TRACKING_MUTANTS);
 

@@ -4,13 +4,22 @@
 //                       ▲           ▲
 //   checkpoints      weekly       daily            changed since weekly = 4 ∪ active; since daily = active
 //
+// A dirty bitmap of QEMU's is a checkpoint, too, that may have been stopped (disabled), and may hold bits besides those of
+// its epochs (merged from another, or left by a backup that did not get to its end); these stand in a file of its own:
+//
+//   changed since a checkpoint = kept bits ∪ (stopped ? nothing : all epochs from `epoch` on)
+//
+// Only a list that has such a checkpoint is of version 2: a program that knows version 1 alone would report too little by
+// it, and refuses it.
+//
 // The file is replaced by rename, so that the old list or the new one is there, whole. Its checksum, of the JSON text of
 // `list`, is for rot and for hands.
 
 import { crc32c } from "./crc32c.js";
 
 export const LIST_NAME = "checkpoints.json";
-const VERSION = 1;
+const PLAIN_VERSION = 1;
+const BITMAP_VERSION = 2;
 
 export interface Checkpoint {
   name: string;
@@ -19,6 +28,10 @@ export interface Checkpoint {
   /** The epoch that began at its T0: it and all later ones hold what changed since. */
   epoch: number;
   createdMs: number;
+  /** It holds its kept bits alone: what has changed since `epoch` is not in it. */
+  isStopped?: true;
+  /** Name of the file of the bits that it holds besides its epochs. */
+  keptBits?: string;
 }
 
 /** Epochs that are over, in one file (epoch-FIRST.bits). */
@@ -46,7 +59,7 @@ export interface CheckpointList {
 export function encodeList(list: CheckpointList): Uint8Array {
   const text = JSON.stringify(list);
   return Buffer.from(
-    `${JSON.stringify({ version: VERSION, crc32c: crc32c(Buffer.from(text)), list }, null, 2)}\n`,
+    `${JSON.stringify({ version: versionOf(list), crc32c: crc32c(Buffer.from(text)), list }, null, 2)}\n`,
   );
 }
 
@@ -58,10 +71,22 @@ export function decodeList(bytes: Uint8Array): CheckpointList | undefined {
   } catch {
     return undefined;
   }
-  if (file?.version !== VERSION || typeof file.list !== "object" || file.list === null) return undefined;
+  if (file?.version !== PLAIN_VERSION && file?.version !== BITMAP_VERSION) return undefined;
+  if (typeof file.list !== "object" || file.list === null) return undefined;
   // The checksum vouches for the shape: nobody but encodeList makes one.
   if (file.crc32c !== crc32c(Buffer.from(JSON.stringify(file.list)))) return undefined;
   return file.list as CheckpointList;
+}
+
+function versionOf({ checkpoints }: CheckpointList): number {
+  const isBitmap = ({ isStopped, keptBits }: Checkpoint): boolean =>
+    isStopped === true || keptBits !== undefined;
+  return checkpoints.some(isBitmap) ? BITMAP_VERSION : PLAIN_VERSION;
+}
+
+/** A name that no other file of the folder has. */
+export function newKeptName(): string {
+  return `kept-${crypto.randomUUID()}.bits`;
 }
 
 export function epochName({ first }: Pick<EpochRange, "first">): string {

@@ -10,14 +10,32 @@ import {
   epochName,
   type EpochRange,
   LIST_NAME,
+  type Loss,
+  newKeptName,
 } from "./checkpoint-list.js";
-import { encodeEpoch } from "./epoch-file.js";
+import { encodeEpoch, type EpochHeader } from "./epoch-file.js";
 import type { TrackingFolder } from "./folder.js";
-import { readEpoch } from "./recovery.js";
+import { readEpoch, readKept } from "./recovery.js";
 import { CowcatcherError } from "../errors.js";
 
 /** More chains than this are a script that names each backup and deletes none. */
 export const CHECKPOINTS_MAX = 64;
+
+/** What becomes of a name; the bits that it is to keep are written before. */
+export interface NameChange {
+  name: string;
+  /** Undefined: it goes. */
+  to: Checkpoint | undefined;
+  kept?: Bits | undefined;
+}
+
+/** A change that has been made. One of the two is to be called, once. */
+export interface MadeChange {
+  /** The names stand for what they stood for before. @throws CowcatcherError IO, NO_SPACE */
+  undo(): Promise<void>;
+  /** What was kept for `undo` goes. */
+  done(): Promise<void>;
+}
 
 export class EpochStore {
   readonly #folder: TrackingFolder;
@@ -25,6 +43,8 @@ export class EpochStore {
   #granularityBytes: number;
   /** Boundaries that have no name yet, of backups that run: how many want each. */
   readonly #pending = new Map<number, number>();
+  /** Of kept bits that no name has any more, and may have again. */
+  readonly #heldFiles = new Set<string>();
   #order: Promise<void> = Promise.resolve();
 
   constructor(folder: TrackingFolder, list: CheckpointList, granularityBytes: number) {
@@ -61,36 +81,116 @@ export class EpochStore {
 
   /** Everything that changed since the boundary, of epochs that are over, is set in `into`. */
   collect(epoch: number, into: Bits): Promise<void> {
+    return this.#inOrder(() => this.#collectFrom(epoch, into));
+  }
+
+  async #collectFrom(epoch: number, into: Bits): Promise<void> {
+    for (const range of this.#list.epochs.filter(({ last }) => last >= epoch)) {
+      into.or(await this.#read(range));
+    }
+  }
+
+  /**
+   * What the checkpoints of these names hold, of kept bits and of epochs that are over, is set in `into`.
+   * @returns whether any of them records; undefined where one of the names is not there any more
+   * @throws CowcatcherError FORMAT, IO
+   */
+  collectNamed(names: readonly string[], into: Bits): Promise<boolean | undefined> {
     return this.#inOrder(async () => {
-      for (const range of this.#list.epochs.filter(({ last }) => last >= epoch)) {
-        into.or(await this.#read(range));
+      const { checkpoints, generation } = this.#list;
+      let from = Infinity;
+      for (const wanted of names) {
+        const checkpoint = checkpoints.find(({ name }) => name === wanted);
+        if (checkpoint === undefined) return undefined;
+        const { epoch, isStopped, keptBits } = checkpoint;
+        if (isStopped !== true) from = Math.min(from, epoch);
+        if (keptBits === undefined) continue;
+        const bits = await readKept(this.#folder, keptBits, generation);
+        if (bits === undefined) throw this.#damaged(keptBits);
+        into.or(bits);
       }
+      await this.#collectFrom(from, into);
+      return from !== Infinity;
     });
   }
 
-  /** Gives the boundary the name, which it takes from another one. @throws CowcatcherError LIMIT, IO, NO_SPACE */
-  name(checkpoint: Checkpoint): Promise<void> {
+  /** All of the names, or none. @throws CowcatcherError LIMIT, IO, NO_SPACE */
+  change(changes: readonly NameChange[]): Promise<MadeChange> {
     return this.#inOrder(async () => {
-      const others = this.#list.checkpoints.filter(({ name }) => name !== checkpoint.name);
-      if (others.length >= CHECKPOINTS_MAX) {
-        throw new CowcatcherError({
-          code: "LIMIT",
-          object: this.#folder.name,
-          problem: `there are ${CHECKPOINTS_MAX} checkpoints, which is the most that a disk may have`,
-          hint: "delete some with cowcatcher checkpoints delete",
-        });
+      const before = changes.map(({ name }) => ({
+        name,
+        to: this.#list.checkpoints.find((checkpoint) => checkpoint.name === name),
+      }));
+      const files = before.flatMap(({ to }) => to?.keptBits ?? []);
+      const epochs = before.flatMap(({ to }) => to?.epoch ?? []);
+      for (const file of files) this.#heldFiles.add(file);
+      for (const epoch of epochs) this.hold(epoch);
+      const letGo = async (): Promise<void> => {
+        for (const epoch of epochs) this.release(epoch);
+        for (const file of files) this.#heldFiles.delete(file);
+        const inUse = new Set(this.#list.checkpoints.map(({ keptBits }) => keptBits));
+        const unused = files.filter((file) => !inUse.has(file));
+        // One that stays is removed when the folder is opened again.
+        await Promise.allSettled(unused.map((file) => this.#folder.remove(file)));
+      };
+      try {
+        await this.#apply(changes);
+      } catch (error) {
+        await letGo();
+        throw error;
       }
-      const checkpoints = [...others, checkpoint].sort((a, b) => a.epoch - b.epoch);
-      await this.#change({ ...this.#list, checkpoints });
+      return {
+        undo: () => this.#inOrder(() => this.#apply(before).finally(letGo)),
+        done: () => this.#inOrder(letGo),
+      };
     });
   }
 
-  /** @returns false where there is no such checkpoint */
+  /** What was written for names that do not come about is removed when the folder is opened again: a list may know it. */
+  async #apply(changes: readonly NameChange[]): Promise<void> {
+    const names = new Set(changes.map(({ name }) => name));
+    const checkpoints = this.#list.checkpoints.filter(({ name }) => !names.has(name));
+    const removed = changes.flatMap(({ name, to }) => (to === undefined ? [name] : []));
+    for (const { to, kept } of changes) {
+      if (to === undefined) continue;
+      const isEmpty = kept === undefined || kept.next(0, true) === kept.granuleCount;
+      checkpoints.push(isEmpty ? to : { ...to, keptBits: await this.#writeKept(kept) });
+    }
+    this.#refuseTooMany(checkpoints);
+    checkpoints.sort((a, b) => a.epoch - b.epoch);
+    await this.#change({ ...this.#list, checkpoints, loss: this.#lossWithout(removed) });
+  }
+
+  /** Who has removed a name that was lost does not ask for it any more. */
+  #lossWithout(names: readonly string[]): Loss | null {
+    const { loss } = this.#list;
+    return loss && { ...loss, checkpoints: loss.checkpoints.filter((name) => !names.includes(name)) };
+  }
+
+  /** Durable when it is fulfilled, though no list speaks of it. */
+  async #writeKept(bits: Bits): Promise<string> {
+    const name = newKeptName();
+    await this.#folder.replace(name, encodeEpoch(this.#header({ first: 0, last: 0 }, bits), bits));
+    return name;
+  }
+
+  #refuseTooMany({ length }: readonly Checkpoint[]): void {
+    if (length <= CHECKPOINTS_MAX || length <= this.#list.checkpoints.length) return;
+    throw new CowcatcherError({
+      code: "LIMIT",
+      object: this.#folder.name,
+      problem: `there are ${CHECKPOINTS_MAX} checkpoints, which is the most that a disk may have`,
+      hint: "delete some with cowcatcher checkpoints delete",
+    });
+  }
+
+  /** One that was lost is forgotten as well. @returns false where there is no such checkpoint */
   delete(name: string): Promise<boolean> {
     return this.#inOrder(async () => {
       const checkpoints = this.#list.checkpoints.filter((checkpoint) => checkpoint.name !== name);
-      if (checkpoints.length === this.#list.checkpoints.length) return false;
-      await this.#change({ ...this.#list, checkpoints });
+      const isLost = this.#list.loss?.checkpoints.includes(name) === true;
+      if (checkpoints.length === this.#list.checkpoints.length && !isLost) return false;
+      await this.#change({ ...this.#list, checkpoints, loss: this.#lossWithout([name]) });
       return true;
     });
   }
@@ -114,15 +214,22 @@ export class EpochStore {
       } else epochs.push(range);
     }
     const next = { ...list, epochs };
+    const isKept = ({ keptBits }: Checkpoint): boolean =>
+      list.checkpoints.some((checkpoint) => checkpoint.keptBits === keptBits);
+    const unkept = this.#list.checkpoints.filter((checkpoint) => !isKept(checkpoint));
     await this.#folder.replace(LIST_NAME, encodeList(next));
     this.#list = next;
     for (const range of gone) await this.#folder.remove(epochName(range));
+    for (const { keptBits } of unkept) {
+      if (keptBits !== undefined && !this.#heldFiles.has(keptBits)) await this.#folder.remove(keptBits);
+    }
   }
 
   /** Some name, or a backup that runs, asks for what changed in it. */
   #isWanted({ last }: EpochRange, checkpoints: readonly Checkpoint[] = this.#list.checkpoints): boolean {
     const isOld = (epoch: number): boolean => epoch <= last;
-    return checkpoints.some(({ epoch }) => isOld(epoch)) || [...this.#pending.keys()].some(isOld);
+    const isWanting = ({ epoch, isStopped }: Checkpoint): boolean => isStopped !== true && isOld(epoch);
+    return checkpoints.some(isWanting) || [...this.#pending.keys()].some(isOld);
   }
 
   /**
@@ -131,7 +238,8 @@ export class EpochStore {
    */
   #isBoundary(before: number, after: number, checkpoints: readonly Checkpoint[]): boolean {
     const isBetween = (epoch: number): boolean => before < epoch && epoch <= after;
-    return checkpoints.some(({ epoch }) => isBetween(epoch)) || [...this.#pending.keys()].some(isBetween);
+    const isThere = ({ epoch, isStopped }: Checkpoint): boolean => isStopped !== true && isBetween(epoch);
+    return checkpoints.some(isThere) || [...this.#pending.keys()].some(isBetween);
   }
 
   async #merge(into: EpochRange, range: EpochRange): Promise<void> {
@@ -146,22 +254,25 @@ export class EpochStore {
   async #read(range: EpochRange): Promise<Bits> {
     const epoch = await readEpoch(this.#folder, range, this.#list.generation);
     if (epoch !== undefined) return epoch.bits;
-    throw new CowcatcherError({
+    throw this.#damaged(epochName(range));
+  }
+
+  #damaged(name: string): CowcatcherError {
+    return new CowcatcherError({
       code: "FORMAT",
       object: this.#folder.name,
-      problem: `${epochName(range)} is missing or damaged`,
+      problem: `${name} is missing or damaged`,
       hint: "make a full backup",
     });
   }
 
   #write(range: EpochRange, bits: Bits): Promise<void> {
-    const header = {
-      ...range,
-      generation: this.#list.generation,
-      granularityBytes: this.#granularityBytes,
-      sizeBytes: bits.sizeBytes,
-    };
-    return this.#folder.replace(epochName(range), encodeEpoch(header, bits));
+    return this.#folder.replace(epochName(range), encodeEpoch(this.#header(range, bits), bits));
+  }
+
+  #header(range: EpochRange, { sizeBytes }: Bits): EpochHeader {
+    const { generation } = this.#list;
+    return { ...range, generation, granularityBytes: this.#granularityBytes, sizeBytes };
   }
 
   #inOrder<T>(work: () => Promise<T>): Promise<T> {

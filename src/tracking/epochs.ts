@@ -26,6 +26,8 @@ export interface Following {
   readonly known: Bits;
   /** In T0's turn, after `freeze`: what came to it since. */
   late(): Bits;
+  /** In T0's turn, after `freeze`: all of it; not to be changed. */
+  all(): Bits;
   /** Once, when nobody asks any more. */
   end(): void;
 }
@@ -36,7 +38,7 @@ export interface EpochsParts {
   store: EpochStore;
   active: ActiveEpoch;
   /** Undefined where there is none of this name that can be believed. */
-  checkpoint(name: string): Checkpoint | undefined;
+  checkpoint: (name: string) => Checkpoint | undefined;
   /** @throws CowcatcherError where the tracking was given up */
   assertKept(): void;
   /** An epoch that is over could not be put away. */
@@ -143,31 +145,59 @@ export class Epochs {
 
   /** What has changed since the checkpoint up to now; a copy. @throws CowcatcherError NOT_FOUND, IO, FORMAT */
   changesSince(name: string): Promise<Bits> {
-    return this.#collect(name, (bits) => bits);
+    return this.#collect(this.#named([name]), (bits) => bits);
   }
 
-  /** As `changesSince`, and goes on: with the bits of each epoch that ends until then. @throws as changesSince */
-  follow(name: string): Promise<Following> {
-    return this.#collect(name, (known) => {
+  /** What has changed since the epoch began up to now; a copy. @throws CowcatcherError IO, FORMAT */
+  changesSinceEpoch(epoch: number): Promise<Bits> {
+    const collect = async (into: Bits): Promise<boolean> => {
+      await this.#parts.store.collect(epoch, into);
+      return true;
+    };
+    return this.#collect(collect, (bits) => bits);
+  }
+
+  /** Of all the checkpoints together, and it goes on: with the bits of each epoch that ends until then. @throws as changesSince */
+  follow(names: readonly string[]): Promise<Following> {
+    return this.#collect(this.#named(names), (known, goesOn) => {
       const bits = known.copy();
-      this.#followers.add(bits);
-      return { known, late: () => bits.except(known), end: () => void this.#followers.delete(bits) };
+      if (goesOn) this.#followers.add(bits);
+      return {
+        known,
+        late: () => bits.except(known),
+        all: () => bits,
+        end: () => void this.#followers.delete(bits),
+      };
     });
   }
 
-  /** @param take called in the turn in which the bits are up to date */
-  async #collect<T>(name: string, take: (bits: Bits) => T): Promise<T> {
+  #named(names: readonly string[]): (into: Bits) => Promise<boolean> {
+    const { store, folder, checkpoint } = this.#parts;
+    return async (into) => {
+      const missing = (): string | undefined => names.find((name) => checkpoint(name) === undefined);
+      const goesOn = missing() === undefined ? await store.collectNamed(names, into) : undefined;
+      if (goesOn !== undefined) return goesOn;
+      throw noCheckpoint(folder.name, missing() ?? "");
+    };
+  }
+
+  /**
+   * @param collect sets what is known of epochs that are over; false: what is being written now is none of its business
+   * @param take called in the turn in which the bits are up to date
+   */
+  async #collect<T>(
+    collect: (into: Bits) => Promise<boolean>,
+    take: (bits: Bits, goesOn: boolean) => T,
+  ): Promise<T> {
     for (;;) {
       await this.#persisting;
-      const checkpoint = this.#parts.checkpoint(name);
-      if (checkpoint === undefined) throw noCheckpoint(this.#parts.folder.name, name);
       const active = this.#active;
       const bits = new Bits(active.bits.sizeBytes, active.bits.granularityBytes);
-      await this.#parts.store.collect(checkpoint.epoch, bits);
+      const goesOn = await collect(bits);
       // An epoch may have ended meanwhile, and what is in neither would be missed.
       if (this.#active !== active) continue;
-      bits.or(active.bits);
-      return take(bits);
+      if (goesOn) bits.or(active.bits);
+      return take(bits, goesOn);
     }
   }
 

@@ -185,9 +185,10 @@ async function removeStale(folder: TrackingFolder, head: Head, store: EpochStore
   const kept = new Set([
     activeName(head.activeEpoch),
     ...store.list.epochs.map(({ first }) => `epoch-${first}.bits`),
+    ...store.list.checkpoints.map(({ keptBits }) => keptBits),
   ]);
   for (const name of await folder.list()) {
-    const isBits = /^(active|epoch)-\d+\.bits$/.test(name);
+    const isBits = /^((active|epoch)-\d+|kept-[\da-f-]+)\.bits$/.test(name);
     if ((isBits && !kept.has(name)) || name.endsWith(".new")) await folder.remove(name);
   }
 }

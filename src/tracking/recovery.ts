@@ -69,7 +69,7 @@ export async function recover(
 ): Promise<Recovered> {
   const names = await folder.list();
   const isOurs = names.some((name) =>
-    /^(head|al|pulse|checkpoints\.json|(active|epoch)-\d+\.bits)$/.test(name),
+    /^(head|al|pulse|checkpoints\.json|(active|epoch)-\d+\.bits|kept-[\da-f-]+\.bits)$/.test(name),
   );
   if (!isOurs) return { kind: "new" };
   const list = decodeList((await folder.read(LIST_NAME)) ?? new Uint8Array());
@@ -90,6 +90,8 @@ export async function recover(
   const problem = await distrust(folder, image, boot, head);
   if (problem !== undefined) return lost(problem);
   if (!(await areEpochsSound(folder, list))) return lost("the file of an epoch is missing or damaged");
+  if (!(await areKeptSound(folder, list)))
+    return lost("the file of a checkpoint's bits is missing or damaged");
   const bits = await activeBits(folder, head, list, image.sizeBytes);
   if (bits === undefined) return lost("the file of the active epoch is missing or damaged");
   const log = readLog((await folder.read(LOG_NAME)) ?? new Uint8Array(), head.generation);
@@ -163,6 +165,26 @@ async function areEpochsSound(
     if (epoch === undefined) return false;
   }
   return true;
+}
+
+async function areKeptSound(
+  folder: TrackingFolder,
+  { checkpoints, generation }: CheckpointList,
+): Promise<boolean> {
+  for (const { keptBits } of checkpoints) {
+    if (keptBits !== undefined && (await readKept(folder, keptBits, generation)) === undefined) return false;
+  }
+  return true;
+}
+
+/** @returns undefined where the file is missing, damaged, or another's. */
+export async function readKept(
+  folder: TrackingFolder,
+  name: string,
+  generation: string,
+): Promise<Bits | undefined> {
+  const file = decodeEpoch((await folder.read(name)) ?? new Uint8Array());
+  return file?.header.generation === generation ? file.bits : undefined;
 }
 
 /** @returns undefined where the file is missing, damaged, or another's. */

@@ -20,7 +20,7 @@ import { type CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Bits } from "./bits.js";
 import type { Checkpoint, Loss } from "./checkpoint-list.js";
 import { Epochs, type Following, type FrozenEpoch } from "./epochs.js";
-import type { EpochStore } from "./epoch-store.js";
+import type { EpochStore, MadeChange, NameChange } from "./epoch-store.js";
 import type { TrackingFile } from "./folder.js";
 import { NO_IDENTITY, type TrackingMode } from "./head.js";
 import type { HeadKeeper } from "./head-keeper.js";
@@ -213,9 +213,17 @@ export class DiskTracker {
     return this.#epochs.changesSince(name);
   }
 
-  /** As `changesSince`, and goes on: with the bits of each epoch that ends until then. @throws as changesSince */
-  follow(name: string): Promise<Following> {
-    return this.#epochs.follow(name);
+  /** What has changed since the frozen epoch's boundary up to now; a copy. @throws CowcatcherError IO, FORMAT */
+  changesSinceT0({ epoch }: FrozenEpoch): Promise<Bits> {
+    return this.#epochs.changesSinceEpoch(epoch);
+  }
+
+  /**
+   * What all of the checkpoints hold together, and goes on: with the bits of each epoch that ends until then, as far as
+   * one of them records. @throws as changesSince
+   */
+  follow(...names: readonly string[]): Promise<Following> {
+    return this.#epochs.follow(names);
   }
 
   /**
@@ -223,10 +231,18 @@ export class DiskTracker {
    * forgotten. @throws CowcatherError LIMIT, IO, NO_SPACE; the tracking's failure. The checkpoints are as before then.
    */
   async commit(frozen: FrozenEpoch, name: string, uuid: string, createdMs: number): Promise<void> {
+    const made = await this.change([{ name, to: { name, uuid, epoch: frozen.epoch, createdMs } }]);
+    await made.done();
+  }
+
+  /**
+   * What becomes of names at the T0 of a frozen epoch, all of them or none. @throws as commit
+   */
+  async change(changes: readonly NameChange[]): Promise<MadeChange> {
     await this.#options.flushImage();
     await this.#epochs.persisted();
     this.#throwIfFailed();
-    await this.#store.name({ name, uuid, epoch: frozen.epoch, createdMs });
+    return this.#store.change(changes);
   }
 
   /** @returns false where there is no such checkpoint. @throws CowcatherError IO, NO_SPACE */

@@ -244,6 +244,19 @@ interface Backup {
   allowed: Set<number>;
 }
 
+interface FrozenBackup {
+  epoch: FrozenEpoch;
+  uuid: string;
+  kept?: Kept | undefined;
+}
+
+/** What a checkpoint of that backup has at a T0. */
+interface Kept {
+  of: string;
+  name: string;
+  bits: Bits;
+}
+
 export class TrackingSimulator {
   readonly #random: Random;
   readonly #storage = new SimStorage();
@@ -257,10 +270,10 @@ export class TrackingSimulator {
   #others: Set<number> | undefined;
   #bootId = crypto.randomUUID();
   #bootedMs = 0;
-  #frozen: { epoch: FrozenEpoch; uuid: string } | undefined;
+  #frozen: FrozenBackup | undefined;
   #preparing = false;
   /** An incremental backup that is being prepared, of the checkpoint that another one may have had as its T0 since. */
-  #following: { of: string; changes: Following } | undefined;
+  #following: { of: string; name: string; changes: Following } | undefined;
   #failure: unknown;
   /** Somebody wrote the image of whom nobody knows what. */
   #isSpoilt = false;
@@ -399,10 +412,11 @@ export class TrackingSimulator {
       if (tracker !== this.#tracker) return;
       this.#preparing = false;
       const uuid = `backup ${++this.#uuids}`;
-      this.#frozen = { epoch: tracker.freeze(), uuid };
+      const frozen: FrozenBackup = { epoch: tracker.freeze(), uuid };
+      this.#frozen = frozen;
       this.#backups.set(uuid, { content: this.#image.content.slice(), allowed: new Set() });
       this.#log.push(`T0 of ${uuid}`);
-      if (this.#random.chance(0.5)) this.#endFollowing();
+      if (this.#random.chance(0.5)) frozen.kept = this.#endFollowing();
     });
     t0.catch((error: unknown) => (this.#failure ??= error));
     await settle();
@@ -414,7 +428,7 @@ export class TrackingSimulator {
     if (of === undefined) return;
     const followed = (changes: Following): void => {
       if (tracker !== this.#tracker || this.#following !== undefined) return changes.end();
-      this.#following = { of, changes };
+      this.#following = { of, name, changes };
     };
     // The checkpoint may be deleted meanwhile.
     void tracker.follow(name).then(followed, () => undefined);
@@ -422,9 +436,9 @@ export class TrackingSimulator {
   }
 
   /** In T0's turn. The checkpoint may have got its name after it was looked up: older ones report more. */
-  #endFollowing(): void {
-    if (this.#following === undefined) return;
-    const { of, changes } = this.#following;
+  #endFollowing(): Kept | undefined {
+    if (this.#following === undefined) return undefined;
+    const { of, name, changes } = this.#following;
     this.#following = undefined;
     const bits = changes.known.copy();
     bits.or(changes.late());
@@ -434,18 +448,33 @@ export class TrackingSimulator {
       if (bits.has(granule) || value === then[granule]) return;
       throw new Error(`at T0, since ${of}: granule ${granule} has changed and is not followed`);
     });
+    return { of, name, bits };
   }
 
   async #endBackup(tracker: DiskTracker): Promise<void> {
     const frozen = this.#frozen;
     this.#frozen = undefined;
     if (frozen === undefined) return;
-    const { epoch, uuid } = frozen;
+    const { epoch, uuid, kept } = frozen;
+    if (kept !== undefined && this.#random.chance(0.5)) return this.#keep(tracker, epoch, kept);
     const name = this.#random.pick(NAMES);
     const isGood = this.#random.chance(0.7);
     this.#log.push(`${uuid} ${isGood ? `becomes ${name}` : "fails"}`);
     if (isGood) void tracker.commit(epoch, name, uuid, 0).finally(() => epoch.release());
     else epoch.release();
+    await settle();
+  }
+
+  /** What a merged or enabled bitmap is: bits of before T0 in a file of its own, and the epochs from T0 on. */
+  async #keep(tracker: DiskTracker, epoch: FrozenEpoch, { of, name, bits }: Kept): Promise<void> {
+    this.#log.push(`${name} keeps its bits of ${of}, and records from T0 on`);
+    const to = { name, uuid: of, epoch: epoch.epoch, createdMs: 0 };
+    const isUndone = this.#random.chance(0.3);
+    const work = async (): Promise<void> => {
+      const made = await tracker.change([{ name, to, kept: bits }]);
+      await (isUndone ? made.undo() : made.done());
+    };
+    void work().finally(() => epoch.release());
     await settle();
   }
 
