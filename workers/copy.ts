@@ -97,11 +97,13 @@ async function copyAll(
  */
 function laneBuffers(
   { target, workerCount }: CopyTask,
-  { geometry }: SharedState,
+  shared: SharedState,
   chunkBuffer: Uint8Array,
   source: SourceDescription,
 ): Uint8Array[] {
   const buffers = [chunkBuffer];
+  // One that waits for captures blocks its thread.
+  if (shared.buffers.capturedOnly === true) return buffers;
   // Standard output takes the disk in order, so one chunk at a time.
   if (target.format === "stdout" || (!isRemote(source) && !isRemote(target))) return buffers;
   // Such a source is read by blocking calls, best into memory that is in the cache still.
@@ -111,7 +113,7 @@ function laneBuffers(
     target.format === "repository" || source.format === "repository" ? LANES_TO_STORE : LANES_OF_ALL_WORKERS;
   const laneCount = Math.max(1, Math.min(MAX_LANES, Math.floor(all / workerCount)));
   while (buffers.length < laneCount) {
-    buffers.push(keptPages(buffers.length, geometry.chunkBytes, target.name));
+    buffers.push(keptPages(buffers.length, shared.geometry.chunkBytes, target.name));
   }
   return buffers;
 }

@@ -49,6 +49,19 @@ export interface CheckpointInfo {
   /** The same for all disks of one backup. */
   uuid: string;
   createdMs: number;
+  /** Its bits are those that it has: a disabled bitmap of QEMU's. */
+  isStopped: boolean;
+}
+
+/** A dirty bitmap as QEMU shows one (BlockDirtyInfo). */
+export interface BitmapInfo {
+  /** Undefined for what a busy one will get besides when its job is over. */
+  name: string | undefined;
+  dirtyBytes: number;
+  isRecording: boolean;
+  isBusy: boolean;
+  /** It was lost, and can only be removed. */
+  isInconsistent: boolean;
 }
 
 /** Of a job whose disk is one of a backup in a repository. */
@@ -89,6 +102,8 @@ export interface BackupJob {
    * @param cause why, where nobody asked for it
    */
   cancel(cause?: CowcatcherError): void;
+  /** Lets one that is pending, and those that are to complete with it, come to its end. */
+  finalize?(): void;
   pause(): void;
   resume(): void;
   setSpeed(bytesPerSecond: number): void;
@@ -98,6 +113,8 @@ export interface BackupRequest {
   id: string;
   disk: string;
   options: JobOptions;
+  /** It completes with all others of its start that say so, or not at all. */
+  isGrouped?: boolean | undefined;
 }
 
 export interface DiskInfo {
@@ -113,10 +130,22 @@ export interface DiskInfo {
   tracking?: TrackingInfo | undefined;
 }
 
-/** A checkpoint without a backup: the T0 of a start is remembered under this name. */
-export interface MarkRequest {
+export interface BitmapName {
   disk: string;
   name: string;
+}
+
+/** What becomes of a dirty bitmap at the T0 of a start, without a backup. */
+export interface MarkRequest extends BitmapName {
+  /** It has what these bitmaps have at T0; none: nothing, as a new or cleared one. */
+  holds: readonly BitmapName[];
+  isRecording: boolean;
+  isRemoved?: boolean | undefined;
+}
+
+/** It has ended, one way or the other. */
+export function isOver(status: JobStatus): boolean {
+  return status === "concluded" || status === "null";
 }
 
 export type JobStatusListener = (job: BackupJob, status: JobStatus) => void;
@@ -142,6 +171,8 @@ export interface JobHost {
   dismiss(id: string): void;
   /** How much has changed since the disk's checkpoint, in bytes. @throws CowcatcherError NOT_FOUND, IO */
   changedBytes(disk: string, checkpoint: string): Promise<number>;
+  /** The disk's dirty bitmaps; none where its changes are not tracked. @throws CowcatcherError IO */
+  bitmaps(disk: string): Promise<readonly BitmapInfo[]>;
   /** Of one disk, or of all that have it. @throws CowcatcherError NO_BASIS where none has it; NOT_FOUND (disk), IO */
   deleteCheckpoint(name: string, disk?: string): Promise<void>;
   /** Calls `listener` at each change, synchronously. Returns the function that ends it. */

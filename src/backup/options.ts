@@ -18,6 +18,22 @@ export type SyncMode = (typeof SYNC_MODES)[number];
 export const BACKUP_LEVELS = ["auto", "full", "incremental"] as const;
 export type LevelChoice = (typeof BACKUP_LEVELS)[number];
 
+/** QEMU's BitmapSyncMode (qapi/block-core.json): when a backup by a dirty bitmap takes what it copied out of it. */
+export const BITMAP_MODES = ["on-success", "never", "always"] as const;
+export type BitmapMode = (typeof BITMAP_MODES)[number];
+
+/** A dirty bitmap of the tracking that a live backup goes by, or keeps up to date; it is nobody else's meanwhile. */
+export interface BitmapUse {
+  name: string;
+  mode: BitmapMode;
+  /** The bitmaps whose bits it has at T0: itself, but for what the same start does to it. */
+  holds: readonly string[];
+  /** Just what it has is copied; else what the sync mode says. */
+  isBasis: boolean;
+  /** It is not disabled, and records from T0 on, too. */
+  isRecording: boolean;
+}
+
 /** Which disk of which backup in a repository, and how it is opened. */
 export interface RepositoryPlace {
   /** An absolute path, or s3:… */
@@ -55,6 +71,10 @@ export interface JobOptions {
   since?: string | undefined;
   /** Where there is no such checkpoint, or it cannot be relied on, all is copied. */
   sinceOrFull?: boolean | undefined;
+  /** Live: by QEMU's rules rather than those of `since` and `checkpoint`. */
+  bitmapUse?: BitmapUse | undefined;
+  /** Live: false has the copied job wait, pending, until it is told to finalize. */
+  autoFinalize?: boolean | undefined;
   /** 0: no buffer; a guest write waits until the target has the old data. */
   cowBufferSizeBytes: number;
   onBufferFull: OnBufferFull;
@@ -73,6 +93,8 @@ export interface JobOptions {
   direct: boolean;
   verify: boolean;
   sync: SyncMode;
+  /** Live, by sync `none`: what the guest overwrites goes to the target before, and nothing else, until the job is cancelled. */
+  oldDataOnly?: boolean | undefined;
   /** The disk's T0 view is an export while the job runs; always so with sync `none`. */
   snapshotExport: boolean;
 }

@@ -7,9 +7,9 @@ import { absoluteName } from "../file-names.js";
 import { NULL_TARGET_PATH } from "../target/null.js";
 import { messageOf } from "../errors.js";
 import type { BackupRequest, DiskInfo } from "../backup/host.js";
-import { JOB_DEFAULTS, SYNC_MODES } from "../backup/options.js";
+import { BITMAP_MODES, JOB_DEFAULTS, SYNC_MODES } from "../backup/options.js";
 import { ON_BUFFER_FULL, ON_CBW_ERROR } from "../cow/policies.js";
-import type { JobOptions, RepositoryPlace } from "../backup/options.js";
+import type { BitmapUse, JobOptions, RepositoryPlace } from "../backup/options.js";
 import type { OnIoError } from "../cow/policies.js";
 import { IMAGE_FORMATS, isImageFormat } from "../block/format.js";
 import type { ImageFormat } from "../block/format.js";
@@ -29,6 +29,7 @@ import {
   repositoryTargetName,
 } from "./repository-arguments.js";
 import type { FreezeRequest } from "../qemu/t0-gate.js";
+import type { BitmapPlan } from "./bitmap-plan.js";
 import { genericError, notSupported } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import {
@@ -61,7 +62,7 @@ export const BACKUP_COMMON = {
   sync: oneOf(["top", "full", "none", "incremental", "bitmap"]),
   speed: optional(integer),
   bitmap: optional(string),
-  "bitmap-mode": optional(oneOf(["on-success", "never", "always"])),
+  "bitmap-mode": optional(oneOf(BITMAP_MODES)),
   compress: optional(boolean),
   "on-source-error": optional(oneOf(ON_ERROR)),
   "on-target-error": optional(oneOf(ON_ERROR)),
@@ -118,16 +119,20 @@ export interface BackupStart {
   guestAgent: FreezeRequest | undefined;
 }
 
-/** @throws QmpError GenericError for a disk or job id that does not fit, and for what is not supported. */
+/**
+ * @param bitmaps who gives the job its dirty bitmap
+ * @throws QmpError GenericError for a disk or job id that does not fit, and for what is not supported.
+ */
 export function backupFromArguments(
   args: DriveBackupArguments,
   disks: readonly DiskInfo[],
   defaults: Partial<JobOptions>,
   tool = "cowcatcher",
+  bitmaps?: Pick<BitmapPlan, "use">,
 ): BackupStart {
   refuseUnsupported(args);
   const disk = diskOf(args.device, disks);
-  refuseBitmap(args, disk);
+  const bitmapUse = bitmapFrom(args, disk, bitmaps);
   const id = args["job-id"] ?? disk.name;
   // QEMU's rule for ids (util/id.c): a letter, then letters, digits, '-', '.' and '_'.
   if (!/^[A-Za-z][A-Za-z0-9._-]*$/.test(id)) throw genericError(`Invalid job ID '${id}'`);
@@ -135,7 +140,10 @@ export function backupFromArguments(
     request: {
       id,
       disk: disk.name,
-      options: optionsFrom(args, disk, defaults, repositoryFrom(args, disk.name, tool)),
+      options: {
+        ...optionsFrom(args, disk, defaults, repositoryFrom(args, disk.name, tool)),
+        bitmapUse,
+      },
     },
     autoDismiss: args["auto-dismiss"] ?? true,
     guestAgent: freezeFrom(args),
@@ -162,8 +170,12 @@ export function isByBitmap({ sync }: { sync: string }): boolean {
   return sync === "incremental" || sync === "bitmap";
 }
 
-/** The rules of QEMU's do_backup_common (blockdev.c), in its words. */
-function refuseBitmap(args: DriveBackupArguments, { tracking }: DiskInfo): void {
+/** The rules of QEMU's do_backup_common (blockdev.c), in its words; the others are the plan's. */
+function bitmapFrom(
+  args: DriveBackupArguments,
+  disk: DiskInfo,
+  bitmaps?: Pick<BitmapPlan, "use">,
+): BitmapUse | undefined {
   const { sync, bitmap, "bitmap-mode": mode } = args;
   if (isByBitmap(args) && bitmap === undefined) {
     throw genericError(`must provide a valid bitmap name for '${sync}' sync mode`);
@@ -173,20 +185,16 @@ function refuseBitmap(args: DriveBackupArguments, { tracking }: DiskInfo): void 
   }
   if (bitmap === undefined) {
     if (mode !== undefined) throw genericError("Cannot specify bitmap sync mode without a bitmap");
-    return;
+    return undefined;
   }
-  if (tracking?.checkpoints.some(({ name }) => name === bitmap) !== true) {
-    throw genericError(`Bitmap '${bitmap}' could not be found`);
-  }
-  if (!isByBitmap(args)) throw notSupported(`Parameter 'bitmap' with sync mode '${sync}'`);
-  if (sync === "bitmap" && mode === undefined) {
-    throw genericError("Bitmap sync mode must be given when providing a bitmap");
-  }
-  if (mode === "always") throw notSupported("Bitmap mode 'always'");
+  const use = bitmaps?.use(disk, { name: bitmap, mode, sync });
   if (args["x-since"] !== undefined || args["x-checkpoint"] !== undefined) {
     throw genericError("'x-since' and 'x-checkpoint' do not go with 'bitmap'");
   }
-  if (args["x-verify"] === true) throw notSupported(`'x-verify' with sync mode '${sync}'`);
+  if (args["x-verify"] === true && use?.isBasis === true) {
+    throw notSupported(`'x-verify' with sync mode '${sync}'`);
+  }
+  return use;
 }
 
 function optionsFrom(
@@ -215,9 +223,10 @@ function optionsFrom(
     backingFile: args["x-backing-file"],
     backingFormat: args["x-backing-format"],
     compression: compressionFrom(args),
-    checkpoint: args["x-checkpoint"] ?? (args["bitmap-mode"] === "never" ? undefined : args.bitmap),
-    since: args["x-since"] ?? args.bitmap,
+    checkpoint: args["x-checkpoint"],
+    since: args["x-since"],
     sinceOrFull: args["x-since-or-full"],
+    autoFinalize: args["auto-finalize"],
     sync: isByBitmap(args) ? "full" : SYNC_MODES.find((mode) => mode === args.sync),
   };
   const present = Object.entries(given).filter(([, value]) => value !== undefined);
@@ -299,8 +308,6 @@ function refuseUnsupported(args: DriveBackupArguments): void {
   if (args["x-target-snapshot"] !== undefined && !isRbdAddress(args.target)) {
     throw notSupported("'x-target-snapshot' of a target that is no RBD image");
   }
-  // The job finishes its target by itself; nothing could wait for a job-finalize.
-  if (args["auto-finalize"] === false) throw notSupported("'auto-finalize' false");
   if (args.speed !== undefined && args.speed < 0) {
     throw genericError("Parameter 'speed' expects a non-negative value");
   }

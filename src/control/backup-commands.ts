@@ -3,11 +3,12 @@
 
 import { userInfo } from "node:os";
 import { CowcatcherError } from "../errors.js";
-import type { MarkRequest } from "../backup/host.js";
 import type { GuestFreezer } from "../backup/job/while-frozen.js";
 import { makeFreezer } from "../qemu/t0-gate.js";
 import { freezeToWire } from "./job-wire.js";
-import { addMark, BITMAP_SCHEMAS, clearMark, removeBitmap, requireBitmap } from "./bitmap-commands.js";
+import { BITMAP_ACTIONS, isBitmapAction } from "./bitmap-commands.js";
+import { BitmapPlan } from "./bitmap-plan.js";
+import type { JobOptions } from "../backup/options.js";
 import { existingTarget } from "./existing-target.js";
 import { backupFromArguments, BACKUP_COMMON, diskOf, DRIVE_BACKUP } from "./backup-arguments.js";
 import type { BackupStart, DriveBackupArguments } from "./backup-arguments.js";
@@ -44,14 +45,22 @@ const TRANSACTION = {
   properties: optional(object({ "completion-mode": optional(oneOf(["individual", "grouped"])) })),
 };
 
-async function prepareDrive(args: DriveBackupArguments, context: CommandContext): Promise<BackupStart> {
+async function prepareDrive(
+  args: DriveBackupArguments,
+  bitmaps: BitmapPlan,
+  context: CommandContext,
+): Promise<BackupStart> {
   const tool = `cowcatcher ${context.version}`;
-  const start = backupFromArguments(args, context.host.disks(), context.jobDefaults, tool);
+  const start = backupFromArguments(args, context.host.disks(), context.jobDefaults, tool, bitmaps);
   return args.mode === "existing" ? intoExisting(start, args, context) : start;
 }
 
 /** The node is a place that exists. Whatever a backup can write to is drive-backup's target, too. */
-async function prepareBlockdev(args: BlockdevBackupArguments, context: CommandContext): Promise<BackupStart> {
+async function prepareBlockdev(
+  args: BlockdevBackupArguments,
+  bitmaps: BitmapPlan,
+  context: CommandContext,
+): Promise<BackupStart> {
   const { host, targets, jobDefaults } = context;
   const disk = diskOf(args.device, host.disks());
   const node = targets.get(args.target);
@@ -60,23 +69,37 @@ async function prepareBlockdev(args: BlockdevBackupArguments, context: CommandCo
     throw genericError(`Cannot find device='${args.target}' nor node-name='${args.target}'`);
   }
   const drive = { ...args, target: node.path, format: node.format };
-  return intoExisting(backupFromArguments(drive, host.disks(), jobDefaults), args, context);
+  const start = backupFromArguments(drive, host.disks(), jobDefaults, undefined, bitmaps);
+  return intoExisting(start, args, context);
 }
 
 async function intoExisting(
   { request, ...start }: BackupStart,
-  args: Pick<DriveBackupArguments, "sync" | "device">,
+  args: Pick<DriveBackupArguments, "sync" | "device" | "buffer-size">,
   { host }: CommandContext,
 ): Promise<BackupStart> {
   const { target, targetFormat } = request.options;
   const disk = diskOf(args.device, host.disks());
   const existing = await existingTarget(target, targetFormat, disk, args.sync !== "full");
-  return { ...start, request: { ...request, options: { ...request.options, ...existing } } };
+  const oldData = args.sync === "none" ? oldDataInto(args["buffer-size"]) : {};
+  return { ...start, request: { ...request, options: { ...request.options, ...existing, ...oldData } } };
+}
+
+/**
+ * Sync mode `none` with a target. Who reads the target with the disk behind it must find old data there before the disk has
+ * new: so the guest waits for the target, as in QEMU, unless a buffer is asked for.
+ */
+function oldDataInto(bufferSize: number | undefined): Partial<JobOptions> {
+  return {
+    oldDataOnly: true,
+    snapshotExport: false,
+    ...(bufferSize === undefined && { cowBufferSizeBytes: 0 }),
+  };
 }
 
 async function start(
   starts: readonly BackupStart[],
-  marks: readonly MarkRequest[],
+  bitmaps: BitmapPlan,
   grouped: boolean,
   context: CommandContext,
 ): Promise<JsonObject> {
@@ -90,8 +113,8 @@ async function start(
   let worked = false;
   try {
     await host.startBackups(
-      starts.map(({ request }) => request),
-      marks,
+      starts.map(({ request }) => ({ ...request, isGrouped: grouped })),
+      bitmaps.marks(),
       freezer,
     );
     worked = true;
@@ -139,8 +162,7 @@ function userName(): string {
 /** What is left to do of a transaction once all of it is known to be right. */
 interface Plan {
   starts: BackupStart[];
-  marks: MarkRequest[];
-  removals: Arguments<(typeof BITMAP_SCHEMAS)["block-dirty-bitmap-remove"]>[];
+  bitmaps: BitmapPlan;
 }
 
 async function prepareAction(
@@ -150,25 +172,18 @@ async function prepareAction(
   path: string,
   context: CommandContext,
 ): Promise<void> {
+  const { starts, bitmaps } = plan;
+  if (isBitmapAction(type)) {
+    BITMAP_ACTIONS[type](bitmaps, data, path);
+    return;
+  }
   switch (type) {
     case "drive-backup":
-      plan.starts.push(await prepareDrive(checkMembers(data, DRIVE_BACKUP, path), context));
+      starts.push(await prepareDrive(checkMembers(data, DRIVE_BACKUP, path), bitmaps, context));
       return;
     case "blockdev-backup":
-      plan.starts.push(await prepareBlockdev(checkMembers(data, BLOCKDEV_BACKUP, path), context));
+      starts.push(await prepareBlockdev(checkMembers(data, BLOCKDEV_BACKUP, path), bitmaps, context));
       return;
-    case "block-dirty-bitmap-add":
-      plan.marks.push(addMark(checkMembers(data, BITMAP_SCHEMAS[type], path), context));
-      return;
-    case "block-dirty-bitmap-clear":
-      plan.marks.push(clearMark(checkMembers(data, BITMAP_SCHEMAS[type], path), context));
-      return;
-    case "block-dirty-bitmap-remove": {
-      const removal = checkMembers(data, BITMAP_SCHEMAS[type], path);
-      requireBitmap(removal, context);
-      plan.removals.push(removal);
-      return;
-    }
     case "abort":
       checkMembers(data, {}, path);
       throw genericError("Transaction aborted using Abort action");
@@ -179,23 +194,23 @@ async function prepareAction(
 
 export const BACKUP_COMMANDS: Record<string, Command> = {
   "drive-backup": command(DRIVE_BACKUP, async (args, context) => {
-    return start([await prepareDrive(args, context)], [], false, context);
+    const bitmaps = new BitmapPlan(context);
+    return start([await prepareDrive(args, bitmaps, context)], bitmaps, false, context);
   }),
   "blockdev-backup": command(BLOCKDEV_BACKUP, async (args, context) => {
-    return start([await prepareBlockdev(args, context)], [], false, context);
+    const bitmaps = new BitmapPlan(context);
+    return start([await prepareBlockdev(args, bitmaps, context)], bitmaps, false, context);
   }),
   transaction: command(TRANSACTION, async ({ actions, properties }, context) => {
     if (actions.length > ACTION_COUNT_MAX) {
       throw genericError(`A transaction has at most ${ACTION_COUNT_MAX} actions`);
     }
-    const plan: Plan = { starts: [], marks: [], removals: [] };
+    const plan: Plan = { starts: [], bitmaps: new BitmapPlan(context) };
     for (const [index, { type, data }] of actions.entries()) {
       await prepareAction(plan, type, data, `actions[${index}].data`, context);
     }
     const grouped = properties?.["completion-mode"] === "grouped";
-    const hasStarts = plan.starts.length > 0 || plan.marks.length > 0;
-    const answer = hasStarts ? await start(plan.starts, plan.marks, grouped, context) : {};
-    for (const removal of plan.removals) await removeBitmap(removal, context);
-    return answer;
+    const isEmpty = plan.starts.length === 0 && plan.bitmaps.marks().length === 0;
+    return isEmpty ? {} : start(plan.starts, plan.bitmaps, grouped, context);
   }),
 };

@@ -1,16 +1,15 @@
 // QEMU's dirty bitmaps, on top of the tracking: a bitmap is a checkpoint, the name of a moment from which on what changes
-// is known. So it always records, always outlives the server, and has the tracking's granularity; what QEMU's can do
-// besides (be disabled, be merged, be finer) is refused by name.
+// is known, which may be stopped (disabled) and hold bits of others (merged). It always outlives the server, and has the
+// tracking's granularity; another one is refused by name.
 //
-//   -add, -clear    the moment is the T0 of the transaction, with the backups in it
-//   -remove         at once
+// Each command is a transaction of one action: bitmap-plan.ts says what is right, and its moment is a T0.
 
-import type { DiskInfo, MarkRequest } from "../backup/host.js";
-import { genericError, notSupported } from "../qmp/protocol.js";
+import type { DiskInfo } from "../backup/host.js";
+import { genericError } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
-import { boolean, list, optional, size, string, anyObject } from "../qmp/schema.js";
-import type { Arguments } from "../qmp/schema.js";
-import { type Command, command, type CommandContext } from "./command.js";
+import { boolean, checkMembers, list, object, optional, size, string, type Type } from "../qmp/schema.js";
+import { BitmapPlan } from "./bitmap-plan.js";
+import type { Command, CommandContext } from "./command.js";
 
 const NAMED = { node: string, name: string };
 const ADD = {
@@ -19,113 +18,85 @@ const ADD = {
   persistent: optional(boolean),
   disabled: optional(boolean),
 };
-const MERGE = { node: string, target: string, bitmaps: list(anyObject) };
-
-/** By type of a transaction's action. */
-export const BITMAP_SCHEMAS = {
-  "block-dirty-bitmap-add": ADD,
-  "block-dirty-bitmap-clear": NAMED,
-  "block-dirty-bitmap-remove": NAMED,
-  "block-dirty-bitmap-enable": NAMED,
-  "block-dirty-bitmap-disable": NAMED,
-  "block-dirty-bitmap-merge": MERGE,
-} as const;
-
-const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/;
-/** QEMU's limits and its default (block/dirty-bitmap.c). */
-const MIN_GRANULARITY_BYTES = 512;
-
-/** @throws QmpError GenericError in QEMU's words for what does not fit. */
-export function addMark(args: Arguments<typeof ADD>, context: CommandContext): MarkRequest {
-  const disk = trackedDisk(args.node, context);
-  const { name, granularity } = args;
-  if (name === "") throw genericError("Bitmap name cannot be empty");
-  if (!NAME.test(name)) throw genericError(`Invalid bitmap name '${name}'`);
-  const { granularityBytes, checkpoints } = disk.tracking;
-  if (granularity !== undefined) {
-    const isPower = Number.isInteger(Math.log2(granularity));
-    if (granularity < MIN_GRANULARITY_BYTES || !isPower) {
-      throw genericError(`Granularity must be power of 2 and at least ${MIN_GRANULARITY_BYTES}`);
+const EXTERNAL = object(NAMED);
+/** BlockDirtyBitmapOrStr. */
+export const BITMAP_OR_NAME: Type<string | { node: string; name: string }> = {
+  check(value, path) {
+    if (typeof value === "string") return value;
+    if (typeof value !== "object" || value === null || Array.isArray(value)) {
+      // QEMU does not name the member of an array where it may be one of two types.
+      throw genericError("Invalid parameter type for 'null', expected: BlockDirtyBitmapOrStr");
     }
-    if (granularity !== granularityBytes) {
-      throw notSupported(`A granularity of ${granularity} (changes are tracked by ${granularityBytes})`);
-    }
-  }
-  if (args.disabled === true) throw notSupported("A disabled bitmap");
-  if (checkpoints.some((checkpoint) => checkpoint.name === name)) {
-    throw genericError(`Bitmap already exists: ${name}`);
-  }
-  return { disk: disk.name, name };
-}
+    return EXTERNAL.check(value, path);
+  },
+};
+const MERGE = { node: string, target: string, bitmaps: list(BITMAP_OR_NAME) };
 
-export function clearMark(args: Arguments<typeof NAMED>, context: CommandContext): MarkRequest {
-  return { disk: requireBitmap(args, context).name, name: args.name };
-}
+type BitmapAction =
+  | "block-dirty-bitmap-add"
+  | "block-dirty-bitmap-clear"
+  | "block-dirty-bitmap-remove"
+  | "block-dirty-bitmap-enable"
+  | "block-dirty-bitmap-disable"
+  | "block-dirty-bitmap-merge";
 
-export async function removeBitmap(args: Arguments<typeof NAMED>, context: CommandContext): Promise<void> {
-  await context.host.deleteCheckpoint(args.name, requireBitmap(args, context).name);
+/** By type of action: its part in a plan. @throws QmpError GenericError in QEMU's words for what does not fit. */
+export const BITMAP_ACTIONS: Record<
+  BitmapAction,
+  (plan: BitmapPlan, data: JsonObject, path: string) => void
+> = {
+  "block-dirty-bitmap-add": (plan, data, path) => plan.add(checkMembers(data, ADD, path)),
+  "block-dirty-bitmap-clear": (plan, data, path) => plan.clear(checkMembers(data, NAMED, path)),
+  "block-dirty-bitmap-remove": (plan, data, path) => plan.remove(checkMembers(data, NAMED, path)),
+  "block-dirty-bitmap-enable": (plan, data, path) => plan.setRecording(checkMembers(data, NAMED, path), true),
+  "block-dirty-bitmap-disable": (plan, data, path) =>
+    plan.setRecording(checkMembers(data, NAMED, path), false),
+  "block-dirty-bitmap-merge": (plan, data, path) => plan.merge(checkMembers(data, MERGE, path)),
+};
+
+export function isBitmapAction(type: string): type is BitmapAction {
+  return Object.hasOwn(BITMAP_ACTIONS, type);
 }
 
 /** As QEMU's BlockDirtyInfo. */
 export async function bitmapsOf(disk: DiskInfo, { host }: CommandContext): Promise<JsonObject[] | undefined> {
-  const { tracking } = disk;
-  if (tracking === undefined || tracking.checkpoints.length === 0) return undefined;
-  const { granularityBytes, checkpoints } = tracking;
-  const bitmaps: JsonObject[] = [];
-  for (const { name } of checkpoints) {
-    const count = await host.changedBytes(disk.name, name);
-    bitmaps.push({
-      name,
-      count,
-      granularity: granularityBytes,
-      recording: true,
-      busy: false,
-      persistent: true,
-    });
+  const bitmaps = await host.bitmaps(disk.name);
+  if (bitmaps.length === 0) return undefined;
+  return bitmaps.map(({ name, dirtyBytes, isRecording, isBusy, isInconsistent }) => ({
+    name,
+    count: dirtyBytes,
+    granularity: disk.tracking?.granularityBytes,
+    recording: isRecording,
+    busy: isBusy,
+    // The successor of a busy bitmap has no name to be kept under.
+    persistent: name !== undefined,
+    ...(isInconsistent && { inconsistent: true }),
+  }));
+}
+
+async function changeBitmap(
+  type: BitmapAction,
+  args: JsonObject,
+  context: CommandContext,
+): Promise<JsonObject> {
+  const plan = new BitmapPlan(context);
+  BITMAP_ACTIONS[type](plan, args, "");
+  const marks = plan.marks();
+  // What goes need not go at a moment that has to be waited for.
+  const [mark] = marks;
+  if (mark?.isRemoved === true) {
+    await context.host.deleteCheckpoint(mark.name, mark.disk);
+    return {};
   }
-  return bitmaps;
-}
-
-function trackedDisk(
-  node: string,
-  { host }: CommandContext,
-): DiskInfo & { tracking: NonNullable<DiskInfo["tracking"]> } {
-  const disk = host.disks().find(({ name }) => name === node);
-  if (disk === undefined) throw genericError(`Cannot find device='${node}' nor node-name='${node}'`);
-  const { tracking } = disk;
-  if (tracking === undefined) throw genericError(`The changes of '${node}' are not tracked`);
-  if (tracking.state === "failed") throw genericError(`The changes of '${node}' are not tracked any more`);
-  return { ...disk, tracking };
-}
-
-/** @throws QmpError GenericError where there is no such node or bitmap. */
-export function requireBitmap({ node, name }: Arguments<typeof NAMED>, context: CommandContext): DiskInfo {
-  // QEMU finds a bitmap's node by another way than a new one's, and says so.
-  if (!context.host.disks().some((disk) => disk.name === node))
-    throw genericError(`Node '${node}' not found`);
-  const disk = trackedDisk(node, context);
-  if (disk.tracking.checkpoints.some((checkpoint) => checkpoint.name === name)) return disk;
-  throw genericError(`Dirty bitmap '${name}' not found`);
-}
-
-async function mark(request: MarkRequest, { host }: CommandContext): Promise<JsonObject> {
-  await host.startBackups([], [request]);
+  if (marks.length > 0) await context.host.startBackups([], marks);
   return {};
 }
 
-export const BITMAP_COMMANDS: Record<string, Command> = {
-  "block-dirty-bitmap-add": command(ADD, (args, context) => mark(addMark(args, context), context)),
-  "block-dirty-bitmap-clear": command(NAMED, (args, context) => mark(clearMark(args, context), context)),
-  "block-dirty-bitmap-remove": command(NAMED, async (args, context) => {
-    await removeBitmap(args, context);
-    return {};
-  }),
-  "block-dirty-bitmap-enable": command(NAMED, () => refuse("block-dirty-bitmap-enable")),
-  "block-dirty-bitmap-disable": command(NAMED, () => refuse("block-dirty-bitmap-disable")),
-  "block-dirty-bitmap-merge": command(MERGE, () => refuse("block-dirty-bitmap-merge")),
-};
-
-/** @throws QmpError always */
-export function refuse(name: string): never {
-  throw notSupported(`'${name}'`);
-}
+export const BITMAP_COMMANDS: Record<string, Command> = Object.fromEntries(
+  Object.keys(BITMAP_ACTIONS)
+    .filter(isBitmapAction)
+    .map((type): [string, Command] => [
+      type,
+      { execute: (args, context) => changeBitmap(type, args, context) },
+    ]),
+);

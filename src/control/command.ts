@@ -3,6 +3,7 @@
 import type { Logger } from "../log.js";
 import type { JobHost } from "../backup/host.js";
 import type { JobOptions } from "../backup/options.js";
+import type { ExportHost } from "./export-host.js";
 import type { TargetNodes } from "./target-nodes.js";
 import type { JobMonitor } from "./job-monitor.js";
 import { checkMembers } from "../qmp/schema.js";
@@ -13,6 +14,8 @@ export interface CommandContext {
   readonly host: JobHost;
   readonly monitor: JobMonitor;
   readonly targets: TargetNodes;
+  /** Undefined where nothing can be exported at run time. */
+  readonly exports: ExportHost | undefined;
   /** What the server was started with for its jobs, over JOB_DEFAULTS. */
   readonly jobDefaults: Partial<JobOptions>;
   readonly version: string;

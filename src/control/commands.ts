@@ -3,12 +3,13 @@
 import { absoluteName } from "../file-names.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { isRbdAddress } from "../rbd/address.js";
-import type { DiskInfo, JobHost } from "../backup/host.js";
+import type { DiskInfo } from "../backup/host.js";
 import { BITMAP_COMMANDS, bitmapsOf } from "./bitmap-commands.js";
 import { BACKUP_COMMANDS } from "./backup-commands.js";
 import { command } from "./command.js";
 import type { Command, CommandContext } from "./command.js";
 import { CHECKPOINT_COMMANDS, trackingToWire } from "./checkpoint-commands.js";
+import { EXPORT_COMMANDS } from "./export-commands.js";
 import { JOB_COMMANDS } from "./job-commands.js";
 import { DIALECT_VERSION, QmpError } from "../qmp/protocol.js";
 import type { JsonObject } from "../qmp/protocol.js";
@@ -78,18 +79,6 @@ async function blockInfo(disk: DiskInfo, context: CommandContext): Promise<JsonO
   };
 }
 
-function exportInfo({ name }: DiskInfo): JsonObject {
-  return { id: name, type: "nbd", "node-name": name, "shutting-down": false };
-}
-
-/** Exports of the T0 views of jobs, which come and go with them. */
-function snapshotExports(host: JobHost): JsonObject[] {
-  return host.jobs().flatMap(({ disk, snapshot }) => {
-    if (snapshot === undefined) return [];
-    return [{ id: snapshot.exportName, type: "nbd", "node-name": disk, "shutting-down": false }];
-  });
-}
-
 const QUERY_COMMANDS: Record<string, Command> = {
   "query-version": command({}, (_args, { version }) => versionInfo(version)),
   "query-commands": command({}, () => COMMAND_NAMES.map((name) => ({ name }))),
@@ -116,14 +105,10 @@ const QUERY_COMMANDS: Record<string, Command> = {
       return {};
     },
   },
-  "blockdev-del": command({ "node-name": string }, ({ "node-name": name }, { host, targets }) => {
-    targets.remove(name, host.jobs());
+  "blockdev-del": command({ "node-name": string }, ({ "node-name": name }, { host, targets, exports }) => {
+    targets.remove(name, host.jobs(), exports);
     return {};
   }),
-  "query-block-exports": command({}, (_args, { host }) => [
-    ...host.disks().map(exportInfo),
-    ...snapshotExports(host),
-  ]),
   quit: command({}, (_args, { host, logger }) => {
     logger.info("a client of the control socket asked to quit");
     // The answer goes first.
@@ -139,6 +124,7 @@ const COMMANDS = new Map<string, Command>(
     ...BACKUP_COMMANDS,
     ...BITMAP_COMMANDS,
     ...CHECKPOINT_COMMANDS,
+    ...EXPORT_COMMANDS,
   }),
 );
 

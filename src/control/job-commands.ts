@@ -32,8 +32,7 @@ const ACTIONS: Record<Exclude<Verb, "set-speed">, Action> = {
   pause: (job, { monitor }) => monitor.pause(job),
   resume: (job, { monitor }) => monitor.resume(job),
   complete: () => undefined,
-  // A pending job goes on by itself (auto-finalize is always on), so there is nothing left to trigger.
-  finalize: () => undefined,
+  finalize: (job) => job.finalize?.(),
   dismiss: (job, { monitor }) => monitor.dismiss(job.id),
 };
 
@@ -101,7 +100,7 @@ function blockJobInfo(job: BackupJob, { monitor }: CommandContext): JsonObject {
     "io-status": ioStatus(job),
     ready: false,
     status: job.status,
-    "auto-finalize": true,
+    "auto-finalize": job.options.autoFinalize !== false,
     "auto-dismiss": monitor.autoDismisses(job.id),
     error: job.error?.message,
   };

@@ -2,7 +2,7 @@
 // dismiss themselves, and keeps the members of a grouped transaction together.
 //
 // Events of a job, in this order (JOB_STATUS_CHANGE stands for itself at each change):
-//   success   running … waiting, pending, BLOCK_JOB_COMPLETED, concluded
+//   success   running … waiting, pending, (BLOCK_JOB_PENDING, job-finalize,) BLOCK_JOB_COMPLETED, concluded
 //   failure   BLOCK_JOB_ERROR, aborting, BLOCK_JOB_COMPLETED with `error`, concluded
 //   cancelled aborting, BLOCK_JOB_CANCELLED, concluded
 //   stop      BLOCK_JOB_ERROR, paused
@@ -11,8 +11,8 @@
 // Then `null`, when the job is dismissed. The engine calls the listener synchronously, so an event leaves before
 // anything that follows it; only dismissing waits for the engine to be done with its own change.
 //
-// Grouped: the first member that fails or is cancelled cancels the others. (QEMU also holds members that are ready
-// back until all are; here a member that concluded earlier stays, since the engine has no such barrier.)
+// Grouped: the first member that fails or is cancelled cancels the others. The engine holds those that have copied
+// everything back until all have (backup/job/completion.ts).
 // Main thread only. Bounded by the engine's jobs: an entry goes with its job.
 
 import type { CowcatcherError, ErrorCode } from "../errors.js";
@@ -131,6 +131,9 @@ export class JobMonitor {
     if (status === "aborting" || status === "paused") this.#emitError(job, status);
     if (status === "concluded") this.#emitEnd(job);
     this.#emit("JOB_STATUS_CHANGE", { id: job.id, status });
+    if (status === "pending" && job.options.autoFinalize === false) {
+      this.#emit("BLOCK_JOB_PENDING", { type: "backup", id: job.id });
+    }
     if (status === "aborting" || (status === "concluded" && job.error !== undefined)) {
       this.#cancelOthers(job, tracked);
     }

@@ -10,6 +10,7 @@ import type { JobOptions } from "../backup/options.js";
 import { execute, versionInfo } from "./commands.js";
 import type { CommandContext } from "./command.js";
 import { ControlConnection } from "./connection.js";
+import type { ExportHost } from "./export-host.js";
 import { JobMonitor } from "./job-monitor.js";
 import type { JsonObject } from "../qmp/protocol.js";
 import { TargetNodes } from "./target-nodes.js";
@@ -22,6 +23,7 @@ const PRIVATE_MODE = 0o600;
 export interface ControlServerSettings {
   host: JobHost;
   logger: Logger;
+  exports?: ExportHost | undefined;
   /** Defaults of jobs that are started here, such as the server's buffer size. */
   jobDefaults?: Partial<JobOptions> | undefined;
   /** cowcatcher's version, for the greeting. */
@@ -36,17 +38,19 @@ export class ControlServer {
   readonly #server: Server;
   readonly #clients = new Set<ControlConnection>();
 
-  constructor({ host, logger, jobDefaults = {}, version = "unknown" }: ControlServerSettings) {
+  constructor({ host, logger, exports, jobDefaults = {}, version = "unknown" }: ControlServerSettings) {
     this.#logger = logger;
     this.#monitor = new JobMonitor(host, (event, data) => this.#broadcast(event, data), logger);
     this.#context = {
       host,
       monitor: this.#monitor,
       targets: new TargetNodes(),
+      exports,
       jobDefaults,
       version,
       logger,
     };
+    exports?.onDeleted((id) => this.#broadcast("BLOCK_EXPORT_DELETED", { id }));
     this.#server = createServer((socket) => this.#accept(socket));
   }
 

@@ -4,6 +4,7 @@
 import { stat } from "node:fs/promises";
 import type { BackupJob } from "../backup/host.js";
 import { type ImageFormat, isImageFormat } from "../block/format.js";
+import type { ExportHost } from "./export-host.js";
 import { absoluteName } from "../file-names.js";
 import { errnoOf } from "../errors.js";
 import { formatNbdUri } from "../nbd/wire/uri.js";
@@ -19,6 +20,8 @@ export interface TargetNode {
   /** As drive-backup's target. */
   path: string;
   format: ImageFormat;
+  /** It was added so: nobody may write to it. */
+  readOnly: boolean;
 }
 
 const anything: Type<unknown> = { check: (value) => value };
@@ -67,15 +70,17 @@ export class TargetNodes {
     }
     if (this.#nodes.size >= NODE_COUNT_MAX) throw genericError(`There are ${NODE_COUNT_MAX} nodes already`);
     const place = this.#placeOf(options, "");
-    const node = { name, path: place.path, format: place.format ?? "raw" };
+    const readOnly = options["read-only"] === true;
+    const node = { name, path: place.path, format: place.format ?? "raw", readOnly };
     if (place.isFile) await requireFile(node.path);
     this.#nodes.set(name, node);
   }
 
   /** @throws QmpError GenericError where there is none, or a job writes to it. */
-  remove(name: string, jobs: readonly BackupJob[]): void {
+  remove(name: string, jobs: readonly BackupJob[], exports?: Pick<ExportHost, "isOpened">): void {
     const node = this.#nodes.get(name);
     if (node === undefined) throw genericError(`Failed to find node with node-name='${name}'`);
+    if (exports?.isOpened(name) === true) throw genericError(`Block device ${name} is in use`);
     const isInUse = jobs.some(
       ({ status, options }) => status !== "concluded" && options.target === node.path,
     );

@@ -115,6 +115,7 @@ export class ChunkCopy {
     this.#recordDigests(chunk);
     yield STEP;
     yield* this.#writeTaken(chunk);
+    if (shared.written !== null) yield* this.#noteWritten(chunk);
     if (this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
     Atomics.add(shared.counters, CNT_DONE_BYTES, BigInt(takenBytes));
   }
@@ -404,6 +405,17 @@ export class ChunkCopy {
     const length = this.#shared.chunkLengthBytes(chunk);
     for (const [from, to] of runsOf(this.#copied)) {
       yield* this.#writeRun(chunk, from * clusterBytes, Math.min(to * clusterBytes, length));
+    }
+  }
+
+  /** Only what nothing was put off of, and what was written before the job was aborted, if it was. */
+  *#noteWritten(chunk: number): Steps<void> {
+    yield* this.settle();
+    const { control, written, geometry } = this.#shared;
+    if (Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
+    for (let i = 0; i < this.#taken.length; i++) {
+      if (this.#taken[i])
+        written?.fill(1, chunk * geometry.clustersPerChunk + i, chunk * geometry.clustersPerChunk + i + 1);
     }
   }
 

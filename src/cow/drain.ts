@@ -8,6 +8,9 @@
 // for exactly its clusters, so there too nothing else is taken. Where another program keeps the captures (src/qemu)
 // they are drained by reading them, and no state tells which clusters have some: the chunk is copied whole.
 //
+// QEMU's sync mode `none` with a target has no sweep: there only what the guest is about to overwrite is copied, until
+// somebody ends the job; its workers sleep until there is something urgent.
+//
 // End. The sweep takes every chunk once and whatever state its clusters are in, so when the sweep is past the last
 // chunk nothing is left but chunks that a worker holds: a worker that finds no chunk is finished. Entries still in
 // the urgent ring then are chunks that the sweep has drained.
@@ -23,6 +26,8 @@ import {
   CNT_DONE_BYTES,
   CTL_RUN,
   CTL_SWEEP,
+  CTL_URGENT_HEAD,
+  CTL_URGENT_TAIL,
   CTL_USED_BLOCKS,
   REGION_CHUNKED,
   REGION_HOLE,
@@ -48,6 +53,7 @@ export class Drainer {
   readonly #chunkCopy: ChunkCopy;
   readonly #unbuffered: boolean;
   readonly #halfBufferBlocks: number;
+  readonly #capturedOnly: boolean;
 
   constructor(options: DrainOptions) {
     this.#options = options;
@@ -56,6 +62,7 @@ export class Drainer {
     this.#chunkCopy = new ChunkCopy(options, this.#io);
     this.#unbuffered = options.shared.bufferBlockCount === 0;
     this.#halfBufferBlocks = options.shared.bufferBlockCount / 2;
+    this.#capturedOnly = options.shared.buffers.capturedOnly === true;
   }
 
   /** Works until no chunk is left or the job is aborted. @throws CowcatcherError: the job fails with it. */
@@ -72,15 +79,32 @@ export class Drainer {
       if (urgent >= 0) {
         yield STEP;
         const used = Atomics.load(control, CTL_USED_BLOCKS);
-        const isPressing = this.#unbuffered || used > this.#halfBufferBlocks;
+        const isPressing = this.#unbuffered || this.#capturedOnly || used > this.#halfBufferBlocks;
         yield* this.#chunkCopy.run(urgent, isPressing && this.#options.hasForeignCaptures !== true);
         continue;
+      }
+      if (this.#capturedOnly) {
+        if (yield* this.#awaitUrgent()) continue;
+        return yield* this.#chunkCopy.settle();
       }
       const next = yield* this.#nextOfSweep();
       if (next < 0) return yield* this.#chunkCopy.settle();
       yield STEP;
       yield* this.#chunkCopy.run(next, false);
     }
+  }
+
+  /** Without a sweep: until there is an urgent chunk, or something else to look at. False: nothing more is to come. */
+  *#awaitUrgent(): Steps<boolean> {
+    const { control, geometry } = this.#shared;
+    // What the target's writer has put off does not wait for the next capture.
+    yield* this.#chunkCopy.settle();
+    const tail = Atomics.load(control, CTL_URGENT_TAIL);
+    const isLast = Atomics.load(control, CTL_SWEEP) >= geometry.chunkCount;
+    if (Atomics.load(control, CTL_URGENT_HEAD) !== tail) return true;
+    if (isLast) return false;
+    yield { kind: "wait", words: control, index: CTL_URGENT_TAIL, value: tail };
+    return true;
   }
 
   *#nextOfSweep(): Steps<number> {
@@ -129,12 +153,24 @@ export class Drainer {
       Atomics.store(regionStates, region, isDone ? REGION_HOLE : REGION_CHUNKED);
       Atomics.notify(regionStates, region);
     }
-    if (layers === "below") Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
+    if (layers === "below") {
+      this.#noteWritten(region);
+      Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
+    }
     if (!hole) return;
     const released = this.#options.reader.release?.(start, length);
     if (released) yield { kind: "promise", promise: released };
     yield STEP;
     yield* this.#io.toTarget(() => this.#options.writer.writeZeroes(start, length));
+    this.#noteWritten(region);
     Atomics.add(counters, CNT_DONE_BYTES, BigInt(length));
+  }
+
+  /** Unless the job was aborted: then what was to be done for the region may not have been. */
+  #noteWritten(region: number): void {
+    const { control, written, geometry } = this.#shared;
+    if (Atomics.load(control, CTL_RUN) === RUN_ABORTING) return;
+    const clusterCount = geometry.chunksPerRegion * geometry.clustersPerChunk;
+    written?.fill(1, region * clusterCount, (region + 1) * clusterCount);
   }
 }

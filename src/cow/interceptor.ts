@@ -104,6 +104,7 @@ export class Interceptor {
   /** Of the synchronous way; a capture that goes on asynchronously keeps it and a new one is made. */
   #work = new CaptureWork();
   #detached = false;
+  #isEnding = false;
   /** Captures whose reads go on. */
   readonly #reads = new Set<Promise<unknown>>();
   /** What ends the wait of each waiting write, for `detach`. */
@@ -149,6 +150,14 @@ export class Interceptor {
       return this.#captureSlowly(offsetBytes, lengthBytes, outcome instanceof Promise ? outcome : undefined);
     }
     return undefined;
+  }
+
+  /**
+   * Of a job without a sweep, which ends: what is captured now is still kept whole for the workers, and what is not is let
+   * go.
+   */
+  endCaptures(): void {
+    this.#isEnding = true;
   }
 
   /** Ends the interception at once: writes that wait go on. Idempotent. */
@@ -331,6 +340,7 @@ export class Interceptor {
     // Asked for already: only to wait. Claiming would wake the others that wait for the chunk, and they us.
     if (this.#unbuffered && !this.#anyPending(from, to)) return "in-target";
     if (!shared.tryClaim(chunk, OWNER_MAIN)) return "chunk-busy";
+    if (this.#isEnding) this.#letPendingGo(from, to);
     // Again, under the claim: a worker may just have finished these clusters.
     if (this.#allDone(from, to)) {
       shared.release(chunk, 0, 0);
@@ -341,6 +351,15 @@ export class Interceptor {
     this.#markCaptured(from, to);
     this.#releaseUrgent(chunk, 0);
     return "in-target";
+  }
+
+  /** The claim is ours. Nobody needs them any more, so nobody takes them for captured when a later write meets them. */
+  #letPendingGo(from: number, to: number): void {
+    const { clusterStates, geometry } = this.#shared;
+    const last = Math.floor((to - 1) / geometry.clusterBytes);
+    for (let cluster = Math.floor(from / geometry.clusterBytes); cluster <= last; cluster++) {
+      if (Atomics.load(clusterStates, cluster) === PENDING) this.#shared.changeState(cluster, PENDING, DONE);
+    }
   }
 
   #allDone(from: number, to: number): boolean {

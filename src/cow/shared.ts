@@ -109,6 +109,10 @@ export interface SharedBuffers {
   pageWords: SharedArrayBuffer;
   /** Only where the target is read back afterwards; see digests.ts. */
   digests?: SharedArrayBuffer | undefined;
+  /** Only where a part of the backup is of use, too: a byte for each cluster. */
+  written?: SharedArrayBuffer | undefined;
+  /** There is no sweep: only what is captured goes to the target, until the job is told to end. */
+  capturedOnly?: boolean | undefined;
 }
 
 /** Typed views of a job's shared memory, with the operations that both sides use. Any thread. */
@@ -130,6 +134,8 @@ export class SharedState {
   readonly pageMarks: Int32Array;
   /** [the worker that took the cluster] null without --verify. */
   readonly digests: ClusterDigests | null;
+  /** [the worker that took the cluster] 1: the target has it, or does not need it. Null where nobody asks. */
+  readonly written: Uint8Array | null;
   readonly #urgentPeriod: number;
 
   constructor(readonly buffers: SharedBuffers) {
@@ -148,6 +154,7 @@ export class SharedState {
     this.bufferBlockCount = buffers.bufferBytes / BLOCK_BYTES;
     this.pageMarks = new Int32Array(buffers.pageWords);
     this.digests = buffers.digests === undefined ? null : new ClusterDigests(buffers.digests);
+    this.written = buffers.written === undefined ? null : new Uint8Array(buffers.written);
   }
 
   /** Takes the chunk if nobody has it. */
@@ -186,6 +193,14 @@ export class SharedState {
     const tail = this.control[CTL_URGENT_TAIL];
     Atomics.store(this.urgentRing, tail % this.urgentRing.length, chunk);
     Atomics.store(this.control, CTL_URGENT_TAIL, this.#afterUrgent(tail));
+    // Without a sweep workers sleep on it.
+    if (this.buffers.capturedOnly === true) Atomics.notify(this.control, CTL_URGENT_TAIL);
+  }
+
+  /** Main thread, of a job without a sweep: what is captured is the last, and the workers end when they have it. */
+  endCaptures(): void {
+    Atomics.store(this.control, CTL_SWEEP, this.geometry.chunkCount);
+    Atomics.notify(this.control, CTL_URGENT_TAIL);
   }
 
   /** Workers: the chunk that has waited longest, or -1. */
@@ -259,6 +274,11 @@ export class StateError extends Error {
 
 export type AllocateTable = (bytes: number) => SharedArrayBuffer;
 
+export interface SharedStateOptions {
+  notesWritten?: boolean | undefined;
+  capturedOnly?: boolean | undefined;
+}
+
 const allocateAfresh: AllocateTable = (bytes) => new SharedArrayBuffer(bytes);
 
 /**
@@ -274,6 +294,7 @@ export function createSharedState(
   withDigests = false,
   allocate = allocateAfresh,
   pageWords = newPageWords(),
+  { notesWritten = false, capturedOnly = false }: SharedStateOptions = {},
 ): SharedState {
   const words = (count: number) => allocate(4 * Math.max(1, count));
   const blockCount = bufferBytes / BLOCK_BYTES;
@@ -292,6 +313,8 @@ export function createSharedState(
     bufferBytes,
     pageWords,
     digests: withDigests ? allocateDigests(geometry, allocate) : undefined,
+    written: notesWritten ? allocate(Math.max(1, geometry.clusterCount)) : undefined,
+    capturedOnly,
   });
   shared.control[CTL_FREED_HEAD] = -1;
   return shared;

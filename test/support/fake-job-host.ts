@@ -3,6 +3,8 @@ import { CowcatcherError } from "../../src/errors.js";
 import type {
   BackupJob,
   BackupRequest,
+  BitmapInfo,
+  CheckpointInfo,
   DiskInfo,
   JobHost,
   MarkRequest,
@@ -85,7 +87,9 @@ export class FakeJobHost implements JobHost {
       logWaits: 0,
       lossReason: null,
       lostCheckpoints: [],
-      checkpoints: [{ name: "b0", uuid: "00000000-0000-4000-8000-000000000000", createdMs: 0 }],
+      checkpoints: [
+        { name: "b0", uuid: "00000000-0000-4000-8000-000000000000", createdMs: 0, isStopped: false },
+      ],
     },
   }));
   jobList: FakeJob[] = [];
@@ -103,6 +107,13 @@ export class FakeJobHost implements JobHost {
 
   disks(): readonly DiskInfo[] {
     return this.diskList;
+  }
+
+  bitmaps(disk: string): Promise<readonly BitmapInfo[]> {
+    const { tracking } = this.diskList.find(({ name }) => name === disk) ?? {};
+    const base = { dirtyBytes: 0, isBusy: false, isInconsistent: false };
+    const shown = ({ name, isStopped }: CheckpointInfo) => ({ ...base, name, isRecording: !isStopped });
+    return Promise.resolve((tracking?.checkpoints ?? []).map(shown));
   }
 
   changedBytes(): Promise<number> {

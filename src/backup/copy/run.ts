@@ -83,6 +83,8 @@ export interface CopyRunOptions {
   onWorkersIn?: (() => void) | undefined;
   /** Incremental: what changed since the backup that the target builds on. Nothing else is copied. */
   dirty?: DirtyRuns | undefined;
+  /** It is noted which clusters the target has (SharedState.written). */
+  notesWritten?: boolean | undefined;
   /** A worker has paused the job for an error under the policy `stop`. */
   onStopped?: ((error: CowcatcherError) => void) | undefined;
   /** The run has failed after T0: called once, at the first cause, which may be long before `ended` settles. */
@@ -152,7 +154,10 @@ export class CopyRun {
       target.granularityBytes,
     );
     const { memory, pages } = slots;
-    const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages);
+    const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages, {
+      notesWritten: options.notesWritten,
+      capturedOnly: job.oldDataOnly,
+    });
     const spill = await openSpill(options, geometry);
     if (options.dirty) markClean(shared, options.dirty);
     if (options.signal?.aborted) {
@@ -398,6 +403,11 @@ export class CopyRun {
       if (this.#options.job.onSourceError !== "ignore") throw error;
       Atomics.add(this.shared.control, CTL_IGNORED_ERRORS, 1);
     }
+  }
+
+  /** Of a job without a sweep: it ends well when what is captured by now is in the target. */
+  endCaptures(): void {
+    this.shared.endCaptures();
   }
 
   /** What the run has failed with, from the moment on at which it is known. */

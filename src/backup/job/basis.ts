@@ -14,12 +14,14 @@ import type { DirtyRuns } from "../copy/incremental.js";
 import type { BasisInfo, BitmapAction } from "../host.js";
 import type { JobOptions } from "../options.js";
 
-type Wish = Pick<JobOptions, "since" | "sinceOrFull" | "checkpoint">;
+type Wish = Pick<JobOptions, "since" | "sinceOrFull" | "checkpoint" | "bitmapUse">;
 
 export interface Basis {
   readonly info: BasisInfo;
   /** Of an incremental one; to be ended. */
   readonly changes: Following | undefined;
+  /** What the job's dirty bitmap has, whether it goes by it or not; `changes` if it does. To be ended. */
+  readonly held?: Following | undefined;
   /** What is copied, where that is not just what `changes` knows. */
   readonly dirty?: DirtyRuns | undefined;
   /** The name under which T0 is remembered though nobody asked for it: without it the backup is as good. */
@@ -37,8 +39,16 @@ export async function findBasis(
   tracker: DiskTracker | undefined,
   refusal?: string,
 ): Promise<Basis> {
+  const { since, bitmapUse } = wish;
+  if (bitmapUse !== undefined) {
+    requireTracking(disk, tracker);
+    const held = await tracker?.follow(...bitmapUse.holds);
+    if (bitmapUse.isBasis) {
+      return { info: { level: "incremental", bitmapAction: "used" }, changes: held, held };
+    }
+    return { ...full({ bitmapAction: "new" }), held };
+  }
   if (wish.checkpoint !== undefined) requireTracking(disk, tracker);
-  const { since } = wish;
   if (since === undefined) {
     return full({ bitmapAction: wish.checkpoint === undefined ? "not-used" : "new" });
   }
@@ -61,7 +71,11 @@ function refuse(
   tracker: DiskTracker | undefined,
 ): { action: BitmapAction; reason: string } | undefined {
   if (tracker === undefined) return { action: "not-used", reason: "the server does not track its changes" };
-  if (tracker.checkpoint(since) !== undefined) return undefined;
+  const checkpoint = tracker.checkpoint(since);
+  if (checkpoint?.isStopped === true) {
+    return { action: "invalid", reason: `checkpoint '${since}' does not record: it is a disabled bitmap` };
+  }
+  if (checkpoint !== undefined) return undefined;
   const { loss } = tracker.state;
   if (loss?.checkpoints.includes(since) === true) {
     return { action: "invalid", reason: `checkpoint '${since}' cannot be relied on: ${loss.reason}` };

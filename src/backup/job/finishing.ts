@@ -18,6 +18,7 @@ export class Finishing {
   readonly #threads: CopyThreads | undefined;
   #check: VerifyRun | null = null;
   #cancelled: CowcatcherError | undefined;
+  #isUnderWay = false;
   #named = false;
   /** The commit is under way, and abort() may still come before it. */
   #isUndecided = false;
@@ -38,9 +39,21 @@ export class Finishing {
     this.#givenUp.catch(() => {});
   }
 
+  /** Whether `run` has begun: the target is neither as the workers left it nor complete. */
+  get isUnderWay(): boolean {
+    return this.#isUnderWay;
+  }
+
+  /** Before `run`: what it waits for, unless it is cancelled meanwhile. @throws CowcatcherError its cause */
+  async after(event: Promise<void>): Promise<void> {
+    await Promise.race([event, this.#givenUp]);
+    this.#throwIfCancelled();
+  }
+
   /** The workers have ended. @throws CowcatcherError; the target is still to be aborted then. */
   async run(): Promise<void> {
     this.#throwIfCancelled();
+    this.#isUnderWay = true;
     await Promise.race([this.#target.complete(), this.#givenUp]);
     this.#throwIfCancelled();
     await this.#verify();

@@ -2,6 +2,8 @@
 // end.
 
 import type { DiskNode } from "../../cow/disk-node.js";
+import type { BitmapEnd } from "./bitmap-end.js";
+import type { Completion } from "./completion.js";
 import type { BufferStore } from "../memory/buffer-store.js";
 import type { Target } from "../../target/target.js";
 import type { CopyThreads } from "../copy/threads.js";
@@ -26,6 +28,8 @@ export interface HostedJobParts {
   checkpointUuid?: string | undefined;
   /** Why it cannot go by a checkpoint, for reasons of its companions. */
   basisRefusal?: string | undefined;
+  /** Undefined for a job that ends when it has copied everything. */
+  completion?: Completion | undefined;
   /** Of the backup in a repository that the disk is one of. */
   group?: RepositoryGroup | undefined;
   /** Where storage that is not the guest's is dealt with; the target's is `hand`'s, null for `null:`. */
@@ -45,6 +49,8 @@ export interface HostedJobParts {
 export interface ListedJob extends BackupJob {
   /** Fulfilled when the job is concluded and everything of it is cleaned up, or given up. */
   readonly concluded: Promise<void>;
+  /** The dirty bitmap that nobody else may touch, from T0 to the end. */
+  readonly bitmap?: BitmapEnd | undefined;
   /** Forgets the job: only JobHost.dismiss. */
   dismiss(): void;
   /** The process ends now: what must not stay behind goes. */

@@ -6,27 +6,30 @@ import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promi
 import { promisify } from "node:util";
 import type { Image } from "../../block/device.js";
 import type { DiskNode } from "../../cow/disk-node.js";
-import { CowcatcherError } from "../../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { NbdPlace } from "../../nbd/wire/place.js";
 import { BufferStore } from "../memory/buffer-store.js";
 import { PagePreparer } from "../copy/page-preparer.js";
 import { ABORT_GRACE_MS } from "../copy/run.js";
 import { CopyThreads } from "../copy/threads.js";
 import { JOB_DEFAULTS } from "../options.js";
-import type {
-  BackupJob,
-  BackupRequest,
-  DiskInfo,
-  TrackingInfo,
-  JobHost,
-  MarkRequest,
-  JobStatus,
-  JobStatusListener,
+import {
+  type BackupJob,
+  type BackupRequest,
+  type BitmapInfo,
+  type DiskInfo,
+  isOver,
+  type TrackingInfo,
+  type JobHost,
+  type MarkRequest,
+  type JobStatus,
+  type JobStatusListener,
 } from "../host.js";
 import type { HostedJob, HostedJobParts, ListedJob } from "./hosted-job.js";
 import { groupsOf } from "./repository-group.js";
 import { JobStart } from "./start.js";
-import { CheckpointMark } from "./mark.js";
+import { CheckpointMark, type MarkedDisk } from "./mark.js";
+import { Completion } from "./completion.js";
 import { LiveJob } from "./live-job.js";
 import { disagreement, noBasis } from "./basis.js";
 import type { DiskTracker } from "../../tracking/tracker.js";
@@ -158,8 +161,46 @@ export class LiveHost implements JobHost {
     return Math.min(sizeBytes, bits.count() * tracker.granularityBytes);
   }
 
+  async bitmaps(disk: string): Promise<readonly BitmapInfo[]> {
+    const { sizeBytes } = this.#node(disk);
+    const tracker = this.#trackers.get(disk);
+    if (tracker === undefined) return [];
+    const { checkpoints, loss, granularityBytes } = tracker.state;
+    const busy = [...this.#jobs.values()].find(
+      (job) => job.disk === disk && job.bitmap !== undefined,
+    )?.bitmap;
+    const found: BitmapInfo[] = [];
+    for (const { name, isStopped } of checkpoints) {
+      const isBusy = name === busy?.name;
+      const bits = isBusy ? undefined : await orGone(tracker.changesSince(name));
+      if (bits === null) continue;
+      const dirtyBytes = bits && Math.min(sizeBytes, bits.count() * granularityBytes);
+      const isRecording = isBusy ? busy.isRecording : isStopped !== true;
+      const isInconsistent = false;
+      found.push({
+        name,
+        dirtyBytes: dirtyBytes ?? busy?.dirtyBytes ?? 0,
+        isRecording,
+        isBusy,
+        isInconsistent,
+      });
+    }
+    const base = { isRecording: false, isBusy: false };
+    if (busy !== undefined) {
+      const { isRecording } = busy;
+      const dirtyBytes = isRecording ? await busy.changedBytes() : 0;
+      found.push({ ...base, name: undefined, dirtyBytes, isRecording, isInconsistent: false });
+    }
+    for (const name of loss?.checkpoints ?? []) {
+      if (checkpoints.some((checkpoint) => checkpoint.name === name)) continue;
+      found.push({ ...base, name, dirtyBytes: 0, isInconsistent: true });
+    }
+    return found;
+  }
+
   async deleteCheckpoint(name: string, disk?: string): Promise<void> {
     const names = disk === undefined ? [...this.#trackers.keys()] : [this.#node(disk).nodeName];
+    for (const node of names) this.#refuseBusyBitmap(node, name);
     let isFound = false;
     for (const node of names) if (await this.#trackers.get(node)?.remove(name)) isFound = true;
     if (!isFound) throw noBasis(name, "there is no such checkpoint", "cowcatcher checkpoints lists them");
@@ -180,7 +221,9 @@ export class LiveHost implements JobHost {
       options: withBackingOf(this.#node(request.disk).image, request.options),
     }));
     const checkpointUuid = randomUUID();
-    const checkpoints = marks.map((mark) => this.#mark(mark, checkpointUuid));
+    for (const { disk, name } of marks) this.#refuseBusyBitmap(disk, name);
+    const checkpoints = this.#marks(marks, checkpointUuid);
+    const completions = completionsOf(requests);
     const sizeOf = (disk: string): number => this.#node(disk).sizeBytes;
     const groups = groupsOf(requests, sizeOf, checkpointUuid, this.#hands);
     const start = new JobStart({
@@ -196,6 +239,7 @@ export class LiveHost implements JobHost {
             checkpointUuid,
             basisRefusal: this.#refusalOf(request, requests),
             group: groups.get(request.disk),
+            completion: completions.get(request),
           },
           ...parts,
         ),
@@ -223,26 +267,49 @@ export class LiveHost implements JobHost {
     } catch (error) {
       for (const checkpoint of checkpoints) checkpoint.abandon();
       for (const job of jobs) job.cancel();
+      // Where that fails, too, it is for the same reason.
+      await Promise.allSettled(checkpoints.map((checkpoint) => checkpoint.undo()));
       throw error;
     }
+    for (const checkpoint of checkpoints) await checkpoint.done();
     return jobs;
   }
 
-  #mark({ disk, name }: MarkRequest, uuid: string): CheckpointMark {
-    const node = this.#node(disk);
-    const tracker = this.#trackers.get(disk);
-    if (tracker === undefined) throw noBasis(disk, "the server does not track its changes");
-    return new CheckpointMark(node, tracker, name, uuid);
+  /** One for each disk. */
+  #marks(marks: readonly MarkRequest[], uuid: string): CheckpointMark[] {
+    const trackedDisk = (disk: string): MarkedDisk => {
+      const node = this.#node(disk);
+      const tracker = this.#trackers.get(disk);
+      if (tracker === undefined) throw noBasis(disk, "the server does not track its changes");
+      return { node, tracker };
+    };
+    return [...new Set(marks.map(({ disk }) => disk))].map((disk) => {
+      const ofDisk = marks.filter((mark) => mark.disk === disk);
+      return new CheckpointMark(trackedDisk(disk), ofDisk, trackedDisk, uuid);
+    });
+  }
+
+  /** @throws CowcatcherError BUSY, in QEMU's words: it is a job's until that is over. */
+  #refuseBusyBitmap(disk: string, name: string): void {
+    const isBusy = [...this.#jobs.values()].some(
+      (job) => job.disk === disk && !isOver(job.status) && job.options.bitmapUse?.name === name,
+    );
+    if (!isBusy) return;
+    throw new CowcatcherError({
+      code: "BUSY",
+      object: disk,
+      problem: `Bitmap '${name}' is currently in use by another operation and cannot be used`,
+    });
   }
 
   #prepare(
     { id, disk, options }: BackupRequest,
-    ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal" | "group">,
+    ofStart: Pick<HostedJobParts, "checkpointUuid" | "basisRefusal" | "group" | "completion">,
     signal: AbortSignal,
     onTarget: HostedJobParts["onTarget"],
     { hand }: TargetClaim,
   ): Promise<HostedJob> {
-    const Job = options.sync === "none" ? SnapshotJob : LiveJob;
+    const Job = options.sync === "none" && options.oldDataOnly !== true ? SnapshotJob : LiveJob;
     return Job.prepare({
       id,
       node: this.#node(disk),
@@ -301,7 +368,7 @@ export class LiveHost implements JobHost {
     const refuse = (object: string, problem: string): never => {
       throw new CowcatcherError({ code: "BUSY", object, problem });
     };
-    const isBusy = [...this.#jobs.values()].some((job) => job.disk === disk && isActive(job.status));
+    const isBusy = [...this.#jobs.values()].some((job) => job.disk === disk && !isOver(job.status));
     if (isBusy) refuse(disk, "the disk has a backup running already");
     if (this.#jobs.has(id)) refuse(id, "a job with this id is there already");
   }
@@ -344,7 +411,7 @@ export class LiveHost implements JobHost {
 
   dismiss(id: string): void {
     const job = this.#jobs.get(id);
-    if (job === undefined || isActive(job.status)) return;
+    if (job === undefined || !isOver(job.status)) return;
     this.#jobs.delete(id);
     job.dismiss();
   }
@@ -366,10 +433,10 @@ export class LiveHost implements JobHost {
     this.#closing = true;
     const jobs = [...this.#jobs.values()];
     for (const job of jobs) job.cancel(serverEnded(job));
-    const concluded = jobs.filter((job) => isActive(job.status)).map((job) => job.concluded);
+    const concluded = jobs.filter((job) => !isOver(job.status)).map((job) => job.concluded);
     const settled = [...this.#starts].map((start) => start.settled);
-    const isOver = Promise.all([...concluded, ...settled]).then(() => true);
-    const inTime = await Promise.race([isOver, delay(UNDO_MS_MAX, false, { ref: false })]);
+    const allOver = Promise.all([...concluded, ...settled]).then(() => true);
+    const inTime = await Promise.race([allOver, delay(UNDO_MS_MAX, false, { ref: false })]);
     this.#threads.close();
     this.#hands.close();
     if (inTime) process.removeListener("exit", this.#atExit);
@@ -377,7 +444,7 @@ export class LiveHost implements JobHost {
 
   readonly #atExit = (): void => {
     for (const start of this.#starts) start.abortSync();
-    for (const job of this.#jobs.values()) if (isActive(job.status)) job.abortSync();
+    for (const job of this.#jobs.values()) if (!isOver(job.status)) job.abortSync();
   };
 }
 
@@ -401,10 +468,33 @@ function trackingInfo(tracker: DiskTracker | undefined): TrackingInfo | undefine
     logWaits,
     lossReason: loss?.reason ?? null,
     lostCheckpoints: loss?.checkpoints ?? [],
-    checkpoints: checkpoints.map(({ name, uuid, createdMs }) => ({ name, uuid, createdMs })),
+    checkpoints: checkpoints.map(({ name, uuid, createdMs, isStopped }) => ({
+      name,
+      uuid,
+      createdMs,
+      isStopped: isStopped === true,
+    })),
   };
 }
 
-function isActive(status: JobStatus): boolean {
-  return status !== "concluded" && status !== "null";
+/** By request: how the jobs of a start come to their end. */
+function completionsOf(requests: readonly BackupRequest[]): Map<BackupRequest, Completion | undefined> {
+  const members = requests.filter(({ isGrouped }) => isGrouped === true);
+  const together = Completion.of(members.map(({ options }) => options));
+  return new Map(
+    requests.map((request) => [
+      request,
+      request.isGrouped === true ? together : Completion.of([request.options]),
+    ]),
+  );
+}
+
+/** Null for one that was removed meanwhile. */
+async function orGone<T>(bits: Promise<T>): Promise<T | null> {
+  try {
+    return await bits;
+  } catch (error) {
+    if (toCowcatcherError(error, "").code === "NOT_FOUND") return null;
+    throw error;
+  }
 }

@@ -3,10 +3,12 @@
 //   created ─start─► running ⇄ paused ─copied─► waiting ─► pending ─target complete─► concluded ─► null
 //                       └──── failure or cancel ────► aborting ─cleaned up─► concluded ─► null
 //
+// Where it waits, and what for: completion.ts. What becomes of the dirty bitmap that it goes by: bitmap-end.ts.
+//
 // Whatever ends the copy, the first thing done is to detach the interceptor: from that moment the guest's writes
 // go straight to its disk. Then the workers are told, the target is finished or removed, and the status follows.
 
-import { setImmediate as nextTurn } from "node:timers/promises";
+import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { BLOCK_BYTES, SLOT_BYTES } from "../../cow/geometry.js";
 import type { DiskNode } from "../../cow/disk-node.js";
 import { Interceptor } from "../../cow/interceptor.js";
@@ -17,6 +19,7 @@ import type { Target } from "../../target/target.js";
 import { roundUp } from "../../units.js";
 import { CopyRun } from "../copy/run.js";
 import { type Basis, markLate } from "./basis.js";
+import { BitmapEnd } from "./bitmap-end.js";
 import { Finishing } from "./finishing.js";
 import type { BasisInfo, RepositoryOutcome, SnapshotInfo } from "../host.js";
 import type { HostedJob, HostedJobParts } from "./hosted-job.js";
@@ -27,6 +30,9 @@ import type { JobProgress } from "../progress.js";
 import type { BufferLease } from "../memory/buffer-store.js";
 import { Snapshot } from "./snapshot.js";
 import type { TableLease } from "../memory/table-store.js";
+
+/** How long the end of a failed backup may take whose part is to be kept. */
+const PART_MS_MAX = 30_000;
 
 export class LiveJob extends JobState implements HostedJob {
   readonly #target: Target;
@@ -46,6 +52,10 @@ export class LiveJob extends JobState implements HostedJob {
   #forgotten: string | undefined;
   /** The epoch that ended at T0, where the job goes by one or makes a checkpoint of it. */
   #epoch: FrozenEpoch | null = null;
+  /** Where it has a dirty bitmap, from T0 on. */
+  #bitmapEnd: BitmapEnd | null = null;
+  /** It was told to end, and only takes what was captured to the target. */
+  #isEnding = false;
   /** Once the copy is done: what can still be cancelled. */
   #finishing: Finishing | null = null;
 
@@ -100,6 +110,7 @@ export class LiveJob extends JobState implements HostedJob {
         tables: parts.tables,
         threads,
         publisher,
+        tracker: parts.tracker,
         hands,
         signal,
         onBroken: () => {},
@@ -118,6 +129,7 @@ export class LiveJob extends JobState implements HostedJob {
         dirty: basis.dirty ?? (known === undefined ? undefined : (at, count) => known.run(at, count)),
         hands,
         signal,
+        notesWritten: options.bitmapUse?.mode === "always",
         onLeftBehind: () => (isLeftBehind = true),
         onStopped: (error) => job.#stopped(error),
         onFailed: (error) => job.#fail(error),
@@ -128,6 +140,7 @@ export class LiveJob extends JobState implements HostedJob {
       return job;
     } catch (error) {
       basis.changes?.end();
+      basis.held?.end();
       await snapshot?.end();
       if (!isLeftBehind) {
         lease?.release();
@@ -157,11 +170,18 @@ export class LiveJob extends JobState implements HostedJob {
 
   /** What is missing in it would be missing in all that builds on it, and nobody would be told again. */
   get #hasGaps(): boolean {
-    return this.#checkpoint !== undefined && this.#run.progress().ignoredErrorCount > 0;
+    const isRelied = this.#checkpoint !== undefined || this.options.bitmapUse !== undefined;
+    return isRelied && this.#run.progress().ignoredErrorCount > 0;
   }
 
   get #needsEpoch(): boolean {
-    return this.#checkpoint !== undefined || this.#basis.changes !== undefined;
+    const { changes, held } = this.#basis;
+    return this.#checkpoint !== undefined || changes !== undefined || held !== undefined;
+  }
+
+  /** While it has one. */
+  get bitmap(): BitmapEnd | undefined {
+    return this.isOver ? undefined : (this.#bitmapEnd ?? undefined);
   }
 
   get snapshot(): SnapshotInfo | undefined {
@@ -169,11 +189,13 @@ export class LiveJob extends JobState implements HostedJob {
   }
 
   async beforeT0(): Promise<void> {
+    await this.#snapshot?.beforeT0();
     if (!this.#needsEpoch) return;
     try {
       await this.parts.tracker?.prepareFreeze();
     } catch (error) {
-      if (this.options.checkpoint !== undefined || this.#basis.changes !== undefined) throw error;
+      const { changes, held } = this.#basis;
+      if (this.options.checkpoint !== undefined || changes !== undefined || held !== undefined) throw error;
       this.#doWithoutCheckpoint(error);
     }
   }
@@ -187,9 +209,14 @@ export class LiveJob extends JobState implements HostedJob {
   start(t0Ms: number): void {
     const { node, tracker } = this.parts;
     if (tracker !== undefined && this.#needsEpoch) this.#epoch = tracker.freeze();
-    const { changes } = this.#basis;
+    const { changes, held } = this.#basis;
     if (changes !== undefined) markLate(this.#run.shared, changes.late());
+    const { bitmapUse } = this.options;
+    if (bitmapUse !== undefined && held !== undefined && tracker !== undefined && this.#epoch !== null) {
+      this.#bitmapEnd = new BitmapEnd({ use: bitmapUse, tracker, epoch: this.#epoch, held, t0Ms });
+    }
     changes?.end();
+    held?.end();
     this.t0Ms = t0Ms;
     this.#frozen = node.image.freeze();
     this.#snapshot?.start();
@@ -207,6 +234,7 @@ export class LiveJob extends JobState implements HostedJob {
     await this.#snapshot?.end();
     this.#frozen?.release();
     this.#basis.changes?.end();
+    this.#basis.held?.end();
     this.#epoch?.release();
     // A worker that was left behind may still be at its share of the buffer, and would write zeroes into what another
     // job captures there.
@@ -227,14 +255,17 @@ export class LiveJob extends JobState implements HostedJob {
       if (this.status === "aborting") throw this.error ?? this.#cancelled();
       this.#detach();
       this.#finishing = new Finishing(this.#target, this.options, this.#run.shared, this.parts.threads);
+      const { completion } = this.parts;
       this.setStatus("waiting");
+      if (completion !== undefined) await this.#finishing.after(completion.arrive());
       this.setStatus("pending");
+      if (completion !== undefined) await this.#finishing.after(completion.finalized);
       await this.#finishing.run();
       await this.#remember();
     } catch (error) {
       this.#fail(toCowcatcherError(error, this.options.target));
       await this.#run.ended.catch(() => {});
-      await this.#target.abort();
+      await this.#endTarget();
     }
     // A capture from a slow disk may still be on its way into the buffer.
     await this.#interceptor.idle();
@@ -245,10 +276,32 @@ export class LiveJob extends JobState implements HostedJob {
     this.conclude();
   }
 
+  /** After a failure: the target goes, or as much of it as there is gets its name. */
+  async #endTarget(): Promise<void> {
+    const bitmap = this.#bitmapEnd;
+    // What the workers left is whole only before the finishing has begun to change it.
+    const isAsLeft = !this.#run.leftBehind && this.#finishing?.isUnderWay !== true;
+    if (this.#isEnding) {
+      const problem = this.#run.failure ?? (await completePart(this.#target));
+      if (problem === undefined) return;
+      this.error = problem;
+    }
+    if (bitmap?.keepsPart !== true || !isAsLeft || (await completePart(this.#target)) !== undefined) {
+      await this.#target.abort();
+      return;
+    }
+    try {
+      await bitmap.keepRest(this.#run.shared, this.#hasGaps);
+    } catch {
+      // The bitmap has all that it had, and what changed since.
+    }
+  }
+
   /** After the target has its name: a checkpoint of a backup that is not there would be worse than none. */
   async #remember(): Promise<void> {
     const { tracker, checkpointUuid } = this.parts;
     const checkpoint = this.#checkpoint;
+    if (this.#bitmapEnd !== null && !this.#hasGaps) await this.#rememberBitmap(this.#bitmapEnd);
     if (checkpoint === undefined || this.#epoch === null || checkpointUuid === undefined) return;
     if (this.#hasGaps) return;
     try {
@@ -258,11 +311,15 @@ export class LiveJob extends JobState implements HostedJob {
         this.#doWithoutCheckpoint(error);
         return;
       }
-      const { problem, ...details } = toCowcatcherError(error, this.disk).toDetails();
-      throw new CowcatcherError({
-        ...details,
-        problem: `the backup is complete, but its checkpoint could not be remembered: ${problem}`,
-      });
+      throw completeBut("checkpoint", toCowcatcherError(error, this.disk));
+    }
+  }
+
+  async #rememberBitmap(bitmap: BitmapEnd): Promise<void> {
+    try {
+      await bitmap.synchronize();
+    } catch (error) {
+      throw completeBut("bitmap", toCowcatcherError(error, this.disk));
     }
   }
 
@@ -277,7 +334,7 @@ export class LiveJob extends JobState implements HostedJob {
     this.error ??= error;
     this.#detach();
     this.#snapshot?.detach();
-    this.#run.abort(this.error);
+    if (!this.#isEnding) this.#run.abort(this.error);
     if (this.status !== "aborting" && !this.isOver) {
       this.setStatus("aborting");
     }
@@ -299,9 +356,26 @@ export class LiveJob extends JobState implements HostedJob {
   cancel(cause?: CowcatcherError): void {
     // Paused for an error: the error is what ended the backup, not the user who gave up.
     const error = this.error ?? cause ?? this.#cancelled();
+    if (this.#endsByCancel(error)) return;
     const isCopying = this.status === "running" || this.status === "paused";
     const isFinishing = this.status === "waiting" || this.status === "pending";
     if (isCopying || (isFinishing && this.#finishing?.cancel(error) === true)) this.#fail(error);
+  }
+
+  /** Of a job without a sweep: its orderly end, unless that lasts too long for whoever asks again. */
+  #endsByCancel(error: CowcatcherError): boolean {
+    const isCopying = this.status === "running" || this.status === "paused";
+    if (this.options.oldDataOnly !== true || !isCopying || this.error !== undefined) {
+      if (this.#isEnding && this.status === "aborting") this.#run.abort(error);
+      return false;
+    }
+    this.#isEnding = true;
+    this.error = error;
+    this.#interceptor.endCaptures();
+    this.#run.resume();
+    this.#run.endCaptures();
+    this.setStatus("aborting");
+    return true;
   }
 
   #cancelled(): CowcatcherError {
@@ -310,6 +384,10 @@ export class LiveJob extends JobState implements HostedJob {
       object: this.options.target,
       problem: "the backup was cancelled",
     });
+  }
+
+  finalize(): void {
+    if (this.status === "pending") this.parts.completion?.finalize();
   }
 
   pause(): void {
@@ -339,6 +417,28 @@ export class LiveJob extends JobState implements HostedJob {
   abortSync(): void {
     this.#target.abortSync();
   }
+}
+
+/** What there is of it gets its name; why it does not, else. Storage that does not answer is not waited for. */
+async function completePart(target: Target): Promise<CowcatcherError | undefined> {
+  const problem = target.finish().then(
+    () => undefined,
+    (error: unknown) => toCowcatcherError(error, target.name),
+  );
+  const late = new CowcatcherError({
+    code: "IO",
+    object: target.name,
+    problem: `could not be completed within ${PART_MS_MAX / 1000} s`,
+  });
+  return Promise.race([problem, delay(PART_MS_MAX, late, { ref: false })]);
+}
+
+function completeBut(what: string, error: CowcatcherError): CowcatcherError {
+  const { problem, ...details } = error.toDetails();
+  return new CowcatcherError({
+    ...details,
+    problem: `the backup is complete, but its ${what} could not be remembered: ${problem}`,
+  });
 }
 
 /**

@@ -28,6 +28,7 @@ export async function makeLiveTarget(parts: HostedJobParts): Promise<LiveTarget>
     return { target: await makeTarget(parts, basis), basis };
   } catch (error) {
     basis.changes?.end();
+    basis.held?.end();
     throw error;
   }
 }
@@ -37,11 +38,12 @@ async function makeTarget(
   { changes }: Basis,
 ): Promise<Target> {
   const isIncremental = changes !== undefined;
+  const isPart = isIncremental || options.oldDataOnly === true;
   const isFallback = options.since !== undefined && !isIncremental;
   const targetOptions: TargetOptions = {
     path: options.target,
-    inPlace: isIncremental && options.targetFormat === "raw",
-    isPart: isIncremental,
+    inPlace: isPart && options.targetFormat === "raw",
+    isPart,
     format: options.targetFormat,
     sizeBytes: node.sizeBytes,
     clusterSizeBytes: options.clusterSizeBytes,

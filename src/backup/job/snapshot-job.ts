@@ -28,7 +28,7 @@ export class SnapshotJob extends JobState implements HostedJob {
   /** @throws CowcatcherError; nothing is left then. */
   static async prepare(parts: HostedJobParts): Promise<SnapshotJob> {
     refuseOptions(parts.options);
-    const { node, options, buffers, tables, threads, publisher, hands, signal } = parts;
+    const { node, options, buffers, tables, threads, publisher, tracker, hands, signal } = parts;
     const snapshot = await Snapshot.prepare({
       node,
       options,
@@ -36,6 +36,7 @@ export class SnapshotJob extends JobState implements HostedJob {
       tables,
       threads,
       publisher,
+      tracker,
       hands,
       signal,
       onBroken: (error) => job.#end(error),
@@ -49,7 +50,7 @@ export class SnapshotJob extends JobState implements HostedJob {
   }
 
   beforeT0(): Promise<void> {
-    return Promise.resolve();
+    return this.#snapshot.beforeT0();
   }
 
   checkReady(): void {

@@ -24,8 +24,11 @@ import { LIVE_WORKER_NICENESS } from "../copy/run.js";
 import type { CopyThreads } from "../copy/threads.js";
 import type { BufferLease, BufferStore } from "../memory/buffer-store.js";
 import type { TableLease, TableStore } from "../memory/table-store.js";
+import type { StatusContext } from "../../nbd/server/export.js";
+import type { DiskTracker } from "../../tracking/tracker.js";
 import type { SnapshotInfo } from "../host.js";
 import { JOB_DEFAULTS, type JobOptions } from "../options.js";
+import { SnapshotBitmaps } from "./snapshot-bitmaps.js";
 import type { StorageHands } from "../storage/protocol.js";
 import { RemoteSpill } from "../storage/remote-spill.js";
 
@@ -33,9 +36,11 @@ import { RemoteSpill } from "../storage/remote-spill.js";
 export interface SnapshotPublisher {
   /**
    * From now on readers find the device under the name; the result takes it away again, from them, too. Synchronous,
-   * as T0 is. @throws CowcatcherError EXISTS for a name that is in use.
+   * as T0 is.
+   * @param contexts metadata contexts besides base:allocation
+   * @throws CowcatcherError EXISTS for a name that is in use.
    */
-  publish(name: string, device: BlockDevice): () => void;
+  publish(name: string, device: BlockDevice, contexts: readonly StatusContext[]): () => void;
 }
 
 export interface SnapshotParts {
@@ -45,6 +50,8 @@ export interface SnapshotParts {
   tables: TableStore;
   threads: CopyThreads;
   publisher: SnapshotPublisher | undefined;
+  /** Whose checkpoints the view's export has as bitmaps; undefined where the disk's changes are not tracked. */
+  tracker?: DiskTracker | undefined;
   hands: StorageHands;
   /** Ends its preparation. */
   signal: AbortSignal;
@@ -68,6 +75,7 @@ export class Snapshot {
   readonly #tables: TableLease;
   readonly #spill: RemoteSpill | null;
   readonly #preparer: PagePreparer;
+  readonly #bitmaps: SnapshotBitmaps | null;
   #interceptor: Interceptor | undefined;
   #device: SnapshotDevice | undefined;
   #withdraw: (() => void) | undefined;
@@ -89,6 +97,7 @@ export class Snapshot {
     this.#lease = lease;
     this.#tables = tables;
     this.#spill = spill;
+    this.#bitmaps = parts.tracker === undefined ? null : new SnapshotBitmaps(parts.tracker);
     this.info = { exportName: snapshotNameOf(parts.node.nodeName), error: undefined };
   }
 
@@ -142,6 +151,15 @@ export class Snapshot {
     return this.#shared.geometry;
   }
 
+  /** Shortly before T0. Never rejects: without its bitmaps the view is as good. */
+  async beforeT0(): Promise<void> {
+    try {
+      await this.#bitmaps?.beforeT0();
+    } catch {
+      this.#bitmaps?.end();
+    }
+  }
+
   /** The step at T0: synchronous, with no guest write in flight. @throws CowcatcherError EXISTS: nothing has begun. */
   start(): void {
     const { node, options } = this.#parts;
@@ -169,10 +187,20 @@ export class Snapshot {
       spill,
       source: interceptor,
     });
-    this.#withdraw = this.#publisher.publish(exportName, device);
+    this.#withdraw = this.#publisher.publish(exportName, device, this.#contexts());
     this.#device = device;
     this.#interceptor = interceptor;
     node.addInterceptor(interceptor);
+  }
+
+  #contexts(): StatusContext[] {
+    try {
+      return this.#bitmaps?.atT0() ?? [];
+    } catch {
+      // The tracking has failed: nothing of it can be believed.
+      this.#bitmaps?.end();
+      return [];
+    }
   }
 
   get counters(): GuestWaitCounters | undefined {
@@ -209,6 +237,7 @@ export class Snapshot {
   async #release(): Promise<void> {
     this.detach();
     this.#withdraw?.();
+    this.#bitmaps?.end();
     await this.#device?.close();
     await this.#interceptor?.idle();
     this.#spill?.close();

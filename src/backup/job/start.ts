@@ -51,9 +51,10 @@ export interface StartParts {
   onStatus: (job: ListedJob, status: JobStatus) => void;
 }
 
-/** Remembers T0 in one disk's tracking (marks.ts). */
+/** Remembers T0 in one disk's tracking (mark.ts). */
 export interface StartMark {
-  readonly node: DiskNode;
+  /** The disks that are to hold still for it. */
+  readonly nodes: readonly DiskNode[];
   beforeT0(): Promise<void>;
   /** In T0's turn. @throws CowcatcherError */
   atT0(t0Ms: number): void;
@@ -123,7 +124,7 @@ export class JobStart {
     try {
       await freezer?.check();
       await this.#prepareAll();
-      const nodes = [...requests.map(({ disk }) => nodeOf(disk)), ...marks.map(({ node }) => node)];
+      const nodes = [...requests.map(({ disk }) => nodeOf(disk)), ...marks.flatMap((mark) => mark.nodes)];
       const limits = requests.map(({ options }) => options.guestTimeoutMs);
       const limitMs = Math.min(...(limits.length > 0 ? limits : [JOB_DEFAULTS.guestTimeoutMs]));
       const prepare = async (): Promise<void> => {

@@ -23,6 +23,7 @@ import { logLoopDelay } from "./loop-delay.js";
 import { openTrackers, type TrackedDisks } from "./serve-tracking.js";
 import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { bitmapContexts, warnOfBitmaps } from "./serve-bitmaps.js";
+import { OpenedDisks } from "./opened-disks.js";
 import { ServedExports } from "./served-exports.js";
 import type { ListenSettings, ServedImage, ServeSettings } from "../options/serve-options.js";
 import { onInterrupt } from "../signals.js";
@@ -37,6 +38,7 @@ export async function runServe(
   if (settings.control !== undefined) checkBufferMemory(settings.cowBufferSizeBytes, context.output);
   const images: { served: ServedImage; image: Image }[] = [];
   let tracked: TrackedDisks | undefined;
+  let opened: OpenedDisks | undefined;
   const quitting = new Quitting();
   const quit = quitting.ask;
   // `bench` is on the other end of this channel, where there is one: without it the server has no one to serve.
@@ -65,18 +67,20 @@ export async function runServe(
     for (const { image } of images) warnOfBitmaps(image, context.output);
     tracked = await openTrackers(images, settings.tracking, context);
     for (const { image } of images) if (image instanceof Qcow2Image) await image.beginWriting();
-    const trackers = tracked.byName;
+    const trackers = new Map(tracked.byName);
     const nodes = new Map(
       images.map(({ served: { name }, image }) => [
         name,
         new DiskNode(name, image, trackers.get(name) ?? null),
       ]),
     );
-    const opened = images.map(({ image }) => image);
-    const exports = new ServedExports(nodes, bitmapContexts(opened, settings.bitmaps));
+    const served = images.map(({ image }) => image);
+    const exports = new ServedExports(nodes, bitmapContexts(served, settings.bitmaps));
     const host = new LiveHost(nodes, quit, exports, trackers);
-    await serveNodes(settings, context, exports, host, quitting);
+    opened = new OpenedDisks(nodes, trackers, settings, context);
+    await serveNodes(settings, context, { exports, opened, host, quitting });
   } finally {
+    await opened?.end();
     await tracked?.imagesClose();
     // Flushes: what a guest was told is stored must be, whatever ended the server.
     const closed = await Promise.allSettled(images.map(({ image }) => image.close()));
@@ -118,12 +122,17 @@ class Quitting {
   }
 }
 
+interface Served {
+  exports: ServedExports;
+  opened: OpenedDisks;
+  host: LiveHost;
+  quitting: Quitting;
+}
+
 async function serveNodes(
   settings: ServeSettings,
   context: CommandContext,
-  exports: ServedExports,
-  host: LiveHost,
-  quitting: Quitting,
+  { exports, opened, host, quitting }: Served,
 ): Promise<void> {
   const { logger } = context;
   const tls = settings.tls && loadTlsCredentials(settings.tls);
@@ -134,10 +143,11 @@ async function serveNodes(
     logger,
     tls,
   });
-  exports.attach(server);
+  exports.attach(server, opened);
   const control = new ControlServer({
     host,
     logger,
+    exports,
     jobDefaults: {
       cowBufferSizeBytes: settings.cowBufferSizeBytes,
       snapshotExport: settings.snapshotExport,

@@ -40,6 +40,8 @@ export class NbdServer {
   private readonly negotiating = new Set<Connection>();
   /** Those that have a place. */
   private readonly inside = new Set<Connection>();
+  /** Called when a connection is gone. */
+  private readonly watchers = new Set<() => void>();
   private readonly logger: NbdLogger;
   private readonly pool: SlabPool;
   private closing: Promise<void> | undefined;
@@ -89,6 +91,7 @@ export class NbdServer {
         this.negotiating.delete(connection);
         this.inside.delete(connection);
         this.connections.delete(connection);
+        for (const look of [...this.watchers]) look();
         if (this.connections.size === 0) this.onLastGone?.();
       },
     });
@@ -134,15 +137,35 @@ export class NbdServer {
 
   /**
    * Ends the connections of an export that the caller has taken off the map, as `close` ends all; those whose client
-   * takes no answers are cut off after CLOSE_DRAIN_MS, all others after CLOSE_TIMEOUT_MS. Returns at once.
+   * takes no answers are cut off after CLOSE_DRAIN_MS, all others after CLOSE_TIMEOUT_MS.
+   * @returns fulfilled when none of them uses the export's device any more
    */
-  endExport(nbdExport: NbdExport): void {
-    const using = [...this.connections.keys()].filter((connection) => connection.nbdExport === nbdExport);
+  async endExport(nbdExport: NbdExport): Promise<void> {
+    const using = this.connectionsOf(nbdExport);
     if (using.length === 0) return;
     for (const connection of using) connection.shutDown();
-    setTimeout(() => {
+    const timer = setTimeout(() => {
       for (const connection of using) connection.destroy();
     }, CLOSE_TIMEOUT_MS).unref();
+    await new Promise<void>((resolve) => {
+      const look = (): void => {
+        if (using.some((connection) => this.connections.has(connection))) return;
+        this.watchers.delete(look);
+        resolve();
+      };
+      this.watchers.add(look);
+      look();
+    });
+    clearTimeout(timer);
+  }
+
+  /** Clients that have chosen the export. */
+  clientCountOf(nbdExport: NbdExport): number {
+    return this.connectionsOf(nbdExport).length;
+  }
+
+  private connectionsOf(nbdExport: NbdExport): Connection[] {
+    return [...this.connections.keys()].filter((connection) => connection.nbdExport === nbdExport);
   }
 
   /**

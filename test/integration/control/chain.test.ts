@@ -122,3 +122,10 @@ it("takes no part of a disk into an image that has data, and none of another siz
   }
   expect(await bitmapCount()).toBe(0);
 });
+
+it("is driven from full to incremental to restore by a plain Python client", async () => {
+  const script = join(import.meta.dirname, "../../support/qmp-chain.py");
+  const said = await mustRun("python3", script, server.control, "disk", folder, server.uri());
+  expect(said.trim()).toBe("restored");
+  await expectSame(disk, at("restored.raw"));
+});

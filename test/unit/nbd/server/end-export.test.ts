@@ -59,7 +59,7 @@ test("its clients are hung up on, those of others are served on, and nobody find
   const { peer: guest } = await client("disk");
   const { peer: reader } = await client("disk-snapshot");
   exports.delete("disk-snapshot");
-  server.endExport(snapshot);
+  void server.endExport(snapshot);
   await until(() => server.connectionCount === 1);
   guest.send(READ);
   expect(await guest.simpleReply()).toEqual({ error: 0, cookie: COOKIE });
@@ -75,7 +75,7 @@ test("what its device still works on is answered first, and what comes then is r
   const { peer } = await client("disk-snapshot");
   peer.send(READ);
   await until(() => device.calls.length === 1);
-  server.endExport(snapshot);
+  void server.endExport(snapshot);
   peer.send(requestBytes(nbd.NBD_CMD_READ, { cookie: 8n, length: 512 }));
   expect(await peer.simpleReply()).toEqual({ error: nbd.NBD_ESHUTDOWN, cookie: 8n });
   device.releaseAll();
@@ -90,7 +90,7 @@ test("a client that takes no answers is cut off after a while", async () => {
   peer.socket.pause();
   for (let i = 0; i < 16; i++) peer.send(requestBytes(nbd.NBD_CMD_READ, { length: 2 * MiB }));
   await vi.waitUntil(() => server.heldBytes > MiB);
-  server.endExport(snapshot);
+  void server.endExport(snapshot);
   vi.advanceTimersByTime(CLOSE_DRAIN_MS - 1);
   expect(server.connectionCount).toBe(1);
   vi.advanceTimersByTime(1);
