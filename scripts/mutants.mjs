@@ -329,6 +329,7 @@ const PARTS = [
   "package.json",
   "tsconfig.json",
   "vitest.config.ts",
+  "vitest.campaigns.ts",
 ];
 let survivors = 0;
 /** Test files that pass without a mutant: of one that does not, "caught" would mean nothing. */
