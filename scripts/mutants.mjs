@@ -237,6 +237,7 @@ const TRACKING_MUTANTS = [
     file: "src/tracking/hot-set.ts",
     from: "touched < syncedAt && !keep.has(extent)",
     to: "!keep.has(extent)",
+    test: "test/unit/tracking/hot-set.test.ts",
   },
   {
     rule: "tracking: bits alone are not believed in another boot",
@@ -285,12 +286,14 @@ const TRACKING_MUTANTS = [
     file: "src/tracking/pulse.ts",
     from: "this.#isWriting = true;\n    this.#writeNow();",
     to: "this.#isWriting = true;",
+    test: "test/unit/tracking/pulse.test.ts",
   },
   {
     rule: "tracking: neighbours that are taken along are in the log, too",
     file: "src/tracking/hot-set.ts",
     from: 'await this.#append("add", [...cold, ...neighbours]);',
     to: 'await this.#append("add", cold);',
+    test: "test/unit/tracking/hot-set.test.ts",
   },
   {
     rule: "tracking: writes of others are in the result",
@@ -303,6 +306,7 @@ const TRACKING_MUTANTS = [
     file: "src/tracking/epoch-store.ts",
     from: "before < epoch && epoch <= after;",
     to: "epoch === after;",
+    test: "test/unit/tracking/epoch-store.test.ts",
   },
   {
     rule: "tracking: what a checkpoint keeps besides its epochs is part of it",
@@ -316,7 +320,7 @@ const TRACKING_MUTANTS = [
     from: "keptBits !== undefined && !this.#heldFiles.has(keptBits)",
     to: "keptBits !== undefined",
   },
-].map((mutant) => ({ ...mutant, test: "test/model/tracking.test.ts" }));
+].map((mutant) => ({ test: "test/model/tracking.test.ts", ...mutant }));
 MUTANTS.push(...TRACKING_MUTANTS);
 
 const chosen = process.argv[2] ?? "";
