@@ -26,8 +26,11 @@ it("keeps epochs apart that a checkpoint lies between, though a restart skipped 
     await store.collect(epoch, bits);
     return Array.from({ length: bits.granuleCount }, (_, granule) => granule).filter((n) => bits.has(n));
   };
-  const name = (text: string, epoch: number): Promise<void> =>
-    store.name({ name: text, uuid: crypto.randomUUID(), epoch, createdMs: 0 });
+  const name = async (text: string, epoch: number): Promise<void> => {
+    const to = { name: text, uuid: crypto.randomUUID(), epoch, createdMs: 0 };
+    const made = await store.change([{ name: text, to }]);
+    await made.done();
+  };
   await name("weekly", 1);
   await store.add(1, bitsOf(3));
   await name("daily", 2);
