@@ -21,15 +21,14 @@
 // The zeroes: how well each chunk compresses, to the byte, would be a fingerprint by which somebody who sees two stores
 // could tell that they hold the same disk. In steps of 64 KiB most chunks look alike.
 //
-// A codec belongs to one thread, and one call at a time: it keeps its compressor and its buffers. Memory: twice the
-// chunk size.
+// A codec belongs to one thread, and one call at a time: it keeps its compressor and its buffer. Memory: the chunk size.
 
 import { Compressor } from "../../image/qcow2/format/compress.js";
 import { Decompressor } from "../../image/qcow2/format/decompress.js";
 import { messageOf } from "../../errors.js";
 import { KiB, roundUp } from "../../units.js";
 import { damagedError } from "./errors.js";
-import { decrypt, encrypt, NONCE_BYTES, newNonce, type Secrets, TAG_BYTES } from "./secrets.js";
+import { decryptInPlace, encryptInPlace, NONCE_BYTES, newNonce, type Secrets, TAG_BYTES } from "./secrets.js";
 
 const MAGIC = Buffer.from("cwchunk1");
 const ENCRYPTION_AT = 8;
@@ -52,7 +51,7 @@ export function maxChunkObjectBytes(chunkBytes: number): number {
 export class ChunkEncoder {
   readonly #secrets: Secrets;
   readonly #compressor: Compressor | null;
-  /** Header and body; what is encrypted is a second one. */
+  /** Header and body, encrypted in place. */
   readonly #object: Buffer;
 
   /** @throws CowcatcherError UNSUPPORTED where there is no zstd. */
@@ -77,11 +76,9 @@ export class ChunkEncoder {
     const nonce = newNonce();
     nonce.copy(object, NONCE_AT);
     const bound = Buffer.concat([object.subarray(0, CHUNK_HEADER_BYTES), id]);
-    let end = CHUNK_HEADER_BYTES;
-    for (const part of encrypt(key, nonce, bound, object.subarray(CHUNK_HEADER_BYTES, bodyEnd))) {
-      end += part.copy(object, end);
-    }
-    return object.subarray(0, end);
+    const tag = encryptInPlace(key, nonce, bound, object.subarray(CHUNK_HEADER_BYTES, bodyEnd));
+    tag.copy(object, bodyEnd);
+    return object.subarray(0, bodyEnd + TAG_BYTES);
   }
 
   /** Body header, data and padding. @returns their end in the object */
@@ -116,6 +113,7 @@ export class ChunkDecoder {
   readonly #chunkBytes: number;
   readonly #storeName: string;
   #decompressor: Decompressor | undefined;
+  #content: Buffer | undefined;
 
   constructor(secrets: Secrets, chunkBytes: number, storeName: string) {
     this.#secrets = secrets;
@@ -123,9 +121,14 @@ export class ChunkDecoder {
     this.#storeName = storeName;
   }
 
+  #ownMemory(): Buffer {
+    return (this.#content ??= Buffer.allocUnsafeSlow(this.#chunkBytes));
+  }
+
   /**
    * The content of the object that stands under this id, checked against it.
-   * @param into where the content goes; undefined: new memory, of the content's length, whatever it is
+   * @param object is overwritten
+   * @param into where the content goes; undefined: memory of the decoder, valid until its next call
    * @throws CowcatcherError FORMAT where a single bit is not as it was written, or the content does not fit `into`.
    */
   decode(objectName: string, id: Uint8Array, object: Buffer, into?: Uint8Array): Uint8Array {
@@ -141,7 +144,7 @@ export class ChunkDecoder {
     if (into !== undefined && into.length !== contentBytes) {
       fail(`it has ${contentBytes} bytes of content where the disk has ${into.length}`);
     }
-    const content = into ?? Buffer.allocUnsafeSlow(contentBytes);
+    const content = into ?? this.#ownMemory().subarray(0, contentBytes);
     this.#unpack(body[0], data, content, fail);
     if (!this.#secrets.chunkId(content).equals(id)) fail("its content has another id");
     return content;
@@ -162,9 +165,9 @@ export class ChunkDecoder {
       if (!isZero(header, NONCE_AT, 28)) return fail("reserved bytes are set");
     } else {
       const nonce = header.subarray(NONCE_AT, NONCE_AT + NONCE_BYTES);
-      const opened = decrypt(key, nonce, Buffer.concat([header, id]), sealed);
-      if (opened === null) return fail("it was not written under this id with this repository's key");
-      body = opened;
+      if (!decryptInPlace(key, nonce, Buffer.concat([header, id]), sealed))
+        return fail("it was not written under this id with this repository's key");
+      body = sealed.subarray(0, sealed.length - TAG_BYTES);
     }
     const end = BODY_HEADER_BYTES + body.readUInt32LE(8);
     const wholeEnd = key === null ? end : roundUp(end, PADDING_BYTES);

@@ -13,12 +13,22 @@
 //
 // Without encryption the id is the SHA-256 of the content, and nothing is secret.
 
-import { createCipheriv, createDecipheriv, createHash, createHmac, hkdfSync, randomBytes } from "node:crypto";
+import {
+  type Cipher,
+  createCipheriv,
+  createDecipheriv,
+  createHash,
+  createHmac,
+  type Decipher,
+  hkdfSync,
+  randomBytes,
+} from "node:crypto";
+import { libcrypto, TAG_BYTES } from "../../native/libcrypto.js";
 
+export { TAG_BYTES };
 export const ID_BYTES = 32;
 export const MASTER_BYTES = 32;
 export const NONCE_BYTES = 12;
-export const TAG_BYTES = 16;
 const ALGORITHM = "aes-256-gcm";
 
 export type Encryption = "none" | "aes-256-gcm";
@@ -81,10 +91,8 @@ export function newNonce(): Buffer {
 
 /** Ciphertext and tag. */
 export function encrypt(key: Uint8Array, nonce: Uint8Array, bound: Uint8Array, plain: Uint8Array): Buffer[] {
-  const cipher = createCipheriv(ALGORITHM, key, nonce, { authTagLength: TAG_BYTES });
-  cipher.setAAD(bound);
-  const text = cipher.update(plain);
-  return [text, cipher.final(), cipher.getAuthTag()];
+  const text = Buffer.from(plain);
+  return [text, encryptInPlace(key, nonce, bound, text)];
 }
 
 /** @param sealed ciphertext and tag. @returns null where key, nonce, bound data or ciphertext do not belong together */
@@ -94,15 +102,64 @@ export function decrypt(
   bound: Uint8Array,
   sealed: Uint8Array,
 ): Buffer | null {
-  if (sealed.length < TAG_BYTES) return null;
+  const text = Buffer.from(sealed);
+  return decryptInPlace(key, nonce, bound, text) ? text.subarray(0, text.length - TAG_BYTES) : null;
+}
+
+/** The ciphertext is as long as `text`, and takes its place. @returns the tag */
+export function encryptInPlace(
+  key: Uint8Array,
+  nonce: Uint8Array,
+  bound: Uint8Array,
+  text: Uint8Array,
+): Buffer {
+  const native = libcrypto();
+  if (native !== null) {
+    const tag = Buffer.alloc(TAG_BYTES);
+    native.encrypt(key, nonce, bound, text, tag);
+    return tag;
+  }
+  const cipher = createCipheriv(ALGORITHM, key, nonce, { authTagLength: TAG_BYTES });
+  cipher.setAAD(bound);
+  inPieces(cipher, text);
+  cipher.final();
+  return cipher.getAuthTag();
+}
+
+/**
+ * The content takes the place of its ciphertext.
+ * @param sealed ciphertext and tag, lost afterwards
+ * @returns false as `decrypt` null
+ */
+export function decryptInPlace(
+  key: Uint8Array,
+  nonce: Uint8Array,
+  bound: Uint8Array,
+  sealed: Uint8Array,
+): boolean {
+  if (sealed.length < TAG_BYTES || nonce.length !== NONCE_BYTES) return false;
+  const text = sealed.subarray(0, sealed.length - TAG_BYTES);
+  const tag = sealed.subarray(text.length);
+  const native = libcrypto();
+  if (native !== null) return native.decrypt(key, nonce, bound, text, tag);
   const decipher = createDecipheriv(ALGORITHM, key, nonce, { authTagLength: TAG_BYTES });
   decipher.setAAD(bound);
-  decipher.setAuthTag(sealed.subarray(sealed.length - TAG_BYTES));
+  decipher.setAuthTag(tag);
+  inPieces(decipher, text);
   try {
-    const text = decipher.update(sealed.subarray(0, sealed.length - TAG_BYTES));
-    const rest = decipher.final();
-    return rest.length === 0 ? text : Buffer.concat([text, rest]);
+    decipher.final();
+    return true;
   } catch {
-    return null;
+    return false;
+  }
+}
+
+/** Node's cipher gives each output in new memory: in pieces the collector has it back before there is a lot. */
+const PIECE_BYTES = 64 * 1024;
+
+/** Of a mode in which each byte of input is one of output (GCM). */
+function inPieces(cipher: Cipher | Decipher, text: Uint8Array): void {
+  for (let at = 0; at < text.length; at += PIECE_BYTES) {
+    text.set(cipher.update(text.subarray(at, at + PIECE_BYTES)), at);
   }
 }

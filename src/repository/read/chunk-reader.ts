@@ -5,16 +5,19 @@ import { ChunkDecoder, maxChunkObjectBytes } from "../format/chunk.js";
 import { chunkName, chunkNameOfHex, parseChunkName } from "../format/names.js";
 import type { Secrets } from "../format/secrets.js";
 import { isNotFound, type Store } from "../store/store.js";
+import { ObjectMemory } from "./object-memory.js";
 
 export class ChunkReader {
   readonly #store: Store;
   readonly #decoder: ChunkDecoder;
   readonly #maxBytes: number;
+  readonly #memory: ObjectMemory;
 
   constructor(store: Store, secrets: Secrets, chunkBytes: number) {
     this.#store = store;
     this.#decoder = new ChunkDecoder(secrets, chunkBytes, store.name);
     this.#maxBytes = maxChunkObjectBytes(chunkBytes);
+    this.#memory = new ObjectMemory(this.#maxBytes);
   }
 
   /**
@@ -25,13 +28,13 @@ export class ChunkReader {
   async read(id: Uint8Array, into: Uint8Array): Promise<void> {
     const first = chunkName(id);
     try {
-      this.#decoder.decode(first, id, await this.#store.get(first, this.#maxBytes), into);
+      await this.#readObject(first, id, into);
       return;
     } catch (error) {
       const others = (await this.#names(id)).filter((name) => name !== first);
       for (const name of others) {
         try {
-          this.#decoder.decode(name, id, await this.#store.get(name, this.#maxBytes), into);
+          await this.#readObject(name, id, into);
           return;
         } catch (next) {
           if (!isNotFound(error) || isNotFound(next)) continue;
@@ -40,6 +43,13 @@ export class ChunkReader {
       }
       throw error;
     }
+  }
+
+  #readObject(name: string, id: Uint8Array, into: Uint8Array): Promise<void> {
+    return this.#memory.with(async (memory) => {
+      const object = await this.#store.get(name, this.#maxBytes, { memory });
+      this.#decoder.decode(name, id, object, into);
+    });
   }
 
   async #names(id: Uint8Array): Promise<string[]> {

@@ -24,9 +24,9 @@ import { CHUNKS_PREFIX } from "../format/names.js";
 import { inParallel } from "../work/parallel.js";
 import { BLOCKING_CALLS, type FileCalls, POOLED_CALLS } from "./file-calls.js";
 import {
-  type ByteRange,
   checkObjectName,
   type FolderStoreDescription,
+  type GetOptions,
   type ListedObject,
   type ListOptions,
   notFoundError,
@@ -167,7 +167,7 @@ export class FolderStore implements Store {
     }
   }
 
-  async get(name: string, maxBytes: number, range?: ByteRange): Promise<Buffer> {
+  async get(name: string, maxBytes: number, { range, memory }: GetOptions = {}): Promise<Buffer> {
     let fd: number | undefined;
     try {
       fd = await this.#calls.open(this.#pathOf(name), "r");
@@ -175,7 +175,7 @@ export class FolderStore implements Store {
       const start = Math.min(range?.offsetBytes ?? 0, size);
       const length = Math.min(range?.lengthBytes ?? Infinity, size - start);
       if (length > maxBytes) throw tooLargeError(this.name, name, maxBytes);
-      const content = Buffer.allocUnsafeSlow(length);
+      const content = memory ?? Buffer.allocUnsafeSlow(length);
       let done = 0;
       while (done < length) {
         const count = await this.#calls.read(fd, content, done, length - done, start + done);

@@ -17,8 +17,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import { AwsClient } from "aws4fetch";
 import { CowcatcherError, messageOf } from "../../errors.js";
 import {
-  type ByteRange,
   checkObjectName,
+  type GetOptions,
   type ListedObject,
   notFoundError,
   type ObjectInfo,
@@ -115,7 +115,7 @@ export class S3Store implements Store {
     throw this.#failure(`write the object ${name}`, answer);
   }
 
-  async get(name: string, maxBytes: number, range?: ByteRange): Promise<Buffer> {
+  async get(name: string, maxBytes: number, { range }: GetOptions = {}): Promise<Buffer> {
     checkObjectName(name);
     const headers: Record<string, string> = {};
     if (range !== undefined) {

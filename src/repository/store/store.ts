@@ -58,13 +58,22 @@ export interface ByteRange {
   lengthBytes: number;
 }
 
+export interface GetOptions {
+  range?: ByteRange | undefined;
+  /**
+   * Of maxBytes: where the object may be put, so that what is returned is a part of it. New memory costs a page fault
+   * each 4 KiB. Not for another call until that of this one is used.
+   */
+  memory?: Buffer | undefined;
+}
+
 export interface Store {
   /** What errors call it: the address that the user gave. */
   readonly name: string;
   /** @throws CowcatcherError NO_SPACE, IO; nothing stands under the name then that was not there before. */
   put(name: string, content: Uint8Array, options: PutOptions): Promise<PutOutcome>;
   /** A range past the object's end is cut short. @throws CowcatcherError NOT_FOUND, IO, LIMIT (over maxBytes). */
-  get(name: string, maxBytes: number, range?: ByteRange): Promise<Buffer>;
+  get(name: string, maxBytes: number, options?: GetOptions): Promise<Buffer>;
   head(name: string): Promise<ObjectInfo | undefined>;
   /** In batches, in any order. @param prefix of whole names: "a/b" has "a/bc" and "a/b/c" */
   list(prefix: string, options?: ListOptions): AsyncIterable<ListedObject[]>;

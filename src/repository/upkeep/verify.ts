@@ -20,6 +20,7 @@ import {
   VERIFIED,
 } from "../format/names.js";
 import { ID_BYTES } from "../format/secrets.js";
+import { ObjectMemory } from "../read/object-memory.js";
 import type { Repository } from "../repository.js";
 import { isNotFound } from "../store/store.js";
 import { deleteUnclaimed } from "../work/condemned.js";
@@ -133,6 +134,8 @@ async function checkChunks(
   const bad: ListedChunk[] = [];
   const { store, secrets, config } = repository;
   const decoder = new ChunkDecoder(secrets, config.chunkBytes, repository.name);
+  const maxBytes = maxChunkObjectBytes(config.chunkBytes);
+  const objects = new ObjectMemory(maxBytes);
   for await (const batch of store.list(CHUNKS_PREFIX)) {
     await inParallel(batch, READERS, async ({ name }) => {
       const chunk = parseChunkName(name);
@@ -142,9 +145,11 @@ async function checkChunks(
         return;
       }
       try {
-        const object = await store.get(name, maxChunkObjectBytes(config.chunkBytes));
-        decoder.decode(name, chunk.id, object);
-        result.checkedBytes += object.length;
+        await objects.with(async (memory) => {
+          const object = await store.get(name, maxBytes, { memory });
+          decoder.decode(name, chunk.id, object);
+          result.checkedBytes += object.length;
+        });
         found.add(chunk.id);
       } catch (error) {
         if (isNotFound(error)) return;
@@ -234,7 +239,7 @@ async function isCopiedAside(
   try {
     const object = await store.get(name, maxChunkObjectBytes(config.chunkBytes) * 2);
     try {
-      decoder.decode(name, id, object);
+      decoder.decode(name, id, Buffer.from(object));
       return false;
     } catch {
       await store.put(name.replace(CHUNKS_PREFIX, DAMAGED_PREFIX), object, { durable: true });

@@ -2,7 +2,7 @@
 // which one is a matter of the seed. A listing sees its names in two moments, and shows of what came or went between
 // them whatever the seed says, as store.ts allows.
 import {
-  type ByteRange,
+  type GetOptions,
   checkObjectName,
   type ListedObject,
   notFoundError,
@@ -90,7 +90,7 @@ export class SimulatedStore implements Store {
     });
   }
 
-  get(name: string, _maxBytes: number, range?: ByteRange): Promise<Buffer> {
+  get(name: string, _maxBytes: number, { range }: GetOptions = {}): Promise<Buffer> {
     return this.#step(() => {
       const found = this.objects.get(name);
       if (found === undefined) throw notFoundError(this.name, name);

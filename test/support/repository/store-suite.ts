@@ -28,9 +28,15 @@ export function storeSuite(open: () => Promise<StoreUnderTest>): void {
     expect(await store.put("chunks/ab/one", content, KEEP)).toBe("stored");
     expect((await other.get("chunks/ab/one", MAX)).equals(content)).toBe(true);
     const range = { offsetBytes: 1000, lengthBytes: 70_000 };
-    expect((await other.get("chunks/ab/one", MAX, range)).equals(content.subarray(1000, 71_000))).toBe(true);
+    expect((await other.get("chunks/ab/one", MAX, { range })).equals(content.subarray(1000, 71_000))).toBe(
+      true,
+    );
     const tail = { offsetBytes: 299_999, lengthBytes: 50 };
-    expect((await other.get("chunks/ab/one", MAX, tail)).equals(content.subarray(299_999))).toBe(true);
+    expect((await other.get("chunks/ab/one", MAX, { range: tail })).equals(content.subarray(299_999))).toBe(
+      true,
+    );
+    const memory = Buffer.alloc(400_000, 1);
+    expect((await other.get("chunks/ab/one", memory.length, { memory })).equals(content)).toBe(true);
   });
 
   it("takes an empty object", async () => {

@@ -33,7 +33,9 @@ function encode(
 }
 
 function decode(secrets: Secrets, id: Uint8Array, object: Buffer): Buffer {
-  return Buffer.from(new ChunkDecoder(secrets, CHUNK_BYTES, "store").decode("chunk", id, object));
+  // It is overwritten.
+  const copy = Buffer.from(object);
+  return Buffer.from(new ChunkDecoder(secrets, CHUNK_BYTES, "store").decode("chunk", id, copy));
 }
 
 describe.each([

@@ -76,7 +76,7 @@ describe("a bucket whose server misbehaves", () => {
     const impatient = new S3Store(describeS3(fake.address, fake.environment), {
       ...QUICK,
       attempts: 2,
-      timeoutMs: 50,
+      timeoutMs: 300,
     });
     fake.faultFor = () => ({ kind: "stall" });
     await expect(impatient.head("a/x")).rejects.toMatchObject({
