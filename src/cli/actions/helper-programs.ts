@@ -2,7 +2,7 @@
 //
 // Whatever becomes of this process, nothing stays behind: each program is told by the kernel when this process has died
 // (prctl(2), PR_SET_PDEATHSIG, through util-linux's setpriv where that is installed), and ends and unmounts then.
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess, spawn, type SpawnOptions } from "node:child_process";
 import { accessSync, constants } from "node:fs";
 import { delimiter, join } from "node:path";
 import { CowcatcherError } from "../../errors.js";
@@ -35,10 +35,14 @@ export class Helper {
   constructor(
     readonly program: string,
     args: readonly string[],
+    options: SpawnOptions = {},
   ) {
     const setpriv = findProgram("setpriv");
     const command = [...(setpriv === undefined ? [] : [setpriv, "--pdeathsig", "SIGTERM"]), program, ...args];
-    this.child = spawn(command[0] ?? program, command.slice(1), { stdio: ["ignore", "ignore", "pipe"] });
+    this.child = spawn(command[0] ?? program, command.slice(1), {
+      stdio: ["ignore", "ignore", "pipe"],
+      ...options,
+    });
     this.child.stderr?.setEncoding("utf8").on("data", (text: string) => {
       this.#complaint = (this.#complaint + text).slice(-4096);
     });

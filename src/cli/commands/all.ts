@@ -10,6 +10,7 @@ import { addCheck } from "./check.js";
 import { addCheckpoints } from "./checkpoints.js";
 import { addCompare } from "./compare.js";
 import { addCreate } from "./create.js";
+import { addCat, addCp, addLs } from "./files.js";
 import { addInfo } from "./info.js";
 import { addJobs } from "./jobs.js";
 import { addMap } from "./map.js";
@@ -36,6 +37,9 @@ const ADD_COMMAND: Record<
   create: addCreate,
   repo: addRepo,
   mount: addMount,
+  ls: addLs,
+  cat: addCat,
+  cp: addCp,
   run: addRun,
   bench: addBench,
 };

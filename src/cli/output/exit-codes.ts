@@ -49,6 +49,9 @@ export const COMMAND_NAMES = [
   "create",
   "repo",
   "mount",
+  "ls",
+  "cat",
+  "cp",
   "run",
   "bench",
 ] as const;
@@ -84,6 +87,13 @@ const BACKUP: readonly ExitMeaning[] = [
   ],
 ];
 
+const FILES: readonly ExitMeaning[] = [
+  ...COMMON,
+  WRONG_KEY,
+  [EXIT.interruptedBySigint, "interrupted by SIGINT"],
+  [EXIT.interruptedBySigterm, "interrupted by SIGTERM"],
+];
+
 const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
   backup: BACKUP,
   restore: COPY,
@@ -112,6 +122,9 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
     [EXIT.interruptedBySigint, "a second SIGINT: ended at once"],
     [EXIT.interruptedBySigterm, "a second SIGTERM: ended at once"],
   ],
+  ls: FILES,
+  cat: FILES,
+  cp: FILES,
   run: [
     [EXIT.done, "all jobs done, or skipped"],
     [EXIT.failed, "a job failed"],
