@@ -1,8 +1,10 @@
-// A backup's disk as a file, with the real nbdfuse; nothing stays mounted, also when killed.
+// A backup's disk as a file, with the real nbdfuse, and the files in it, with the real guestfish; nothing stays mounted, also
+// when killed.
 import { spawnSync } from "node:child_process";
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterEach, beforeEach, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcher, COWCATCHER_BIN } from "../support/cli.js";
 import { expectSchema } from "../support/json-schema.js";
 import { mustRun, Process, scratchFolder, stopAll, until } from "../support/server.js";
@@ -57,4 +59,49 @@ it("mount says what is wrong before anything is mounted", async () => {
   const env = { PATH: "/nonexistent" };
   const none = await cowcatcher(["mount", backup, at("mnt"), "--key-file", at("key")], { env });
   expect([none.code, none.stderr]).toEqual([1, expect.stringContaining("nbdfuse is not installed")]);
+});
+
+/** Its virtual machine starts anew for each command; without KVM that takes a minute. */
+describe.skipIf(!isInstalled("guestfish"))("files of the guest's", { timeout: 1_200_000 }, () => {
+  const key = (): string[] => ["--key-file", at("key")];
+
+  it("are listed, printed and copied", async () => {
+    const listed = JSON.parse(await good("ls", "--json", backup, "/etc", ...key())) as object;
+    expectSchema("ls", listed);
+    expect(listed).toMatchObject({
+      entries: [
+        { name: "deep", type: "directory" },
+        { name: "fstab", type: "file", size_bytes: 12 },
+      ],
+    });
+    expect(await good("cat", backup, "/etc/fstab", "/etc/fstab", ...key())).toBe("none / none\n".repeat(2));
+    await good("cp", backup, "/etc", at("mnt"), ...key());
+    expect(readFileSync(at("mnt/etc/deep/blob")).equals(Buffer.alloc(300_000, "blob "))).toBe(true);
+  });
+
+  it("that are not there are named, and a command that is killed leaves nothing", async () => {
+    const none = await cowcatcher(["cat", backup, "/etc/none", ...key()]);
+    expect([none.code, none.stderr]).toEqual([1, expect.stringContaining("No such file or directory")]);
+    const args = [COWCATCHER_BIN, "ls", backup, ...key()];
+    const killed = new Process(process.execPath, args);
+    const machines = (): string[] =>
+      readdirSync("/proc").filter((pid) => {
+        try {
+          return (
+            /^\d+$/.test(pid) && readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("cowcatcher-files-")
+          );
+        } catch {
+          return false;
+        }
+      });
+    await until("its virtual machine runs", () => machines().length > 0, 300_000);
+    killed.kill("SIGKILL");
+    await killed.end();
+    await until("all is gone", () => machines().length === 0, 60_000);
+    await until(
+      "its socket too",
+      () => !readdirSync(tmpdir()).some((name) => name.startsWith("cowcatcher-files-")),
+      60_000,
+    );
+  });
 });

@@ -10,8 +10,7 @@ export function addMount(program: Command, run: RunCommand): void {
     notes:
       "By libnbd's nbdfuse. DIR has one file, DISK.raw, of which only what is read is fetched: for a loop device\n" +
       "(mount -o ro,loop,offset=… DIR/DISK.raw), libguestfs or any other program. Runs until SIGINT, SIGTERM or\n" +
-      "`fusermount -u DIR`, and leaves nothing mounted; killed, neither. Not supported in this version: the guest's files\n" +
-      "themselves (ls, cat, cp).",
+      "`fusermount -u DIR`, and leaves nothing mounted; killed, neither. For the guest's files themselves: ls, cat, cp.",
     examples: [
       "cowcatcher mount /backup/repo::vm1@latest /mnt/vm1",
       "cowcatcher mount /backup/repo::vm1/root@2026-11-28 /mnt/root",

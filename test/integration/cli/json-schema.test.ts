@@ -128,6 +128,10 @@ const RUNS: Record<string, { args: () => string[]; schema: string; lines?: true;
   serve: [],
   // Needs nbdfuse: test/long/repository-files.test.ts.
   mount: [],
+  // Need guestfish: guest-files.test.ts.
+  ls: [],
+  cat: [],
+  cp: [],
 };
 
 const FAILURES: Record<string, string[]> = {
@@ -145,6 +149,9 @@ const FAILURES: Record<string, string[]> = {
   create: ["/dev/none.raw", "1M"],
   bench: ["--dir", "/none"],
   mount: ["none::vm", "none"],
+  ls: ["none.raw"],
+  cat: ["none.raw", "/a"],
+  cp: ["none.raw", "/a", "."],
 };
 
 describe.each(COMMAND_NAMES)("%s --json", (command) => {
