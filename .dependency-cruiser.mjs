@@ -11,6 +11,7 @@ const ROOMS = [
   "src/run",
   "src/bench",
   "src/control",
+  "src/libvirt",
   "src/qemu",
   "src/qmp",
   "workers",

@@ -22,7 +22,7 @@ import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import { BitmapHandover, bitmapOfTarget, type BitmapWish, findBitmapBasis } from "./bitmaps.js";
 import { cleanUpDead } from "./cleanup.js";
-import { DiskCopy } from "./disk-copy.js";
+import { DiskCopy, groupFailed } from "./disk-copy.js";
 import { startServer } from "./exports.js";
 import { type FreezeRequest, makeFreezer } from "./t0-gate.js";
 import { diskNames, findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
@@ -94,7 +94,7 @@ export interface QemuDiskBackup {
 
 export interface QemuBackup {
   readonly disks: readonly QemuDiskBackup[];
-  readonly choice: MethodChoice;
+  readonly choice: { readonly method: string; readonly reason: string };
   /** How long the guest was stopped for T0, in ms. */
   readonly stoppedMs: number;
   /** Where the guest's agent was asked to freeze it. */
@@ -434,14 +434,6 @@ function refuseSilentGuest({ path }: { path: string }, { status }: QemuGraph): v
 
 function busy(object: string, problem: string, hint: string): CowcatcherError {
   return new CowcatcherError({ code: "USAGE", object, problem, hint });
-}
-
-function groupFailed(disk: string, cause: string): CowcatcherError {
-  return new CowcatcherError({
-    code: "CANCELLED",
-    object: disk,
-    problem: `ended, as the backup of ${cause} has failed`,
-  });
 }
 
 function notUndone(object: string, steps: readonly string[]): CowcatcherError {

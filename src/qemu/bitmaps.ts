@@ -100,8 +100,8 @@ function obstacleOf(bitmap: QemuBitmap | undefined, base: string): string | unde
   return undefined;
 }
 
-/** @throws CowcatcherError NO_BASIS where there is no such file */
-function bitmapOfFile(path: string): string {
+/** Of a backup that is there. @throws CowcatcherError NO_BASIS where there is no such file */
+export function bitmapOfFile(path: string): string {
   try {
     const real = realpathSync(path);
     return nameOf(real, statSync(real).ino);

@@ -16,14 +16,25 @@ import type { BitmapHandover } from "./bitmaps.js";
 import { QEMU_CLUSTER_BYTES } from "./fleece-keeper.js";
 import type { QemuDisk } from "./graph.js";
 import type { Keeper } from "./keeper.js";
-import type { KeptDisk } from "./steps.js";
 import { UndoStack } from "./undo.js";
 
 /** A reader of the export tries to connect again so often: on one machine it is there or it is gone. */
 const SOURCE_RETRIES = 2;
 
-export interface DiskCopyRequest {
-  disk: QemuDisk;
+/** A disk, whoever manages the QEMU that has it. */
+export interface CopiedDisk {
+  readonly name: string;
+  readonly node: { readonly sizeBytes: number };
+}
+
+/** What tells what has changed since the backup that this one builds on. */
+export interface ChangeRecord {
+  /** The bitmap that is exported with the disk; undefined: all is copied. */
+  readonly old: string | undefined;
+}
+
+export interface DiskCopyRequest<Disk extends CopiedDisk, Changes extends ChangeRecord> {
+  disk: Disk;
   index: number;
   job: JobOptions;
   /** Made already; undefined: the one that the job names. */
@@ -32,13 +43,13 @@ export interface DiskCopyRequest {
   makeKeeper: (target: Target) => Keeper;
   /** How much is copied, and why; undefined: no bitmaps are kept. */
   basis?: BasisInfo | undefined;
-  makeBitmaps?: ((target: Target) => BitmapHandover) | undefined;
+  makeBitmaps?: ((target: Target) => Changes) | undefined;
   /** Files that QEMU has open: none is a target. */
   filesInUse: readonly string[];
   isCancelled: () => boolean;
   onStopped: (error: CowcatcherError) => void;
   /** The disk is read, or never will be: QEMU is to be as it was before the readers' connections end. Never rejects. */
-  leaveQemu: (copy: DiskCopy) => Promise<void>;
+  leaveQemu: (copy: DiskCopy<Disk, Changes>) => Promise<void>;
 }
 
 interface Prepared {
@@ -48,15 +59,15 @@ interface Prepared {
   run: CopyRun;
 }
 
-export class DiskCopy implements KeptDisk {
-  readonly disk: QemuDisk;
+export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends ChangeRecord = BitmapHandover> {
+  readonly disk: Disk;
   readonly index: number;
   readonly job: JobOptions;
   readonly undo = new UndoStack();
   readonly keeper: Keeper;
   readonly run: CopyRun;
   /** Undefined: no bitmaps are kept. */
-  readonly bitmaps: BitmapHandover | undefined;
+  readonly bitmaps: Changes | undefined;
   readonly #basis: BasisInfo | undefined;
   readonly #target: Target;
   readonly #backing: Image | null;
@@ -65,7 +76,7 @@ export class DiskCopy implements KeptDisk {
   #isOver = false;
 
   private constructor(
-    { disk, index, job, basis, makeBitmaps }: DiskCopyRequest,
+    { disk, index, job, basis, makeBitmaps }: DiskCopyRequest<Disk, Changes>,
     { target, backing, keeper, run }: Prepared,
   ) {
     this.disk = disk;
@@ -82,7 +93,9 @@ export class DiskCopy implements KeptDisk {
   }
 
   /** @throws CowcatcherError; nothing is left behind. */
-  static async prepare(request: DiskCopyRequest): Promise<DiskCopy> {
+  static async prepare<Disk extends CopiedDisk, Changes extends ChangeRecord>(
+    request: DiskCopyRequest<Disk, Changes>,
+  ): Promise<DiskCopy<Disk, Changes>> {
     const { disk, job, makeTarget, makeKeeper, filesInUse, isCancelled, onStopped, leaveQemu } = request;
     const { sizeBytes } = disk.node;
     let { target } = request;
@@ -102,7 +115,7 @@ export class DiskCopy implements KeptDisk {
       keeper = makeKeeper(target);
       const keeps = keeper;
       const letGo = (): void => keeps.letGo();
-      const made: { copy?: DiskCopy } = {};
+      const made: { copy?: DiskCopy<Disk, Changes> } = {};
       const run = await CopyRun.prepare({
         job,
         target,
@@ -183,4 +196,13 @@ export class DiskCopy implements KeptDisk {
   abortSync(): void {
     this.#target.abortSync();
   }
+}
+
+/** What the others of a group end with. */
+export function groupFailed(disk: string, cause: string): CowcatcherError {
+  return new CowcatcherError({
+    code: "CANCELLED",
+    object: disk,
+    problem: `ended, as the backup of ${cause} has failed`,
+  });
 }

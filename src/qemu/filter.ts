@@ -52,7 +52,10 @@ export function filterObstacle(
  * Why our own death would harm the guest; undefined: it would not. Before 9.0 an NBD client's end in an iothread is a
  * failed assertion (nbd_blockdev_client_closed: qemu_in_main_thread()), and that is QEMU's end.
  */
-export function filterRisk({ version }: QemuGraph, { iothread }: QemuDisk): string | undefined {
+export function filterRisk(
+  { version }: Pick<QemuGraph, "version">,
+  { iothread }: Pick<QemuDisk, "iothread">,
+): string | undefined {
   if (iothread === undefined || isAtLeast(version, 9, 0)) return undefined;
   return `the disk is in an iothread, and QEMU ${version.major}.${version.minor} aborts there when an NBD client goes without goodbye`;
 }

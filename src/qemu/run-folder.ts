@@ -20,14 +20,20 @@ const SOCKET_PATH_BYTES_MAX = 107;
 const FOLDER_MODE = 0o700;
 const FILE_MODE = 0o600;
 
+/** A user, and its group. */
+export interface Owner {
+  uid: number;
+  gid: number;
+}
+
 export class RunFolder {
   readonly run = runName();
   readonly path: string;
   /** In which it stands. */
   readonly directory: string;
-  readonly #owner: { uid: number; gid: number } | undefined;
+  readonly #owner: Owner | undefined;
 
-  private constructor(directory: string, path: string, owner: { uid: number; gid: number } | undefined) {
+  private constructor(directory: string, path: string, owner: Owner | undefined) {
     this.directory = directory;
     this.path = path;
     this.#owner = owner;
@@ -38,9 +44,17 @@ export class RunFolder {
    * @throws CowcatcherError NOT_FOUND, IO, naming the folder; LIMIT for a path too long for a socket
    */
   static async create(directory: string, monitor: string): Promise<RunFolder> {
+    return RunFolder.createFor(directory, await ownerOf(monitor));
+  }
+
+  /**
+   * As `create`, for a user that is known; undefined: this process's own.
+   * @throws CowcatcherError as create
+   */
+  static async createFor(directory: string, owner: Owner | undefined): Promise<RunFolder> {
     await removeDeadFolders(directory);
     const path = join(directory, runName());
-    const folder = new RunFolder(directory, path, await ownerOf(monitor));
+    const folder = new RunFolder(directory, path, owner);
     if (Buffer.byteLength(folder.socket) > SOCKET_PATH_BYTES_MAX) {
       throw new CowcatcherError({
         code: "LIMIT",
@@ -101,7 +115,7 @@ export class RunFolder {
 }
 
 /** Whose the monitor's socket is, where root has to give files away; undefined: this process's user runs QEMU, too. */
-async function ownerOf(monitor: string): Promise<{ uid: number; gid: number } | undefined> {
+async function ownerOf(monitor: string): Promise<Owner | undefined> {
   if (process.getuid?.() !== 0) return undefined;
   const { uid, gid } = await stat(monitor).catch((error: unknown) => {
     throw ioError("find the monitor", monitor, error);

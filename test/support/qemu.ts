@@ -25,6 +25,18 @@ export interface QemuOptions {
   isLegacy?: boolean;
   /** qemu-storage-daemon in the place of QEMU. */
   isDaemon?: boolean;
+  /** Somebody else has started it, with disks of these options. */
+  foreign?: ForeignQemu;
+}
+
+/** A QEMU that the test has not started itself. */
+export interface ForeignQemu {
+  /** QMP socket for the test's own use. */
+  ownMonitor: string;
+  /** The file that its standard output goes to. */
+  log: string;
+  /** Path of each disk's device in the object tree. */
+  qdevs: readonly string[];
 }
 
 interface Write {
@@ -39,7 +51,8 @@ export class Qemu {
   readonly monitor: string;
   readonly sizeBytes: number;
   readonly writes: Write[] = [];
-  readonly process: Process;
+  readonly #process: Process | undefined;
+  readonly #foreign: ForeignQemu | undefined;
   readonly #folder: string;
   readonly #diskCount: number;
   #own: ControlClient | undefined;
@@ -58,13 +71,15 @@ export class Qemu {
     this.#diskCount = diskCount;
     this.#isDaemon = options.isDaemon === true;
     this.monitor = join(folder, "qmp.sock");
+    this.#foreign = options.foreign;
+    if (options.foreign !== undefined) return;
     const disks = Array.from({ length: diskCount }, (_, i) => i);
     for (const disk of disks) {
       const made = spawnSync("qemu-img", ["create", "-q", "-f", format, this.image(disk), String(sizeBytes)]);
       if (made.status !== 0) throw new Error(String(made.stderr));
     }
     if (this.#isDaemon) {
-      this.process = new Process("qemu-storage-daemon", [
+      this.#process = new Process("qemu-storage-daemon", [
         ...[this.monitor, this.#ownMonitor].flatMap((path, i) => [
           ...["--chardev", `socket,path=${path},server=on,wait=off,id=c${i}`, "--monitor", `chardev=c${i}`],
         ]),
@@ -76,7 +91,7 @@ export class Qemu {
       ]);
       return;
     }
-    this.process = new Process("qemu-system-x86_64", [
+    this.#process = new Process("qemu-system-x86_64", [
       ...["-nodefaults", "-machine", "q35", "-accel", "tcg", "-m", "64", "-display", "none", "-S"],
       ...[this.monitor, this.#ownMonitor].flatMap((path) => ["-qmp", `unix:${path},server=on,wait=off`]),
       ...(options.iothread === true ? ["-object", "iothread,id=io0"] : []),
@@ -87,7 +102,7 @@ export class Qemu {
   static async start(folder: string, options: QemuOptions = {}): Promise<Qemu> {
     const qemu = new Qemu(folder, options);
     await until("QEMU's monitor answers", async () => {
-      if (qemu.process.over) throw new Error(qemu.process.stderr);
+      if (qemu.#process?.over === true) throw new Error(qemu.#process.stderr);
       qemu.#own = await ControlClient.connect(qemu.#ownMonitor).catch(() => undefined);
       return qemu.#own !== undefined;
     });
@@ -103,13 +118,19 @@ export class Qemu {
     return qemu;
   }
 
+  /** Where the test has started it itself. */
+  get process(): Process {
+    if (this.#process === undefined) throw new Error("this QEMU is somebody else's process");
+    return this.#process;
+  }
+
   /** Of a daemon's own server. */
   get nbdSocket(): string {
     return join(this.#folder, "guests.sock");
   }
 
   get #ownMonitor(): string {
-    return join(this.#folder, "own.sock");
+    return this.#foreign?.ownMonitor ?? join(this.#folder, "own.sock");
   }
 
   image(disk = 0): string {
@@ -129,7 +150,7 @@ export class Qemu {
       this.writes.push({ disk, offsetBytes, lengthBytes, pattern });
       return;
     }
-    const line = `qemu-io -d ${qdevOf(disk)} "write -P ${pattern} ${offsetBytes} ${lengthBytes}"`;
+    const line = `qemu-io -d ${this.#foreign?.qdevs[disk] ?? qdevOf(disk)} "write -P ${pattern} ${offsetBytes} ${lengthBytes}"`;
     await this.execute("human-monitor-command", { "command-line": line });
     this.writes.push({ disk, offsetBytes, lengthBytes, pattern });
   }
@@ -179,7 +200,8 @@ export class Qemu {
   }
 
   expectNoGuestError(): void {
-    const failed = this.process.lines.find((line) => /write failed|error/i.test(line));
+    const lines = this.#process?.lines ?? readFileSync(this.#foreign?.log ?? "", "utf8").split("\n");
+    const failed = lines.find((line) => /write failed|error/i.test(line));
     if (failed !== undefined) throw new Error(`a guest write failed: ${failed}`);
   }
 

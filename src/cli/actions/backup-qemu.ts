@@ -1,4 +1,4 @@
-// `backup --qmp`: disks of a guest that QEMU runs, copied in this process.
+// `backup --qmp` and `--libvirt`: disks of a guest that QEMU runs, copied in this process.
 import {
   startQemuBackup,
   type QemuBackup,
@@ -9,7 +9,10 @@ import type { BasisInfo } from "../../backup/host.js";
 import type { JobProgress } from "../../backup/progress.js";
 import { thawGuest } from "../../qemu/guest-freeze.js";
 import { cleanUp } from "../../qemu/cleanup.js";
+import { startLibvirtBackup } from "../../libvirt/backup.js";
+import { cleanUpDomain } from "../../libvirt/cleanup.js";
 import { type CowcatcherError, toCowcatcherError } from "../../errors.js";
+import type { LibvirtBackupSettings } from "../options/libvirt-options.js";
 import type { QemuBackupSettings, QemuCleanupSettings } from "../options/qemu-options.js";
 import { type CommandContext, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
@@ -37,8 +40,11 @@ export interface QemuEnd {
   basis?: BasisInfo | undefined;
 }
 
+/** A guest, as it is managed. */
+export type GuestSettings = QemuBackupSettings | LibvirtBackupSettings;
+
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export function runQemuBackup(settings: QemuBackupSettings, context: CommandContext): Promise<number> {
+export function runQemuBackup(settings: GuestSettings, context: CommandContext): Promise<number> {
   return runQemuJobs(settings, context, {
     print(ends) {
       for (const { info, progress, basis } of ends) {
@@ -50,7 +56,7 @@ export function runQemuBackup(settings: QemuBackupSettings, context: CommandCont
 
 /** As runQemuBackup. */
 export async function runQemuJobs(
-  settings: Omit<QemuBackupSettings, "mode">,
+  settings: GuestSettings,
   context: CommandContext,
   form: QemuForm,
 ): Promise<number> {
@@ -65,8 +71,7 @@ export async function runQemuJobs(
   });
   try {
     try {
-      backup = await startQemuBackup({
-        ...settings,
+      backup = await start(settings, {
         allDisks: form.allDisks,
         makeTargets: form.makeTargets,
         onT0: form.onT0,
@@ -89,7 +94,7 @@ export async function runQemuJobs(
     const failed = firstCause(errors);
     await running.over.catch((error: unknown) => {
       if (failed === undefined) throw error;
-      context.logger.error({ err: error }, "something is left in QEMU");
+      context.logger.error({ err: error }, "something is left");
     });
     if (failed !== undefined) throw context.interruptedBy === undefined ? failed : interruption();
     const results = running.disks.map((disk) => disk.progress());
@@ -99,6 +104,17 @@ export async function runQemuJobs(
     view.stop();
     removeHandlers();
   }
+}
+
+type BackupParts = Pick<
+  QemuBackupRequest,
+  "disks" | "allDisks" | "makeTargets" | "onT0" | "isCancelled" | "onStopped"
+>;
+
+function start(settings: GuestSettings, parts: BackupParts): Promise<QemuBackup> {
+  return settings.mode === "qemu"
+    ? startQemuBackup({ ...settings, ...parts })
+    : startLibvirtBackup({ ...settings, ...parts });
 }
 
 function infoOf(
@@ -140,20 +156,23 @@ async function follow(
   return error;
 }
 
-/** `backup --cleanup` with --qmp SOCK, --freeze SOCK or both: the guest first. */
+/** `backup --cleanup` with --qmp SOCK or --libvirt DOMAIN, with --freeze SOCK, or both: the guest first. */
 export async function runQemuCleanup(
-  { monitor, guestAgent, fleeceDir }: QemuCleanupSettings,
+  { monitor, domain, guestAgent, fleeceDir }: QemuCleanupSettings,
   { output }: CommandContext,
 ): Promise<number> {
   const thawedCount = guestAgent === undefined ? undefined : await thawGuest(guestAgent);
-  const removed = monitor === undefined ? [] : await cleanUp(monitor, fleeceDir);
+  const removed: string[] = [];
+  if (monitor !== undefined) removed.push(...(await cleanUp(monitor, fleeceDir)));
+  if (domain !== undefined) removed.push(...(await cleanUpDomain(domain, fleeceDir)));
+  const place = monitor ?? domain?.domain;
   if (output.json) {
     const thawed = thawedCount === undefined ? {} : { thawed_file_systems: thawedCount };
     printJsonDocument(output, { removed, ...thawed });
   } else if (!output.quiet) {
     if (guestAgent !== undefined) printLine(output, `${guestAgent}: ${thawedCount} file systems thawed`);
-    if (monitor !== undefined && removed.length === 0) printLine(output, `${monitor}: nothing was left`);
-    for (const name of removed) printLine(output, `${monitor}: removed ${name}`);
+    if (place !== undefined && removed.length === 0) printLine(output, `${place}: nothing was left`);
+    for (const name of removed) printLine(output, `${place}: removed ${name}`);
   }
   return EXIT.done;
 }

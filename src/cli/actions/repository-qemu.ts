@@ -1,4 +1,4 @@
-// `backup --qmp --repo`: disks of a guest that QEMU runs, as one backup in a repository, written by this process.
+// `backup --repo` with --qmp or --libvirt: disks of a guest that QEMU runs, as one backup in a repository, written by this process.
 import { decideLevel } from "../../backup/job/repository-backup.js";
 import { JOB_DEFAULTS } from "../../backup/options.js";
 import { CowcatcherError } from "../../errors.js";
@@ -24,8 +24,8 @@ export async function runRepositoryQemu(
   const repository = await Repository.open(settings.repository, settings.key);
   const backup = new QemuRepositoryBackup(settings, repository, context);
   try {
-    return await runQemuJobs(settings, context, {
-      allDisks: settings.disks.length > 0 ? undefined : withBuffer(settings),
+    return await runQemuJobs(settings.guest, context, {
+      allDisks: settings.guest.disks.length > 0 ? undefined : withBuffer(settings),
       makeTargets: (disks) => backup.makeTargets(disks),
       onT0: (t0Ms) => backup.started(t0Ms),
       targetName: (disk) => `${backup.name}/${nameInBackup(disk)}`,

@@ -30,7 +30,10 @@ const QEMU_NOTES =
   "its buffer, and its death harms the guest. QEMU is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
   "node's name, a device's id, the name of a -drive or a qdev path. See docs/running-guests.md. Not supported in this\n" +
   "version: --sync top and none. With --bitmap auto QEMU keeps track of what changes from then on, and with -b and -B only that\n" +
-  "is copied, since the backup that -b names; with --since-or-full all where QEMU does not know.\n";
+  "is copied, since the backup that -b names; with --since-or-full all where QEMU does not know.\n" +
+  "With --libvirt virsh has libvirt begin a backup job of the domain, whose export is read; --disk takes a target, such as vda.\n" +
+  "Old data stays in --fleece-dir to the end, in files of at most --cow-buffer-size and --spill-limit; full, that file system\n" +
+  "would fail the guest's writes, so the backup ends before. --bitmap auto keeps a checkpoint of libvirt's, of qcow2 disks.\n";
 
 export function addBackup(program: Command, run: RunCommand): void {
   const command = define(program, "backup", {
@@ -38,8 +41,9 @@ export function addBackup(program: Command, run: RunCommand): void {
     usage:
       "[options] SOURCE TARGET\n       cowcatcher backup [options] --control SOCK [--disk NAME]... TARGET...\n" +
       "       cowcatcher backup [options] --qmp SOCK [--disk NAME]... TARGET...\n" +
+      "       cowcatcher backup [options] --libvirt DOMAIN [--connect URI] [--disk NAME]... TARGET...\n" +
       "       cowcatcher backup [options] SOURCE... --repo REPO --group NAME\n" +
-      "       cowcatcher backup [options] (--control|--qmp) SOCK [--disk NAME]... --repo REPO --group NAME",
+      "       cowcatcher backup [options] (--control SOCK|--qmp SOCK|--libvirt DOMAIN) [--disk NAME]... --repo REPO --group NAME",
     notes:
       "SOURCE and TARGET are paths, NBD URIs or RBD images; TARGET may be null:, which throws the data away, or -, standard output,\n" +
       "which gets the disk in order (raw), and messages go to standard error. SOURCE may be - where standard input is\n" +
@@ -52,8 +56,8 @@ export function addBackup(program: Command, run: RunCommand): void {
       "job cancelled, the disk as it was at the start is a read-only export of the server called NAME-snapshot, for\n" +
       "nbdcopy or qemu-img to read. Old data stays in the buffer, then in the spill; TARGET is null:.\n" +
       "With --repo all SOURCEs become one backup of the group, a disk each, named by --disk or by its file; what the\n" +
-      "repository has is not stored again, and each backup is a full one to whoever reads it. With --control or --qmp there\n" +
-      "is no TARGET: all disks, or those of --disk, become one backup of one instant. With --control the server writes it,\n" +
+      "repository has is not stored again, and each backup is a full one to whoever reads it. With --control, --qmp or\n" +
+      "--libvirt there is no TARGET: all disks, or those of --disk, become one backup of one instant. With --control the server writes it,\n" +
       "with its own user's rights, and reads the key's file and the S3 credentials of its own environment; what it has\n" +
       "tracked as changed since the group's last backup is all that is read (--level).\n" +
       QEMU_NOTES +
@@ -63,6 +67,7 @@ export function addBackup(program: Command, run: RunCommand): void {
     examples: [
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
       "cowcatcher backup --qmp /run/vm1.qmp --disk vd0 /backup/vm1.qcow2",
+      "cowcatcher backup --libvirt vm1 --disk vda /backup/vm1.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --repo /backup/repo --group vm1",
     ],
   }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
@@ -78,7 +83,7 @@ export function addBackup(program: Command, run: RunCommand): void {
           return (await import("../actions/repository-backup.js")).runRepositoryBackup(settings, context);
         }
         const settings = parseBackupSettings(args, flags);
-        if (settings.mode === "qemu")
+        if (settings.mode === "qemu" || settings.mode === "libvirt")
           return (await import("../actions/backup-qemu.js")).runQemuBackup(settings, context);
         if (settings.mode === "qemu-cleanup")
           return (await import("../actions/backup-qemu.js")).runQemuCleanup(settings, context);

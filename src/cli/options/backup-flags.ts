@@ -29,6 +29,8 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   vmConfig?: string;
   control?: string;
   qmp?: string;
+  libvirt?: string;
+  connect?: string;
   qemuMethod?: QemuMethod;
   fleeceDir?: string;
   nbd?: string;

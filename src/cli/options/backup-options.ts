@@ -19,6 +19,7 @@ import {
   qemuSettings,
   refuseQemuFlags,
 } from "./qemu-options.js";
+import { addLibvirtOptions, type LibvirtBackupSettings, libvirtSettings } from "./libvirt-options.js";
 import { checkBufferFlags, checkSnapshotFlags, freezeRequest, refuseLiveFlags } from "./live-flags.js";
 import {
   NULL_TARGET,
@@ -65,7 +66,11 @@ export interface LiveBackupSettings {
 }
 
 export type BackupSettings =
-  OfflineBackupSettings | LiveBackupSettings | QemuBackupSettings | QemuCleanupSettings;
+  | OfflineBackupSettings
+  | LiveBackupSettings
+  | QemuBackupSettings
+  | LibvirtBackupSettings
+  | QemuCleanupSettings;
 
 /** `restore BACKUP TARGET`: an offline copy whose source is the backup. */
 export type RestoreSettings = OfflineBackupSettings;
@@ -100,6 +105,7 @@ export function addBackupOptions(command: Command): Command {
     ),
   );
   addQemuOptions(command);
+  addLibvirtOptions(command);
   addFormatOptions(command)
     .addOption(compressOption())
     .addOption(syncOption())
@@ -279,6 +285,7 @@ function bitmapOption(): Option {
  */
 export function parseBackupSettings(args: readonly string[], flags: BackupFlags): BackupSettings {
   if (flags.cleanup === true) return cleanupSettings(args, flags);
+  if (flags.libvirt !== undefined) return parseLibvirt(args, flags, flags.libvirt);
   if (flags.qmp !== undefined) return parseQemu(args, flags, flags.qmp);
   refuseQemuFlags(flags);
   return flags.control === undefined ? parseOffline(args, flags) : parseLive(args, flags, flags.control);
@@ -337,10 +344,18 @@ function offlineCopy(
   };
 }
 
+function parseLibvirt(targets: readonly string[], flags: BackupFlags, domain: string): LibvirtBackupSettings {
+  refuseDryRun(flags, "--libvirt");
+  return libvirtSettings(domain, diskSettings(targets, flags, "--libvirt"), flags);
+}
+
+function refuseDryRun({ dryRun }: BackupFlags, option: string): void {
+  if (dryRun !== true) return;
+  throw usageError("--dry-run", `does not go with ${option}`, "give the disk's image as SOURCE");
+}
+
 function parseQemu(targets: readonly string[], flags: BackupFlags, qmp: string): QemuBackupSettings {
-  if (flags.dryRun === true) {
-    throw usageError("--dry-run", "does not go with --qmp", "give the disk's image as SOURCE");
-  }
+  refuseDryRun(flags, "--qmp");
   return qemuSettings(qmp, diskSettings(targets, flags, "--qmp"), flags);
 }
 
@@ -414,8 +429,8 @@ export function jobSettings(target: string, flags: BackupFlags, index = 0): JobS
   // What is dirty alone can only be told apart in a format that has backing files, or written in place.
   const isOverlay = flags.since !== undefined && flags.backingFile !== undefined;
   // QEMU's own chain begins with a full one.
-  const isByBitmap =
-    flags.bitmap !== undefined && (flags.qmp === undefined || flags.backingFile !== undefined);
+  const isOfQemu = flags.qmp !== undefined || flags.libvirt !== undefined;
+  const isByBitmap = flags.bitmap !== undefined && (!isOfQemu || flags.backingFile !== undefined);
   const isPart = isByBitmap || isOverlay;
   const byBitmap = !isPart || isRbdAddress(target) ? undefined : "qcow2";
   const targetFormat = targetFormatOf(target, flags.targetFormat ?? byBitmap);

@@ -22,8 +22,10 @@ export type QemuBackupSettings = {
 
 export interface QemuCleanupSettings {
   mode: "qemu-cleanup";
-  /** Undefined: there is only a guest to be thawed. */
+  /** Undefined: there is only a guest to be thawed, or a domain. */
   monitor: string | undefined;
+  /** Of libvirt. */
+  domain?: { domain: string; connect: string | undefined } | undefined;
   /** Of a guest that is to be thawed. */
   guestAgent: string | undefined;
   fleeceDir: string;
@@ -58,7 +60,7 @@ export function addQemuOptions(command: Command): Command {
     .addOption(
       new Option(
         "--cleanup",
-        "with --qmp: remove what an earlier run left in QEMU; with --freeze: thaw the guest; and nothing else",
+        "with --qmp or --libvirt: remove what an earlier run left there; with --freeze: thaw the guest; and nothing else",
       ),
     );
 }
@@ -66,6 +68,7 @@ export function addQemuOptions(command: Command): Command {
 /** What is about a QEMU and means nothing elsewhere. @throws CowcatcherError USAGE */
 export function refuseQemuFlags(flags: BackupFlags): void {
   const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup, bitmapReplaces } = flags;
+  refuseConnect(flags);
   const ofQemu = {
     "qemu-method": qemuMethod,
     "fleece-dir": fleeceDir,
@@ -78,12 +81,31 @@ export function refuseQemuFlags(flags: BackupFlags): void {
   if (useless !== undefined) throw usageError(`--${useless[0]}`, "needs --qmp", "give QEMU's QMP socket");
 }
 
+/** @throws CowcatcherError USAGE */
+function refuseConnect({ connect }: BackupFlags): void {
+  if (connect !== undefined) throw usageError("--connect", "needs --libvirt", "name libvirt's domain");
+}
+
 /** @throws CowcatcherError USAGE for what cannot mean anything, UNSUPPORTED for what QEMU cannot do */
 export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: BackupFlags): QemuBackupSettings {
-  checkQemuFlags(flags);
-  const orFull = flags.sinceOrFull ?? false;
+  refuseConnect(flags);
+  checkGuestFlags(flags, "--qmp");
   return {
     mode: "qemu",
+    ...guestSettings(disks, flags),
+    monitor: absoluteName(qmp),
+    method: flags.qemuMethod ?? "auto",
+    server: flags.nbd === undefined ? undefined : parseServer(flags.nbd),
+  };
+}
+
+/** What goes for a guest's disks, whoever manages its QEMU. */
+export function guestSettings(
+  disks: LiveDiskSettings[],
+  flags: BackupFlags,
+): Pick<QemuBackupSettings, "disks" | "fleeceDir" | "acceptGuestRisk" | "guestAgent"> {
+  const orFull = flags.sinceOrFull ?? false;
+  return {
     disks: disks.map(({ disk, job }) => ({
       disk,
       job: { ...job, bitmap: undefined },
@@ -92,10 +114,7 @@ export function qemuSettings(qmp: string, disks: LiveDiskSettings[], flags: Back
           ? undefined
           : { base: baseOf(job), orFull, replaced: flags.bitmapReplaces?.map(absoluteName) },
     })),
-    monitor: absoluteName(qmp),
-    method: flags.qemuMethod ?? "auto",
     fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
-    server: flags.nbd === undefined ? undefined : parseServer(flags.nbd),
     acceptGuestRisk: flags.acceptGuestRisk ?? false,
     guestAgent: freezeRequest(flags),
   };
@@ -109,33 +128,44 @@ function baseOf({ target, backingFile }: LiveDiskSettings["job"]): string | unde
 /** @throws CowcatcherError USAGE for anything besides */
 export function cleanupSettings(
   args: readonly string[],
-  { qmp, fleeceDir, disk, control, freeze }: BackupFlags,
+  { qmp, libvirt, connect, fleeceDir, disk, control, freeze }: BackupFlags,
 ): QemuCleanupSettings {
-  if ((qmp === undefined && freeze === undefined) || control !== undefined)
-    throw usageError("--cleanup", "needs --qmp or --freeze", "give QEMU's QMP socket, or the guest agent's");
+  if ((qmp ?? libvirt ?? freeze) === undefined || control !== undefined) {
+    const hint = "give QEMU's QMP socket, libvirt's domain, or the guest agent's socket";
+    throw usageError("--cleanup", "needs --qmp, --libvirt or --freeze", hint);
+  }
+  if (qmp !== undefined && libvirt !== undefined)
+    throw usageError("--libvirt", "does not go with --qmp", "give one of them");
+  if (libvirt === undefined) refuseConnect({ connect });
   if (args[0] !== undefined) throw usageError(args[0], "does not go with --cleanup", "leave it out");
   if (disk !== undefined) throw usageError("--disk", "does not go with --cleanup", "leave it out");
   return {
     mode: "qemu-cleanup",
     monitor: qmp === undefined ? undefined : absoluteName(qmp),
+    domain: libvirt === undefined ? undefined : { domain: libvirt, connect },
     guestAgent: freeze === undefined ? undefined : absoluteName(freeze),
     fleeceDir: absoluteName(fleeceDir ?? FLEECE_DIR),
   };
 }
 
-function checkQemuFlags(flags: BackupFlags): void {
+/** @param option that names the guest. @throws CowcatcherError USAGE, UNSUPPORTED */
+export function checkGuestFlags(flags: BackupFlags, option: "--qmp" | "--libvirt"): void {
   const { spillDir, sync, bitmap, bitmapMode } = flags;
-  if (flags.control !== undefined)
-    throw usageError("--qmp", "does not go with --control", "give one of them");
+  const stranger = `does not go with ${option}`;
+  if (flags.control !== undefined) throw usageError(option, "does not go with --control", "give one of them");
   refuseCheckpointFlags(flags.bitmap === undefined ? flags : { ...flags, sinceOrFull: undefined });
-  if (spillDir !== undefined) throw usageError("--spill-dir", "does not go with --qmp", "give --fleece-dir");
+  if (spillDir !== undefined) throw usageError("--spill-dir", stranger, "give --fleece-dir");
   if (sync !== undefined && sync !== JOB_DEFAULTS.sync) {
-    throw unsupported("--sync", `${sync} does not go with --qmp`, "leave it out");
+    throw unsupported("--sync", `${sync} ${stranger}`, "leave it out");
   }
-  if (bitmapMode !== undefined) throw unsupported("--bitmap-mode", "does not go with --qmp", "leave it out");
+  if (bitmapMode !== undefined) throw unsupported("--bitmap-mode", stranger, "leave it out");
   if (bitmap !== undefined && bitmap !== "auto") {
     const hint = "give --bitmap auto, whose bitmaps are cowcatcher's own";
-    throw unsupported("--bitmap", `'${bitmap}' is somebody else's bitmap, which --qmp does not change`, hint);
+    throw unsupported(
+      "--bitmap",
+      `'${bitmap}' is somebody else's bitmap, which ${option} does not change`,
+      hint,
+    );
   }
   checkBitmapBase(flags);
 }

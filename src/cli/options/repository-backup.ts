@@ -19,7 +19,8 @@ import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import { freezeRequest, refuseLiveFlags } from "./live-flags.js";
 import { jobSettings } from "./backup-options.js";
-import type { JobSettings } from "./job-settings.js";
+import type { JobSettings, LiveDiskSettings } from "./job-settings.js";
+import { type LibvirtBackupSettings, libvirtSettings } from "./libvirt-options.js";
 import { type QemuBackupSettings, qemuSettings, refuseQemuFlags } from "./qemu-options.js";
 import { choiceOption, listWords, NULL_TARGET, parseImage, textOption, usageError } from "./options.js";
 import { addKeyOptions, lazyKey } from "./repository-options.js";
@@ -42,15 +43,16 @@ export interface RepositoryLiveSettings {
   place: Omit<RepositoryPlace, "disk">;
 }
 
-/** Disks of a guest that QEMU runs, as one backup. */
-export interface RepositoryQemuSettings
-  extends
-    Omit<QemuBackupSettings, "mode">,
-    Pick<RepositoryBackupRequest, "repository" | "key" | "group" | "level" | "vmConfig"> {
+/** Disks of a guest that QEMU runs, as one backup; as it is managed, by QMP or by libvirt. */
+export type RepositoryQemuSettings = Pick<
+  RepositoryBackupRequest,
+  "repository" | "key" | "group" | "level" | "vmConfig"
+> & {
   mode: "repository-qemu";
+  guest: QemuBackupSettings | LibvirtBackupSettings;
   /** Of each disk. */
   job: JobSettings;
-}
+};
 
 const MAX_VM_CONFIG_BYTES = 1024 * 1024;
 
@@ -99,7 +101,15 @@ export function parseRepositoryBackup(
   args: readonly string[],
   flags: BackupFlags,
 ): RepositoryBackupSettings | RepositoryLiveSettings | RepositoryQemuSettings {
-  if (flags.qmp !== undefined) return parseQemuIntoRepository(args, flags, flags.qmp);
+  const { libvirt, qmp } = flags;
+  if (libvirt !== undefined) {
+    return parseQemuIntoRepository(args, flags, "--libvirt", (disks) =>
+      libvirtSettings(libvirt, disks, flags),
+    );
+  }
+  if (qmp !== undefined) {
+    return parseQemuIntoRepository(args, flags, "--qmp", (disks) => qemuSettings(qmp, disks, flags));
+  }
   refuseQemuFlags(flags);
   if (flags.control !== undefined) return parseLiveIntoRepository(args, flags, flags.control);
   return parseOfflineIntoRepository(args, flags);
@@ -161,16 +171,13 @@ function parseLiveIntoRepository(
 function parseQemuIntoRepository(
   args: readonly string[],
   flags: BackupFlags,
-  qmp: string,
+  option: string,
+  guestOf: (disks: LiveDiskSettings[]) => RepositoryQemuSettings["guest"],
 ): RepositoryQemuSettings {
   const place = repositoryOf(flags);
-  const { disks, job } = liveParts(args, flags, "--qmp");
-  const qemu = qemuSettings(
-    qmp,
-    disks.map((disk) => ({ disk, job })),
-    flags,
-  );
-  return { ...qemu, mode: "repository-qemu", job, key: lazyKey(flags), ...place };
+  const { disks, job } = liveParts(args, flags, option);
+  const guest = guestOf(disks.map((disk) => ({ disk, job })));
+  return { mode: "repository-qemu", guest, job, key: lazyKey(flags), ...place };
 }
 
 /** For the process that has the disk open: it reads them, and no secret is sent. @throws CowcatcherError USAGE */
