@@ -67,7 +67,6 @@ export function addBackup(program: Command, run: RunCommand): void {
     examples: [
       "cowcatcher backup -c disk.img /backup/disk.qcow2",
       "cowcatcher backup --qmp /run/vm1.qmp --disk vd0 /backup/vm1.qcow2",
-      "cowcatcher backup --libvirt vm1 --disk vda /backup/vm1.qcow2",
       "cowcatcher backup --control /run/vm1.ctl --repo /backup/repo --group vm1",
     ],
   }).argument("[ARGUMENTS...]", "SOURCE and TARGET, or with --control a TARGET for each disk");
