@@ -57,3 +57,68 @@ describe("backup --qmp", () => {
     },
   );
 });
+
+describe("backup --libvirt", () => {
+  it("takes a domain, and virsh's default of a hypervisor", () => {
+    expect(settings("--libvirt", "vm1", "/b/out.qcow2")).toMatchObject({
+      mode: "libvirt",
+      domain: "vm1",
+      connect: undefined,
+      fleeceDir: "/var/tmp",
+      disks: [
+        { disk: undefined, bitmaps: undefined, job: { target: "/b/out.qcow2", targetFormat: "qcow2" } },
+      ],
+    });
+  });
+
+  it("has a chain by the files of its backups", () => {
+    const chain = ["--bitmap", "auto", "-b", "0.qcow2", "-B", "qcow2", "--since-or-full"];
+    expect(settings("--libvirt", "vm1", "--connect", "qemu:///system", ...chain, "/b/1.qcow2")).toMatchObject(
+      {
+        connect: "qemu:///system",
+        disks: [{ bitmaps: { base: "/b/0.qcow2", orFull: true } }],
+      },
+    );
+  });
+
+  it.each([
+    [["--qmp", "/q"], "--libvirt"],
+    [["--control", "/c"], "--libvirt"],
+    [["--qemu-method", "filter"], "--qemu-method"],
+    [["--nbd", "/n"], "--nbd"],
+    [["--guest-timeout", "3"], "--guest-timeout"],
+    [["--on-cbw-error", "break-snapshot"], "--on-cbw-error"],
+    [["--spill-dir", "/s"], "--spill-dir"],
+    [["--sync", "top"], "--sync"],
+    [["--bitmap", "theirs"], "--bitmap"],
+    [["--dry-run"], "--dry-run"],
+    [["--since", "monday"], "--since"],
+    [["--cleanup"], "/b/a.img"],
+  ])("refuses %s by name", (args, object) => {
+    expect(() => settings("--libvirt", "vm1", ...args, "/b/a.img")).toThrow(
+      expect.objectContaining({ object }),
+    );
+  });
+
+  it("keeps a chain of files alone", () => {
+    const target = "nbd://host/x";
+    expect(() => settings("--libvirt", "vm1", "--bitmap", "auto", target)).toThrow(
+      "needs a TARGET that is a file",
+    );
+  });
+
+  it("cleans up, and --connect goes with it alone", () => {
+    expect(settings("--libvirt", "vm1", "--connect", "u", "--cleanup")).toMatchObject({
+      mode: "qemu-cleanup",
+      monitor: undefined,
+      domain: { domain: "vm1", connect: "u" },
+    });
+    for (const others of [
+      ["--qmp", "/q", "/b"],
+      ["--qmp", "/q", "--cleanup"],
+      ["/a", "/b"],
+    ]) {
+      expect(() => settings("--connect", "u", ...others)).toThrow("needs --libvirt");
+    }
+  });
+});
