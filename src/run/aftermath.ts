@@ -5,7 +5,7 @@ import { decideFiles } from "./chain-retention.js";
 import type { ChildResult } from "./child.js";
 import { type BackupManifest, MANIFEST_FORMAT, readHistory, removeBackup, writeManifest } from "./history.js";
 import { foreignOverlays } from "./foreign-overlays.js";
-import type { Job } from "./job.js";
+import { isOfQemu, type Job } from "./job.js";
 import { isObject } from "./outcome.js";
 import { isCheckpointOf, type Plan } from "./plan.js";
 import type { DiskResult, LineLevel } from "./result.js";
@@ -75,7 +75,7 @@ export async function noteBackups(work: Aftermath & { isVerified: boolean }): Pr
       level_reason: levelReason,
       parent: level === "incremental" && planned.parent !== undefined ? planned.parent.file : null,
       checkpoint: plan.checkpoint ?? null,
-      ...(job.source.kind === "qmp" ? { qemu_bitmap: plan.isRemembered } : {}),
+      ...(isOfQemu(job.source) ? { qemu_bitmap: plan.isRemembered } : {}),
       target_format: /\.qcow2?$/i.test(planned.target) ? "qcow2" : null,
       bytes: disk?.bytes ?? 0,
       bytes_on_target: disk?.bytes_on_target ?? null,

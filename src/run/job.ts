@@ -22,7 +22,13 @@ export type JobSource =
   | { kind: "images"; disks: readonly NamedImage[] }
   /** Undefined: all disks that the server has; the guest's only one. */
   | { kind: "control"; socket: string; disks: readonly string[] | undefined }
-  | { kind: "qmp"; socket: string; disks: readonly string[] | undefined };
+  | { kind: "qmp"; socket: string; disks: readonly string[] | undefined }
+  | { kind: "libvirt"; domain: string; connect: string | undefined; disks: readonly string[] | undefined };
+
+/** QEMU keeps track of what changes, by bitmaps that `backup` makes and finds by the last backup's file. */
+export function isOfQemu({ kind }: JobSource): boolean {
+  return kind === "qmp" || kind === "libvirt";
+}
 
 export type JobTarget =
   { kind: "pattern"; pattern: Pattern } | { kind: "repository"; repository: string; prune: boolean };

@@ -9,7 +9,11 @@ export function lockKeys({ source, target }: Job): string[] {
   const keys =
     source.kind === "images"
       ? source.disks.map(({ image }) => `the disk ${real(image)}`)
-      : [`the guest of ${real(source.socket)}`];
+      : [
+          source.kind === "libvirt"
+            ? `the domain ${[...(source.connect === undefined ? [] : [source.connect]), source.domain].join(" ")}`
+            : `the guest of ${real(source.socket)}`,
+        ];
   return target.kind === "repository" ? [...keys, `the repository ${real(target.repository)}`] : keys;
 }
 

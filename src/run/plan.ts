@@ -1,14 +1,14 @@
 // What a job's next backup is: full or incremental, what it builds on, and the arguments of `backup` that make it.
 //
 // An incremental file needs three things: somebody who keeps track of the disk (a server at `control`, by checkpoints; the
-// QEMU at `qmp`, by bitmaps that it finds by the backup's file), a qcow2 target, and a last backup whose chain is whole and of
+// QEMU at `qmp` or of `libvirt`, by bitmaps that are found by the backup's file), a qcow2 target, and a last backup whose chain is whole and of
 // which the other side still knows what has changed since, the same for all disks of the job. What is missing makes it a full
 // one under `level: auto`, with the reason said; under `incremental` it is an error. A chain whose first backup is older than
 // `full-every` is ended: a server's checkpoints are deleted afterwards (aftermath.ts), a bitmap goes with the new chain's start.
 import { basename, dirname } from "node:path";
 import { CowcatcherError } from "../errors.js";
 import { chainOf, type KnownBackup, readHistory } from "./history.js";
-import type { Job } from "./job.js";
+import { isOfQemu, type Job } from "./job.js";
 import { dateWord, fillPattern } from "./pattern.js";
 
 export interface PlannedDisk {
@@ -118,8 +118,8 @@ function planWith(
     parent: isIncremental ? basis.parents[index] : undefined,
   }));
   const isRemembered = canBeIncremental && job.level !== "full" && !noMemory;
-  const isOfQemu = job.source.kind === "qmp";
-  const checkpoint = isRemembered && !isOfQemu ? checkpointName(job.name, dateWord(start)) : undefined;
+  const hasBitmaps = isOfQemu(job.source);
+  const checkpoint = isRemembered && !hasBitmaps ? checkpointName(job.name, dateWord(start)) : undefined;
   return {
     level: isIncremental ? "incremental" : "full",
     reason: isIncremental ? REASON_INCREMENTAL : basis.why,
@@ -128,8 +128,8 @@ function planWith(
     isRemembered,
     commands: commandsFor(job, planned, [
       ...(checkpoint === undefined ? [] : ["--checkpoint", checkpoint]),
-      ...(isRemembered && isOfQemu ? ["--bitmap", "auto"] : []),
-      ...(isRemembered && isOfQemu && !isIncremental ? replacedArguments(disks) : []),
+      ...(isRemembered && hasBitmaps ? ["--bitmap", "auto"] : []),
+      ...(isRemembered && hasBitmaps && !isIncremental ? replacedArguments(disks) : []),
       ...(isIncremental ? incrementalArguments(basis) : verifyArguments(job)),
       ...job.options,
     ]),
@@ -152,7 +152,7 @@ function bareDisks(job: Job, names: readonly string[] | undefined, start: Date):
       : (source.disks ?? names ?? [undefined]).map((name) => ({
           name,
           label: name ?? ONLY_DISK,
-          source: source.socket,
+          source: source.kind === "libvirt" ? source.domain : source.socket,
         }));
   const date = dateWord(start);
   return bare.map((disk) => ({
@@ -169,7 +169,9 @@ function bareDisks(job: Job, names: readonly string[] | undefined, start: Date):
 function sourceArguments({ source }: Job, disks: readonly PlannedDisk[]): string[] {
   const named = disks.flatMap(({ name }) => (name === undefined ? [] : ["--disk", name]));
   if (source.kind === "images") return [...named, ...disks.map(({ source: image }) => image)];
-  return [`--${source.kind}`, source.socket, ...named];
+  if (source.kind !== "libvirt") return [`--${source.kind}`, source.socket, ...named];
+  const { domain, connect } = source;
+  return ["--libvirt", domain, ...(connect === undefined ? [] : ["--connect", connect]), ...named];
 }
 
 function verifyArguments({ verify }: Job): string[] {
@@ -216,9 +218,9 @@ function basisOf(
     if (last === undefined) return { why: `there is no earlier backup of ${label}` };
     const chain = chainOf(last, history);
     if (chain === undefined) return { why: `${last.file} builds on a backup that is gone` };
-    const isKnown = job.source.kind === "qmp" ? last.qemu_bitmap === true : last.checkpoint !== null;
-    if (!isKnown)
-      return { why: `${last.file} has no ${job.source.kind === "qmp" ? "bitmap" : "checkpoint"}` };
+    const hasBitmaps = isOfQemu(job.source);
+    const isKnown = hasBitmaps ? last.qemu_bitmap === true : last.checkpoint !== null;
+    if (!isKnown) return { why: `${last.file} has no ${hasBitmaps ? "bitmap" : "checkpoint"}` };
     if (chain.length >= MAX_CHAIN)
       return { why: `the chain has ${chain.length} backups, the most there may be` };
     const ageMs = start.getTime() - Date.parse(chain[0]?.t0 ?? "");

@@ -5,7 +5,7 @@ import { mountPointsIn } from "../block/file/mounts.js";
 import { CowcatcherError, ioError } from "../errors.js";
 import { formatBytes } from "../units.js";
 import type { ChildResult } from "./child.js";
-import type { Job } from "./job.js";
+import { isOfQemu, type Job } from "./job.js";
 import { isObject } from "./outcome.js";
 import type { Plan, PlannedDisk } from "./plan.js";
 
@@ -125,7 +125,7 @@ async function measure(
 ): Promise<Map<string, number>> {
   const sizes = new Map<string, number>();
   const isCompressed = job.options.some((option) => /^--compress\b/.test(option));
-  if (job.source.kind === "qmp" || isCompressed || plan.level !== "full") return sizes;
+  if (isOfQemu(job.source) || isCompressed || plan.level !== "full") return sizes;
   for (const { args } of plan.commands) {
     const { messages } = await run(["backup", "--dry-run", "--quiet", ...withoutCheckpoint(args)]);
     for (const document of messages.flat().filter(isObject)) {

@@ -119,7 +119,8 @@ export class Libvirt {
   async endDomain(): Promise<void> {
     await this.try("destroy", DOMAIN);
     const names = (await this.try("checkpoint-list", DOMAIN, "--name")).stdout.split("\n");
-    for (const name of names) if (name !== "") await this.try("checkpoint-delete", DOMAIN, name, "--metadata");
+    for (const name of names)
+      if (name !== "") await this.try("checkpoint-delete", DOMAIN, name, "--metadata");
     await this.try("undefine", DOMAIN);
   }
 

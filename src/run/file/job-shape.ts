@@ -72,6 +72,8 @@ export const JOB_MEMBERS = {
   }),
   control: text("control socket of the `serve` that has the disks open"),
   qmp: text("QMP socket of the QEMU that runs the guest"),
+  libvirt: text("domain of libvirt that runs the guest"),
+  connect: text("libvirt's URI of the hypervisor, where it is not virsh's own default"),
   disks: list(text("name of a disk, as --disk of `backup` has it")),
   freeze: text("socket of the guest agent, which holds the guest's file systems still for T0"),
   group: parsed("group of the backups: the job's name unless given", { pattern: NAME }, parseName),
@@ -128,9 +130,8 @@ export const JOB_MEMBERS = {
 export type JobMembers = typeof JOB_MEMBERS;
 export type JobValues = ValuesOf<JobMembers>;
 
-/** Words of vzdump.conf and of the command line, and a source that is not supported: what to give instead. */
+/** Words of vzdump.conf and of the command line: what to give instead. */
 export const OTHER_WORDS: ReadonlyMap<string, string> = new Map([
-  ["libvirt", "sources through libvirt are not supported: give its QEMU a second monitor, and that as 'qmp'"],
   ["prune-backups", "give 'keep', such as keep: {daily: 7, weekly: 4}"],
   ["bwlimit", "give options: {rate-limit: 50M}"],
   ["mailto", "give 'mail'"],
@@ -145,7 +146,7 @@ export const OTHER_WORDS: ReadonlyMap<string, string> = new Map([
 ]);
 
 /** Of the machine: one job's alone. */
-export const SOURCE_KEYS = ["image", "images", "control", "qmp"] as const;
+export const SOURCE_KEYS = ["image", "images", "control", "qmp", "libvirt"] as const;
 export const NOT_FOR_DEFAULTS: readonly string[] = [...SOURCE_KEYS, "disks", "freeze", "group"];
 
 function wrong(problem: string, hint: string): CowcatcherError {

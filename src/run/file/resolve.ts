@@ -1,7 +1,7 @@
 // From what job files say to jobs: defaults inherited, and what does not go together refused, each with its place.
 import { CowcatcherError } from "../../errors.js";
 import { diskNameOf } from "../disk-name.js";
-import { type Job, JOB_FILE_DEFAULTS, type JobSource, type JobTarget, type Place } from "../job.js";
+import { isOfQemu, type Job, JOB_FILE_DEFAULTS, type JobSource, type JobTarget, type Place } from "../job.js";
 import { type JobMembers, type JobValues, retentionOf, SOURCE_KEYS } from "./job-shape.js";
 import type { FileFault, ReadJob } from "./parse.js";
 import { listed } from "./shape.js";
@@ -10,6 +10,8 @@ import { listed } from "./shape.js";
 const OWN_OPTIONS: Record<string, string> = {
   control: "give `control`",
   qmp: "give `qmp`",
+  libvirt: "give `libvirt`",
+  connect: "give `connect`",
   disk: "give `disks`",
   freeze: "give `freeze`",
   repo: "give `repository`",
@@ -35,6 +37,9 @@ const OWN_OPTIONS: Record<string, string> = {
   help: "leave it out",
 };
 
+/** Sources of guests that run. */
+const GUESTS = "'control', 'qmp' and 'libvirt'";
+
 class Refusal extends Error {
   constructor(
     readonly key: keyof JobMembers | undefined,
@@ -49,6 +54,9 @@ class Refusal extends Error {
 export function resolveJob(read: ReadJob, defaults: readonly JobValues[]): Job | FileFault {
   const values = inherit(read.values, defaults);
   try {
+    // In `defaults` it is for those jobs that have a domain.
+    if (read.values.connect !== undefined && read.values.libvirt === undefined)
+      throw new Refusal("connect", "goes with 'libvirt' alone", "leave it out");
     return makeJob(read.name, read.place, values);
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
@@ -110,13 +118,14 @@ function sourceOf(values: JobValues): JobSource {
   const [first, second] = given;
   if (first === undefined) throw new Refusal(undefined, "names no source", `give ${listed(SOURCE_KEYS)}`);
   if (second !== undefined) throw new Refusal(second, `does not go with '${first}'`, "give one of them");
-  const { image, images, control, qmp, disks } = values;
+  const { image, images, control, qmp, libvirt, connect, disks } = values;
   const repeated = disks?.find((disk, index) => disks.indexOf(disk) !== index);
   if (repeated !== undefined) throw new Refusal("disks", `'${repeated}' is given twice`, undefined);
   if (control !== undefined) return { kind: "control", socket: absolute("control", control), disks };
   if (qmp !== undefined) return { kind: "qmp", socket: absolute("qmp", qmp), disks };
+  if (libvirt !== undefined) return { kind: "libvirt", domain: libvirt, connect, disks };
   if (disks !== undefined)
-    throw new Refusal("disks", "goes with 'control' and 'qmp' alone", "give 'images' to name disks");
+    throw new Refusal("disks", `goes with ${GUESTS} alone`, "give 'images' to name disks");
   if (images !== undefined) {
     if (images.size === 0) throw new Refusal("images", "has no disk", undefined);
     return { kind: "images", disks: [...images].map(([disk, path]) => ({ name: disk, image: path })) };
@@ -145,7 +154,7 @@ function targetOf({ target, repository, prune }: JobValues): JobTarget {
 function checkTogether(source: JobSource, target: JobTarget, values: JobValues): void {
   const { keep, verify, level, freeze } = values;
   if (freeze !== undefined && source.kind === "images") {
-    throw new Refusal("freeze", "goes with 'control' and 'qmp' alone", "leave it out");
+    throw new Refusal("freeze", `goes with ${GUESTS} alone`, "leave it out");
   }
   if (target.kind === "repository") return;
   const { pattern } = target;
@@ -153,7 +162,7 @@ function checkTogether(source: JobSource, target: JobTarget, values: JobValues):
   if (severalDisks && !pattern.hasDisk) {
     throw new Refusal("target", "has no {disk}, and there are several disks", "put {disk} into it");
   }
-  if (source.kind === "qmp" && source.disks === undefined && pattern.hasDisk) {
+  if (isOfQemu(source) && "disks" in source && source.disks === undefined && pattern.hasDisk) {
     throw new Refusal("target", "has {disk}, and no disk of the guest is named", "give 'disks'");
   }
   if (typeof verify === "string") {
@@ -172,7 +181,7 @@ function checkTogether(source: JobSource, target: JobTarget, values: JobValues):
   }
   if (level !== "incremental") return;
   if (source.kind === "images") {
-    const hint = "give 'control' or 'qmp', or a repository, or level: full";
+    const hint = "give 'control', 'qmp' or 'libvirt', or a repository, or level: full";
     throw new Refusal("level", "an incremental file needs somebody who keeps track of the disk", hint);
   }
   if (!pattern.isFile) {

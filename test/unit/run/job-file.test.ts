@@ -75,10 +75,6 @@ describe("what is wrong by itself", () => {
       "3:12: jobs.a.ping: 'end' is not known (there are start, success, fail)",
     ],
     [
-      "jobs:\n  a:\n    libvirt: vm1",
-      "3:5: jobs.a: 'libvirt' is not known (sources through libvirt are not supported: give its QEMU a second monitor, and that as 'qmp')",
-    ],
-    [
       "jobs:\n  a:\n    rate-limit: 50M",
       "3:5: jobs.a: 'rate-limit' is not known (it is an option of `backup`: give options: {rate-limit: …})",
     ],
@@ -120,7 +116,7 @@ describe("what is wrong by itself", () => {
 describe("what does not go together", () => {
   const target = "    target: /b/{group}/{disk}-{date}.qcow2\n";
   it.each([
-    [`jobs:\n  a:\n${target}`, "3:5: jobs.a: names no source (give image, images, control or qmp)"],
+    [`jobs:\n  a:\n${target}`, "3:5: jobs.a: names no source (give image, images, control, qmp or libvirt)"],
     [
       `jobs:\n  a:\n    image: /x\n    qmp: /y\n${target}`,
       "4:5: jobs.a.qmp: does not go with 'image' (give one of them)",
@@ -131,7 +127,7 @@ describe("what does not go together", () => {
     ],
     [
       `jobs:\n  a:\n    image: /x\n    level: incremental\n${target}`,
-      "4:5: jobs.a.level: an incremental file needs somebody who keeps track of the disk (give 'control' or 'qmp', or a repository, or level: full)",
+      "4:5: jobs.a.level: an incremental file needs somebody who keeps track of the disk (give 'control', 'qmp' or 'libvirt', or a repository, or level: full)",
     ],
     [
       "jobs:\n  a:\n    images: {r: /x, s: /y}\n    target: /b/{date}\n",
@@ -140,6 +136,14 @@ describe("what does not go together", () => {
     [
       `jobs:\n  a:\n    qmp: /q\n${target}`,
       "4:5: jobs.a.target: has {disk}, and no disk of the guest is named (give 'disks')",
+    ],
+    [
+      `jobs:\n  a:\n    libvirt: vm1\n${target}`,
+      "4:5: jobs.a.target: has {disk}, and no disk of the guest is named (give 'disks')",
+    ],
+    [
+      `jobs:\n  a:\n    image: /x\n    connect: qemu:///session\n${target}`,
+      "4:5: jobs.a.connect: goes with 'libvirt' alone (leave it out)",
     ],
     [`jobs:\n  a:\n    control: c\n${target}`, "3:5: jobs.a.control: 'c' is not absolute (begin it with /)"],
     [

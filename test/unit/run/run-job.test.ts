@@ -41,7 +41,7 @@ afterEach(() => rmSync(folder, { recursive: true, force: true }));
 function job(...lines: string[]): Job {
   const has = (key: string): boolean => lines.some((line) => line.startsWith(`${key}:`));
   const own = [
-    ...(["image", "control", "qmp"].some(has) ? [] : [`image: ${at("disk.raw")}`]),
+    ...(["image", "control", "qmp", "libvirt"].some(has) ? [] : [`image: ${at("disk.raw")}`]),
     ...(has("target") || has("repository") ? [] : [`target: "${at("b/{disk}-{date}.qcow2")}"`]),
     "check-space: false",
     ...lines,
@@ -312,6 +312,14 @@ describe("chains", () => {
     expect(await qemu("full-every: 2d")).toMatchObject({ level: "full" });
     const last = (disk: string): string => `--bitmap-replaces ${at(`b/${disk}-2026-11-29T020000Z.qcow2`)}`;
     expect(fake.calls[0]).toContain(`--bitmap auto ${last("root")} ${last("data")} --verify`);
+    // The same of a domain of libvirt's.
+    answer();
+    const domain = ["libvirt: vm1", "connect: qemu:///session", "disks: [root, data]"];
+    expect(await run(job(...domain))).toMatchObject({ level: "incremental", error: null });
+    expect(fake.calls[0]).toMatch(
+      /^backup --no-progress --bitmap auto -b root-\S+ -b data-\S+ -B qcow2 -O qcow2 --libvirt vm1 --connect qemu:\/\/\/session --disk root --disk data /,
+    );
+    clock = new Date(clock.getTime() + 86_400_000);
     // A disk of which QEMU keeps no bitmap: each is a full one, with the reason.
     fake.answer([
       noBasis,
