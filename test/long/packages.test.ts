@@ -1,11 +1,12 @@
 // The tarball of `npm pack` and the Debian package: installed, used, and the latter purged again, in a copy of this machine
-// that is thrown away (an overlay, which wants root). The completions of zsh and
-// fish in real shells. Needs zsh, fish, lintian and npm's registry.
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmdirSync, rmSync, writeFileSync } from "node:fs";
+// that is thrown away (which wants root); on a machine with systemd it is in systemd.test.ts. The completions of zsh and fish in real
+// shells. Needs zsh, fish, lintian and npm's registry.
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { run } from "../support/cli.js";
+import { canCopyMachine, MachineCopy } from "../support/machine-copy.js";
 
 let folder: string;
 const at = (name: string): string => join(folder, name);
@@ -59,53 +60,31 @@ it("the Debian package is without errors to lintian, and works", async () => {
   expect(control).toContain("nodejs (>= 20.19)");
 });
 
-it.skipIf(process.getuid?.() !== 0)("the Debian package is installed by dpkg, used and purged", async () => {
-  const layers = mkdtempSync(join(tmpdir(), "cowcatcher-root-"));
-  const root = join(layers, "root");
-  const inside = (...command: string[]): Promise<string> => must("chroot", root, ...command);
+it.skipIf(!canCopyMachine)("the Debian package is installed by dpkg, used and purged", async () => {
+  const machine = await MachineCopy.make();
+  const { root } = machine;
   try {
-    // A file system of its own, in which devices are devices.
-    await must("mount", "-t", "tmpfs", "none", layers);
-    for (const name of ["up", "work", "root"]) mkdirSync(join(layers, name));
-    const places = `lowerdir=/,upperdir=${join(layers, "up")},workdir=${join(layers, "work")}`;
-    await must("mount", "-t", "overlay", "overlay", "-o", places, root);
-    await must("mount", "-t", "proc", "proc", join(root, "proc"));
-    for (const [name, minor] of [
-      ["null", "3"],
-      ["zero", "5"],
-      ["urandom", "9"],
-    ] as const) {
-      await run("mknod", ["-m", "666", join(root, "dev", name), "c", "1", minor]);
-    }
+    await machine.prepare();
     const built = (await must("sh", "packaging/debian/build.sh", at("deb"))).trim();
     await must("cp", built, at("disk.raw"), join(root, "root"));
-    await inside("dpkg", "-i", join("/root", basename(built)));
-    expect(await inside("getent", "passwd", "cowcatcher")).toMatch(/^cowcatcher:/);
-    expect(await inside("stat", "-c", "%U %a", "/run/cowcatcher")).toMatch(/^cowcatcher 7\d\d\n$/);
-    expect(await inside("cowcatcher", "backup", "--verify", "/root/disk.raw", "/root/night.qcow2")).toMatch(
-      /verified/,
-    );
-    await inside("qemu-img", "compare", "/root/disk.raw", "/root/night.qcow2");
-    writeFileSync(
-      join(root, "etc/cowcatcher/jobs.d/night.yaml"),
+    await machine.inside("dpkg", "-i", join("/root", basename(built)));
+    expect(await machine.inside("getent", "passwd", "cowcatcher")).toMatch(/^cowcatcher:/);
+    expect(await machine.inside("stat", "-c", "%U %a", "/run/cowcatcher")).toMatch(/^cowcatcher 7\d\d\n$/);
+    const backup = ["cowcatcher", "backup", "--verify", "/root/disk.raw", "/root/night.qcow2"];
+    expect(await machine.inside(...backup)).toMatch(/verified/);
+    await machine.inside("qemu-img", "compare", "/root/disk.raw", "/root/night.qcow2");
+    machine.write(
+      "etc/cowcatcher/jobs.d/night.yaml",
       'jobs: {night: {image: /root/disk.raw, target: "/root/night/{date}.raw"}}\n',
     );
-    expect(await inside("cowcatcher", "run", "--all")).toMatch(/night +done/);
-    const units = ["run.service", "run.timer", "serve@x.service", "serve@x.socket"];
-    const paths = units.map((unit) => `/lib/systemd/system/cowcatcher-${unit}`);
-    for (const path of paths.filter((name) => name.includes("@x"))) {
-      await must("cp", join(root, path.replace("@x", "@")), join(root, path));
-    }
-    expect(await inside("systemd-analyze", "verify", "--man=no", ...paths)).toBe("");
-    const installed = (await inside("dpkg", "-L", "cowcatcher")).trim().split("\n");
-    await inside("dpkg", "--purge", "cowcatcher");
+    expect(await machine.inside("cowcatcher", "run", "--all")).toMatch(/night +done/);
+    const installed = (await machine.inside("dpkg", "-L", "cowcatcher")).trim().split("\n");
+    await machine.inside("dpkg", "--purge", "cowcatcher");
     const left = installed.filter((path) => path.includes("cowcatcher") && existsSync(join(root, path)));
     // The administrator's own file, and its folder.
     expect(left).toEqual(["/etc/cowcatcher", "/etc/cowcatcher/jobs.d"]);
   } finally {
-    for (const place of [join(root, "proc"), root, layers]) await run("umount", [place]);
-    // Empty, or not ours to remove.
-    rmdirSync(layers);
+    machine.remove();
   }
 });
 
