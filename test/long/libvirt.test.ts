@@ -61,6 +61,33 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
     qemu.expectNoGuestError();
   }
 
+  it("goes on from night to night by a job of `run`", async () => {
+    const qemu = await startGuest(QCOW2);
+    const before = await qemu.state();
+    const target = join(folder, "b");
+    mkdirSync(target);
+    const jobs = join(folder, "jobs.yaml");
+    const source = `libvirt: ${libvirt.name}, connect: "${libvirt.uri}", options: {fleece-dir: ${fleece}}`;
+    writeFileSync(jobs, `jobs:\n  vm: {${source}, target: "${target}/{date}.qcow2"}\n`, { mode: 0o600 });
+    let earliest = 1;
+    for (const level of ["full", "incremental", "incremental"]) {
+      qemu.startWriting();
+      const { code, stdout } = await cowcatcher(["run", "--all", "--config", jobs, "--json"]);
+      await qemu.stopWriting();
+      const result = JSON.parse(stdout) as { jobs: unknown[] };
+      expect([code, result.jobs]).toEqual([0, [expect.objectContaining({ level, error: null })]]);
+      const last =
+        readdirSync(target)
+          .filter((name) => name.endsWith(".qcow2"))
+          .sort()
+          .at(-1) ?? "";
+      const instant = qemu.instantOf([await flatOf(join(target, last))], earliest);
+      expect(instant).toBeGreaterThanOrEqual(earliest);
+      earliest = instant;
+    }
+    await expectCleanHouse(qemu, before);
+  });
+
   it("makes a full one and three incrementals under a guest that never stops, each its T0", async () => {
     const qemu = await startGuest(QCOW2);
     const before = await qemu.state();
