@@ -1,6 +1,6 @@
 // `ls`, `cat`, `cp`: files of the guest's file systems, out of a backup or an image, by libguestfs (guestfish.ts), which
 // reads it through a server of this process.
-import { mkdtempSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdtempSync, readdirSync, rmSync, statSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import type { Image } from "../../block/device.js";
@@ -20,6 +20,8 @@ import { ServedExports } from "./served-exports.js";
 
 const EXPORT = "disk";
 const MAX_CONNECTIONS = 8;
+/** Before the number of the process whose folder it is. */
+const FOLDER_PREFIX = "cowcatcher-files-";
 
 export interface GuestFileFlags extends KeyFlags {
   /** libguestfs's name of a file system: /dev/sda1, /dev/vg/root. */
@@ -112,7 +114,8 @@ async function withGuestfish(
   use: (guestfish: Guestfish) => Promise<void>,
 ): Promise<number> {
   const image = await openAnyImage(backup, { readOnly: true, repositoryKey: lazyKey(flags) });
-  const folder = mkdtempSync(join(tmpdir(), "cowcatcher-files-"));
+  removeLitter();
+  const folder = mkdtempSync(join(tmpdir(), `${FOLDER_PREFIX}${process.pid}-`));
   const removeFolder = (): void => rmSync(folder, { recursive: true, force: true });
   let guestfish: Guestfish | undefined;
   let server: Closeable | undefined;
@@ -136,6 +139,19 @@ async function withGuestfish(
     await server?.close();
     await image.close();
     removeFolder();
+  }
+}
+
+/** Of commands that were killed while their disk was being opened. */
+function removeLitter(): void {
+  for (const name of readdirSync(tmpdir())) {
+    const pid = new RegExp(`^${FOLDER_PREFIX}(\\d+)-`).exec(name)?.[1];
+    if (pid === undefined || existsSync(`/proc/${pid}`)) continue;
+    try {
+      rmSync(join(tmpdir(), name), { recursive: true, force: true });
+    } catch {
+      // Another user's.
+    }
   }
 }
 

@@ -1,7 +1,14 @@
 // `ls`, `cat`, `cp`, with a guestfish that stands in for the real one, whose virtual machine takes a minute to start without
 // KVM: the words that cross, names of all kinds, what is mounted, what goes wrong. The real one: test/long/repository-files.
-import { chmodSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { join, resolve } from "node:path";
 import { beforeAll, beforeEach, expect, it } from "vitest";
 import { cowcatcherProcess, type RunResult } from "../../support/cli.js";
@@ -16,7 +23,9 @@ const seen = (): string => readFileSync(at("seen"), "utf8");
 
 function command(args: readonly string[], env: Record<string, string> = {}): Promise<RunResult> {
   const path = `${resolve("test/support/programs")}:${process.env["PATH"] ?? ""}`;
-  return cowcatcherProcess(args, { env: { PATH: path, GUEST_TREE: tree, GUEST_SEEN: at("seen"), ...env } });
+  return cowcatcherProcess(args, {
+    env: { PATH: path, GUEST_TREE: tree, GUEST_SEEN: at("seen"), TMPDIR: at("tmp"), ...env },
+  });
 }
 
 beforeAll(() => {
@@ -31,14 +40,18 @@ beforeAll(() => {
 
 beforeEach(() => {
   folder = scratchFolder();
+  mkdirSync(at("tmp"));
   writeFileSync(at("disk.raw"), Buffer.alloc(1 << 20, "data of the disk"));
 });
 
 it("ls lists a folder, whatever its names are, of the disk that it serves", async () => {
+  const litter = at("tmp/cowcatcher-files-999999999-killed");
+  mkdirSync(litter);
   const { code, stdout, stderr } = await command(["ls", at("disk.raw")]);
   expect([stderr, code]).toEqual(["", 0]);
   expect(stdout).toBe(`etc\nlink\n${ODD_NAME}\n`);
   expect(seen()).toContain("data.of.the.disk");
+  expect(existsSync(litter)).toBe(false);
 });
 
 it("ls -l and --json say what each is", async () => {
@@ -99,5 +112,5 @@ it("mounts what the guest mounts, though a part of it may fail; else the only fi
 it("says that guestfish is missing, and leaves nothing in the temporary folder", async () => {
   const { code, stderr } = await command(["ls", at("disk.raw")], { PATH: "/nonexistent" });
   expect([code, stderr]).toEqual([1, expect.stringContaining("guestfish: is not installed")]);
-  expect(readdirSync(tmpdir()).filter((name) => name.startsWith("cowcatcher-files-"))).toEqual([]);
+  expect(readdirSync(at("tmp"))).toEqual([]);
 });
