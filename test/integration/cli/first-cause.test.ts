@@ -1,11 +1,14 @@
 // What fails first is what is shown and what a policy is asked about, not what it led to.
 import { writeFileSync } from "node:fs";
+import { constants } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcherProcess as cowcatcher } from "../../support/cli.js";
 import { nbdkit } from "../../support/nbd-servers.js";
 import { RawQmp } from "../../support/raw-qmp.js";
 import { scratchFolder, Server, stopAll, until } from "../../support/server.js";
+
+const NBDKIT_ABORTED = 128 + constants.signals.SIGABRT;
 
 let folder: string;
 
@@ -18,13 +21,19 @@ afterEach(stopAll);
 
 describe("a server that fails many writes at a time", () => {
   it("is told of by one of its errors, never by what another worker gave up with", async () => {
-    const target = await nbdkit("--filter=error", "memory", "32M", "error-pwrite-rate=50%", "error=EIO");
-    for (let round = 0; round < 6; round++) {
+    let told = 0;
+    for (let round = 0; told < 6 && round < 12; round++) {
+      const target = await nbdkit("--filter=error", "memory", "32M", "error-pwrite-rate=50%", "error=EIO");
       const args = ["backup", "--target-retries", "0", "-w", "8", "disk.img", target.uri];
       const { code, stderr } = await cowcatcher(args, { cwd: folder });
+      target.process.kill("SIGTERM");
+      // nbdkit 1.32 aborts now and then where several connections end at once: such a round tells nothing of ours.
+      if ((await target.process.end()).code === NBDKIT_ABORTED) continue;
       expect(stderr).toMatch(/: cannot write.*: input\/output error at offset \d+\n$/);
       expect(code).toBe(1);
+      told++;
     }
+    expect(told).toBe(6);
   });
 });
 
