@@ -46,7 +46,7 @@ import { RemoteSpill } from "../storage/remote-spill.js";
 import { roundUp } from "../../units.js";
 import { mayHang } from "./thread-boots.js";
 
-/** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/performance.md. */
+/** A live backup's workers leave the processors to the guest and to the thread that serves it: see docs/measurements/tried.md. */
 export const LIVE_WORKER_NICENESS = 10;
 export const ABORT_GRACE_MS = 2_000;
 export interface CopyRunOptions {

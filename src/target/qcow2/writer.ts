@@ -6,7 +6,7 @@
 //
 // The entries are put off until the next write, or until settle(). Writes to a file take turns (the inode's lock), and
 // one of 128 bytes that follows one of 1 MiB waits for another worker's 1 MiB first, while this worker could read.
-// Put off, it is made when this worker wants the lock anyway. (Measured: docs/performance.md.) They stay until they
+// Put off, it is made when this worker wants the lock anyway. (Measured: docs/measurements/copy.md.) They stay until they
 // are written or given up by name: several drainers may share a writer (workers/copy.ts), and that one of them goes on
 // says nothing of another's entries, which it may be about to try again.
 //
