@@ -39,6 +39,7 @@ import {
 import { cleanUpDead } from "./cleanup.js";
 import { CHANGES } from "./documents.js";
 import { chooseDisks, type Domain, readDomain, type SizedDisk, withSize } from "./domain.js";
+import { DomainFreeze, THROUGH_LIBVIRT } from "./domain-freeze.js";
 import { beginJob, endJob, endOfLastJob, refuseBusy, socketOfJob } from "./job.js";
 import { qemuUser } from "./qemu-process.js";
 import { refuseMethod } from "./risks.js";
@@ -125,7 +126,10 @@ class RunningBackup implements QemuBackup {
     this.#request = request;
     this.#jobs = request.disks;
     this.#virsh = new Virsh(request.connect, request.domain);
-    this.#freezer = request.guestAgent && makeFreezer(request.guestAgent);
+    const { guestAgent } = request;
+    const isLibvirts = guestAgent?.agent === THROUGH_LIBVIRT;
+    this.#freezer =
+      guestAgent && makeFreezer(guestAgent, isLibvirts ? new DomainFreeze(this.#virsh) : undefined);
   }
 
   async start(): Promise<void> {
@@ -362,8 +366,7 @@ class RunningBackup implements QemuBackup {
   async #handOver(): Promise<void> {
     this.#checkpoint = undefined;
     if (this.#basis === undefined) return;
-    const { old, ended } = this.#basis;
-    for (const name of old === undefined ? ended : [old, ...ended]) await this.#deleteCheckpoint(name);
+    for (const name of this.#basis.ended) await this.#deleteCheckpoint(name);
   }
 
   /** Never rejects. */

@@ -38,7 +38,7 @@ export function checkpointName(files: readonly BackupOfDisk[]): string {
 export interface CheckpointBasis {
   /** What the backup builds on; undefined: it is a full one. */
   old: string | undefined;
-  /** Checkpoints of other chains, which go when this backup is good. */
+  /** Checkpoints on which nothing will be built when this backup is good: they go then. */
   ended: readonly string[];
   info: BasisInfo;
 }
@@ -69,8 +69,11 @@ export async function findBasis(
   const reason = isThere
     ? await defectOf(virsh, name)
     : `libvirt has no checkpoint of what has changed since ${bases.join(" and ")}`;
-  if (reason === undefined)
-    return { old: name, ended: [], info: { level: "incremental", bitmapAction: "used" } };
+  if (reason === undefined) {
+    const keepsOld = wishes.some(({ keepsBase }) => keepsBase === true);
+    const info = { level: "incremental", bitmapAction: "used" } as const;
+    return { old: name, ended: keepsOld ? [] : [name], info };
+  }
   if (!wishes.every(({ orFull }) => orFull)) {
     throw new CowcatcherError({
       code: "NO_BASIS",
@@ -84,7 +87,7 @@ export async function findBasis(
 }
 
 /** Those of backups of which nothing but these files is. */
-async function endedCheckpoints(virsh: Virsh, replaced: readonly string[]): Promise<string[]> {
+export async function endedCheckpoints(virsh: Virsh, replaced: readonly string[]): Promise<string[]> {
   if (replaced.length === 0) return [];
   const files = new Set(replaced.filter((path) => existsSync(path)).map(bitmapOfFile));
   const own = (await ownCheckpoints(virsh)).filter(({ name, origin }) => isComplete(name, origin));

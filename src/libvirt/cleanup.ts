@@ -4,7 +4,7 @@
 import { rm } from "node:fs/promises";
 import { isAlive } from "../qemu/names.js";
 import { removeDeadFolders } from "../qemu/run-folder.js";
-import { deadCheckpoints, deleteCheckpoint, isComplete } from "./checkpoints.js";
+import { deadCheckpoints, deleteCheckpoint, endedCheckpoints, isComplete } from "./checkpoints.js";
 import { endJob, runOfJob } from "./job.js";
 import { Virsh } from "./virsh.js";
 
@@ -29,17 +29,18 @@ export async function cleanUpDead(virsh: Virsh): Promise<string[]> {
 
 /**
  * As cleanUpDead; and the checkpoints of dead runs whose backups are not there, as nothing can build on them; and dead runs'
- * folders in `directory`.
+ * folders in `directory`; and the checkpoints of the backups `replaced`, on which nothing will be built.
  * @throws CowcatcherError as cleanUpDead
  */
 export async function cleanUpDomain(
   { connect, domain }: { connect: string | undefined; domain: string },
   directory: string,
+  replaced: readonly string[] = [],
 ): Promise<string[]> {
   const virsh = new Virsh(connect, domain);
   const removed = await cleanUpDead(virsh);
-  for (const { name, origin } of await deadCheckpoints(virsh)) {
-    if (isComplete(name, origin)) continue;
+  const abandoned = (await deadCheckpoints(virsh)).filter(({ name, origin }) => !isComplete(name, origin));
+  for (const name of [...abandoned.map((one) => one.name), ...(await endedCheckpoints(virsh, replaced))]) {
     await deleteCheckpoint(virsh, name);
     removed.push(name);
   }

@@ -22,7 +22,20 @@ export class VirshError extends CowcatcherError {
   }
 }
 
+/** Waits for the processes that its first word names (a minute at most), then runs the rest until it works. */
+const AFTERWARDS = `
+for pid in $1; do
+  tries=0
+  while kill -0 "$pid" 2>/dev/null && [ $tries -lt 300 ]; do tries=$((tries + 1)); sleep 0.2; done
+done
+shift
+for try in 1 2 3; do "$@" && exit; sleep 1; done
+`;
+
 export class Virsh {
+  /** Of calls that are under way. */
+  readonly #running = new Set<number>();
+
   /** @param connect libvirt's URI of a hypervisor; undefined: what virsh takes by itself */
   constructor(
     readonly connect: string | undefined,
@@ -35,17 +48,37 @@ export class Virsh {
    * @throws CowcatcherError NOT_FOUND where virsh is not installed or the domain is not there; VirshError
    */
   run(command: string, ...options: string[]): Promise<string> {
-    return this.#call(command, [`--domain=${this.domain}`, ...options]);
+    return this.runWithin(CALL_MS, command, ...options);
+  }
+
+  /** As `run`, with no answer awaited longer than that. Whether libvirt then still does it nobody knows. */
+  runWithin(limitMs: number, command: string, ...options: string[]): Promise<string> {
+    return this.#call(command, [`--domain=${this.domain}`, ...options], limitMs);
+  }
+
+  /**
+   * For a process that is about to end: a shell of its own runs the command about the domain, when calls of ours that are under
+   * way are over. Synchronous.
+   */
+  leaveBehind(command: string): void {
+    const words = ["virsh", ...this.#words(command, [`--domain=${this.domain}`])];
+    const args = ["-c", AFTERWARDS, "sh", [...this.#running].join(" "), ...words];
+    spawn("/bin/sh", args, { stdio: "ignore", detached: true, env: inEnglish() }).unref();
   }
 
   /** As `run`, about the hypervisor. */
   async hypervisor(command: string): Promise<string> {
-    return this.#call(command, []);
+    return this.#call(command, [], CALL_MS);
   }
 
-  async #call(command: string, options: readonly string[]): Promise<string> {
+  #words(command: string, options: readonly string[]): string[] {
     const connect = this.connect === undefined ? [] : [`--connect=${this.connect}`];
-    const { exitCode, output, complaint } = await runVirsh(["--quiet", ...connect, command, ...options]);
+    return ["--quiet", ...connect, command, ...options];
+  }
+
+  async #call(command: string, options: readonly string[], limitMs: number): Promise<string> {
+    const words = this.#words(command, options);
+    const { exitCode, output, complaint } = await runVirsh(words, limitMs, this.#running);
     if (exitCode !== 0) throw this.#failed(command, complaint);
     return output;
   }
@@ -95,14 +128,21 @@ interface VirshResult {
   complaint: string;
 }
 
-function runVirsh(args: readonly string[]): Promise<VirshResult> {
+function inEnglish(): NodeJS.ProcessEnv {
+  return { ...process.env, LC_ALL: "C" };
+}
+
+/** @param running has its process's id meanwhile */
+function runVirsh(args: readonly string[], limitMs: number, running: Set<number>): Promise<VirshResult> {
   return new Promise((settle, reject) => {
     const child = spawn("virsh", args, {
       stdio: ["ignore", "pipe", "pipe"],
-      env: { ...process.env, LC_ALL: "C" },
+      env: inEnglish(),
       detached: true,
-      timeout: CALL_MS,
+      timeout: limitMs,
     });
+    const { pid = 0 } = child;
+    if (pid > 0) running.add(pid);
     const texts = { output: "", complaint: "" };
     const gather = (name: keyof typeof texts) => (text: string) => {
       texts[name] += text;
@@ -112,8 +152,9 @@ function runVirsh(args: readonly string[]): Promise<VirshResult> {
     child.stderr.setEncoding("utf8").on("data", gather("complaint"));
     child.on("error", (cause: NodeJS.ErrnoException) => reject(cannotStart(cause)));
     child.on("close", (code, signal) => {
+      running.delete(pid);
       const cut =
-        signal === null ? "" : `ended by ${signal}: libvirt gave no answer within ${CALL_MS / 1000} s\n`;
+        signal === null ? "" : `ended by ${signal}: libvirt gave no answer within ${limitMs / 1000} s\n`;
       settle({ exitCode: code ?? 1, output: texts.output, complaint: cut + texts.complaint });
     });
   });

@@ -12,6 +12,9 @@
 //   add new ─► T0 ─► disable old ─► copy what old calls dirty ─► good: in one transaction new gets its name, old goes
 //                                                              └► else: in one transaction old gets all of new, and records again
 //
+// Where the backup is still to be looked at by somebody else, both stay when it is good (keepsBase): old has all that new has
+// and records again, until one of the two is ended by its backup's file (endBitmaps).
+//
 // The first backup of a chain has no old one; one that begins a chain in the place of another ends the bitmaps of the backups
 // that it is told of, in the transaction that names its own. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
 // crash in between, cleanup.ts gives back by the name. A bitmap that QEMU calls inconsistent, or that does not record, has
@@ -41,11 +44,14 @@ export interface BitmapWish {
   orFull: boolean;
   /** Backups on which nothing will be built any more once this one is good; their bitmaps go then. */
   replaced?: readonly string[] | undefined;
+  /** The base's bitmap goes on when this backup is good, so that another one can be built on the base. */
+  keepsBase?: boolean | undefined;
 }
 
 export interface BitmapBasis {
   /** Of the base; undefined: a full backup. */
   old: string | undefined;
+  keepsOld?: boolean | undefined;
   /** Bitmaps of other chains, which end with a good backup. */
   ended: readonly string[];
   info: BasisInfo;
@@ -73,7 +79,8 @@ export function findBitmapBasis(disk: string, node: QemuNode, wish: BitmapWish):
   }
   const obstacle = obstacleOf(bitmap, base);
   if (obstacle === undefined) {
-    return { old: name, ended: [], info: { level: "incremental", bitmapAction: "used" } };
+    const info = { level: "incremental", bitmapAction: "used" } as const;
+    return { old: name, keepsOld: wish.keepsBase, ended: [], info };
   }
   if (!orFull) {
     throw new CowcatcherError({
@@ -130,12 +137,13 @@ export class BitmapHandover {
   readonly #next: string;
   readonly #persistent: boolean;
   readonly #ended: readonly string[];
+  readonly #keepsOld: boolean;
   /** Something is to be handed over or given back. */
   isOpen = false;
 
   constructor(
     node: QemuNode,
-    { old, ended }: Pick<BitmapBasis, "old" | "ended">,
+    { old, ended, keepsOld = false }: Pick<BitmapBasis, "old" | "ended" | "keepsOld">,
     next: string,
     run: string,
     index: number,
@@ -143,6 +151,7 @@ export class BitmapHandover {
     this.#node = node.name;
     this.old = old;
     this.#ended = ended;
+    this.#keepsOld = keepsOld;
     this.#next = next;
     this.#work = bitmapWorkName(run, index, old);
     this.#persistent = node.driver === "qcow2";
@@ -179,11 +188,18 @@ export class BitmapHandover {
     await transaction(visit, [
       this.#add(this.#next),
       merge(this.#node, this.#next, this.#work),
+      ...this.#oldsEnd(),
       action("remove", this.#node, this.#work),
-      ...(this.old === undefined ? [] : [action("remove", this.#node, this.old)]),
       ...this.#ended.map((name) => action("remove", this.#node, name)),
     ]);
     this.isOpen = false;
+  }
+
+  #oldsEnd(): JsonObject[] {
+    const { old } = this;
+    if (old === undefined) return [];
+    if (!this.#keepsOld) return [action("remove", this.#node, old)];
+    return [action("enable", this.#node, old), merge(this.#node, old, this.#work)];
   }
 
   /** There is no backup: all is as if it had not been tried. Idempotent. @throws CowcatcherError */
@@ -216,6 +232,29 @@ export async function giveBackBitmap(
       : [action("enable", node, old), ...(hasWork ? [merge(node, old, work)] : [])];
   const actions = [...toOld, ...(hasWork ? [action("remove", node, work)] : [])];
   if (actions.length > 0) await transaction(visit, actions);
+}
+
+/**
+ * Ends the bitmaps of backups that nothing will be built on; names of those that there were.
+ * @param files of the backups, which have to be there: by them their bitmaps are found
+ * @throws CowcatcherError
+ */
+export async function endBitmaps(
+  visit: Visit,
+  nodes: Iterable<QemuNode>,
+  files: readonly string[],
+): Promise<string[]> {
+  const ended: string[] = [];
+  for (const node of nodes) {
+    const names = endedBitmaps(node, files);
+    if (names.length > 0)
+      await transaction(
+        visit,
+        names.map((name) => action("remove", node.name, name)),
+      );
+    ended.push(...names);
+  }
+  return ended;
 }
 
 function action(what: "enable" | "disable" | "remove", node: string, name: string): JsonObject {

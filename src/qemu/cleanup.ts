@@ -7,7 +7,7 @@ import { readGraph } from "./graph.js";
 import { deleteExport } from "./exports.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
 import { cancelJob } from "./ring.js";
-import { giveBackBitmap } from "./bitmaps.js";
+import { endBitmaps, giveBackBitmap } from "./bitmaps.js";
 import { isAlive, readBitmapWorkName, runOf } from "./names.js";
 import { removeDeadFolders } from "./run-folder.js";
 import { removing } from "./undo.js";
@@ -112,11 +112,21 @@ async function removeNodes(visit: Visit, names: readonly string[]): Promise<Remo
 }
 
 /**
- * Removes what dead runs left in the QEMU at `monitor`, and their folders in `directory`. Returns what it removed.
+ * Removes what dead runs left in the QEMU at `monitor`, and their folders in `directory`; and the bitmaps of the backups
+ * `replaced`, on which nothing will be built. Returns what it removed.
  * @throws CowcatcherError as cleanUpDead, and as QemuMonitor.visit
  */
-export async function cleanUp(monitor: string, directory: string): Promise<string[]> {
-  const removed = await new QemuMonitor(monitor).visit(cleanUpDead);
+export async function cleanUp(
+  monitor: string,
+  directory: string,
+  replaced: readonly string[] = [],
+): Promise<string[]> {
+  const removed = await new QemuMonitor(monitor).visit(async (visit) => {
+    const dead = await cleanUpDead(visit);
+    if (replaced.length === 0) return dead;
+    const { nodes } = await readGraph(visit);
+    return [...dead, ...(await endBitmaps(visit, nodes.values(), replaced))];
+  });
   await removeDeadFolders(directory);
   return removed;
 }

@@ -129,7 +129,8 @@ export async function thawGuest(path: string, { thawMs } = LIMITS): Promise<numb
   }
 }
 
-async function orAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+/** What comes first; the work goes on by itself when the signal does. @throws the signal's reason */
+export async function orAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (signal === undefined) return work;
   work.catch(() => undefined);
   let giveUp: () => void = () => undefined;

@@ -20,22 +20,28 @@ const MAX_LINE_BYTES = 4096;
 
 /** Who freezes a guest for T0, and who is asked before T0. */
 export interface FreezeRequest {
-  /** Socket of the guest's agent. */
+  /** Socket of the guest's agent; of a domain also `libvirt` (libvirt/domain-freeze.ts). */
   agent: string;
   /** Socket of the gate; undefined: T0 follows at once. */
   t0Gate?: string | undefined;
 }
 
-export function makeFreezer({ agent, t0Gate }: FreezeRequest): GuestFreezer & { path: string } {
-  const freeze = new GuestFreeze(agent);
-  return t0Gate === undefined ? freeze : new GatedFreeze(freeze, t0Gate);
+/** Who freezes, and what errors call the guest. */
+export type NamedFreezer = GuestFreezer & { readonly path: string };
+
+/** @param freezer where it is not the agent at the request's socket */
+export function makeFreezer(
+  { agent, t0Gate }: FreezeRequest,
+  freezer: NamedFreezer = new GuestFreeze(agent),
+): NamedFreezer {
+  return t0Gate === undefined ? freezer : new GatedFreeze(freezer, t0Gate);
 }
 
 /** A freeze that is over only when the gate has opened. */
 export class GatedFreeze implements GuestFreezer {
   /** @param limitMs of the wait; another one only in tests */
   constructor(
-    private readonly freezer: GuestFreeze,
+    private readonly freezer: NamedFreezer,
     private readonly gate: string,
     private readonly limitMs = T0_GATE_MS,
   ) {}

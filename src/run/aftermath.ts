@@ -7,7 +7,7 @@ import { type BackupManifest, MANIFEST_FORMAT, readHistory, removeBackup, writeM
 import { foreignOverlays } from "./foreign-overlays.js";
 import { isOfQemu, type Job } from "./job.js";
 import { isObject } from "./outcome.js";
-import { isCheckpointOf, type Plan } from "./plan.js";
+import { hasTwoBitmaps, isCheckpointOf, ownerArguments, type Plan } from "./plan.js";
 import type { DiskResult, LineLevel } from "./result.js";
 import { RULES, type Retention } from "../repository/upkeep/retention.js";
 
@@ -24,11 +24,27 @@ export interface Aftermath {
 }
 
 /**
+ * As `readBack`; where a backup is bad, its bitmap in QEMU goes: the next one is built on the same base as this one was.
+ * @throws CowcatcherError VERIFY where it is damaged
+ */
+export async function verifyBackups(work: Aftermath): Promise<boolean> {
+  try {
+    return await readBack(work);
+  } catch (error) {
+    await endBitmaps(
+      work,
+      work.plan.disks.map(({ target }) => target),
+    );
+    throw error;
+  }
+}
+
+/**
  * Whether it was read back. A full backup into a file was read back by `backup --verify`; an incremental one is checked for its
  * structure alone, as what it was read from has changed; of a repository its chunks are read.
  * @throws CowcatcherError VERIFY where it is damaged
  */
-export async function verifyBackups({ job, plan, disks, level, run, say }: Aftermath): Promise<boolean> {
+async function readBack({ job, plan, disks, level, run, say }: Aftermath): Promise<boolean> {
   const { verify, target, group } = job;
   if (verify === undefined) return false;
   if (target.kind === "repository") {
@@ -87,6 +103,20 @@ export async function noteBackups(work: Aftermath & { isVerified: boolean }): Pr
     await writeManifest(planned.target, manifest);
   }
   await forgetCheckpoints(work);
+  await endBitmaps(
+    work,
+    plan.disks.flatMap(({ history }) =>
+      history.filter((one) => one.qemu_bitmap === true).map(({ path }) => path),
+    ),
+  );
+}
+
+/** Those of backups that nothing is built on any more, where they were kept. What is left goes with the next ones. */
+async function endBitmaps({ job, plan, run, say }: Aftermath, files: readonly string[]): Promise<void> {
+  if (job.source.kind === "images" || !hasTwoBitmaps(plan)) return;
+  const replaced = files.flatMap((path) => ["--bitmap-replaces", path]);
+  const { error } = await run(["backup", ...ownerArguments(job.source), "--cleanup", ...replaced]);
+  if (error !== undefined) say("warning", `old bitmaps are left: ${error.message}`);
 }
 
 /** What is left over costs the server some memory, and is tried again the next time. */

@@ -54,6 +54,7 @@ export interface PlanLimits {
 
 /** What the only disk of a guest is called where nobody named it. */
 const ONLY_DISK = "disk";
+const KEEPS_BASE = "--bitmap-keeps-base";
 const REASON_INCREMENTAL = "the last backup is there, and what has changed since is known";
 /** The deepest chain that is built on: each read of the last backup looks through all of it. */
 const MAX_CHAIN = 100;
@@ -131,6 +132,8 @@ function planWith(
       ...(isRemembered && hasBitmaps ? ["--bitmap", "auto"] : []),
       ...(isRemembered && hasBitmaps && !isIncremental ? replacedArguments(disks) : []),
       ...(isIncremental ? incrementalArguments(basis) : verifyArguments(job)),
+      // It is looked at afterwards, and where it is bad the next one builds on the same base.
+      ...(isRemembered && hasBitmaps && isIncremental && job.verify !== undefined ? [KEEPS_BASE] : []),
       ...job.options,
     ]),
   };
@@ -169,13 +172,23 @@ function bareDisks(job: Job, names: readonly string[] | undefined, start: Date):
 function sourceArguments({ source }: Job, disks: readonly PlannedDisk[]): string[] {
   const named = disks.flatMap(({ name }) => (name === undefined ? [] : ["--disk", name]));
   if (source.kind === "images") return [...named, ...disks.map(({ source: image }) => image)];
-  if (source.kind !== "libvirt") return [`--${source.kind}`, source.socket, ...named];
+  return [...ownerArguments(source), ...named];
+}
+
+/** Who has the disks. */
+export function ownerArguments(source: Exclude<Job["source"], { kind: "images" }>): string[] {
+  if (source.kind !== "libvirt") return [`--${source.kind}`, source.socket];
   const { domain, connect } = source;
-  return ["--libvirt", domain, ...(connect === undefined ? [] : ["--connect", connect]), ...named];
+  return ["--libvirt", domain, ...(connect === undefined ? [] : ["--connect", connect])];
 }
 
 function verifyArguments({ verify }: Job): string[] {
   return verify === true ? ["--verify"] : [];
+}
+
+/** Whether both the backup and the one that it builds on have a bitmap, of which one is still to end. */
+export function hasTwoBitmaps({ commands }: Plan): boolean {
+  return commands.some(({ args }) => args.includes(KEEPS_BASE));
 }
 
 /** The chain that ends with this backup has its bitmap by its last file. */

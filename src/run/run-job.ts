@@ -5,8 +5,8 @@
 //
 // A try is backup-start, the backup with t0 and thaw in it, backup-end or backup-abort. Which failures are tried again: those that may go better
 // the next time (exit codes 1 and 13). Under `level: auto` a try that says that there is nothing to build upon (12) is made
-// again at once as a full one, and counts as the same try. Retention and verification of a repository come after the
-// backup, under the same locks; where they fail, the job has failed, and the backup stays.
+// again at once as a full one, and counts as the same try. A server that does not tell its disks yet costs a try. Retention and
+// verification of a repository come after the backup, under the same locks; where they fail, the job has failed, and the backup stays.
 import { setTimeout as delay } from "node:timers/promises";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { type ChildRequest, type ChildResult, type ProgramWords, runChild } from "./child.js";
@@ -65,6 +65,8 @@ class JobRun {
   readonly #start: Date;
   readonly #removed: string[] = [];
   #plan: Plan | undefined;
+  /** Of the disks, where the server tells them. */
+  #names: readonly string[] | undefined;
   #limits: PlanLimits;
   #tries = 0;
   #disks: DiskResult[] = [];
@@ -125,16 +127,39 @@ class JobRun {
     const { job } = this;
     this.#throwIfInterrupted();
     await checkMount(job);
-    const plan = await this.#makePlan();
+    const plan = await this.#makePlan(await this.#diskNames());
     await checkFolders(job, plan, true);
     await checkSpace(job, plan, (args) => this.#cowcatcher(args));
     return plan;
   }
 
-  async #makePlan(): Promise<Plan> {
-    const plan = await planBackup(this.job, await diskNames(this.job.source), this.#start, this.#limits);
+  async #makePlan(names: readonly string[] | undefined): Promise<Plan> {
+    this.#names = names;
+    const plan = await planBackup(this.job, names, this.#start, this.#limits);
     this.#plan = plan;
     return plan;
+  }
+
+  /** A server that is just starting does not tell its disks yet: asking in vain is a try as well. */
+  async #diskNames(): Promise<readonly string[] | undefined> {
+    for (;;) {
+      try {
+        return await diskNames(this.job.source);
+      } catch (cause) {
+        this.#throwIfInterrupted();
+        this.#tries++;
+        const error = toCowcatcherError(cause, this.job.name);
+        if (!mayGoBetter(exitCodeOf(error)) || this.#tries > this.job.retries) throw error;
+        await this.#waitToTryAgain(error);
+      }
+    }
+  }
+
+  async #waitToTryAgain(error: CowcatcherError): Promise<void> {
+    const { retries, retryWaitMs } = this.job;
+    this.#say("warning", `${error.message}; trying again (${this.#tries} of ${retries})`);
+    await delay(retryWaitMs, undefined, { signal: this.#signal }).catch(() => undefined);
+    this.#throwIfInterrupted();
   }
 
   async #tryUntilDone(first: Plan): Promise<void> {
@@ -145,12 +170,9 @@ class JobRun {
       const failure = await this.#try(plan);
       if (failure === undefined) return;
       this.#throwIfInterrupted();
-      const mayGoBetter = failure.exitCode === 1 || failure.exitCode === EXIT_SNAPSHOT;
-      if (!mayGoBetter || this.#tries > job.retries) throw failure.error;
-      this.#say("warning", `${failure.error.message}; trying again (${this.#tries} of ${job.retries})`);
-      await delay(job.retryWaitMs, undefined, { signal: this.#signal }).catch(() => undefined);
-      this.#throwIfInterrupted();
-      plan = await this.#makePlan();
+      if (!mayGoBetter(failure.exitCode) || this.#tries > job.retries) throw failure.error;
+      await this.#waitToTryAgain(failure.error);
+      plan = await this.#makePlan(await this.#diskNames());
     }
   }
 
@@ -175,7 +197,7 @@ class JobRun {
         if (next === undefined) break;
         this.#limits = next;
         this.#say("warning", `${ended.error.message}: a full backup is made`);
-        plan = await this.#makePlan();
+        plan = await this.#makePlan(this.#names);
       }
     } catch (error) {
       failure = { exitCode: 1, error: toCowcatcherError(error, this.job.name) };
@@ -371,6 +393,10 @@ class JobRun {
       error: this.#error === undefined ? null : errorMember(this.#error),
     };
   }
+}
+
+function mayGoBetter(exitCode: number): boolean {
+  return exitCode === 1 || exitCode === EXIT_SNAPSHOT;
 }
 
 function exitCodeOf({ code }: CowcatcherError): number {

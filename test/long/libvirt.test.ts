@@ -1,7 +1,7 @@
 // `backup --libvirt` against the real libvirtd and its QEMU: what the backup holds is the disk at one instant, each of a chain
 // is its T0, and the domain is afterwards what it was before, whatever happened.
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcher, type RunResult } from "../support/cli.js";
@@ -68,7 +68,8 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
     mkdirSync(target);
     const jobs = join(folder, "jobs.yaml");
     const source = `libvirt: ${libvirt.name}, connect: "${libvirt.uri}", options: {fleece-dir: ${fleece}}`;
-    writeFileSync(jobs, `jobs:\n  vm: {${source}, target: "${target}/{date}.qcow2"}\n`, { mode: 0o600 });
+    const job = `{${source}, target: "${target}/{date}.qcow2", verify: true}`;
+    writeFileSync(jobs, `jobs:\n  vm: ${job}\n`, { mode: 0o600 });
     let earliest = 1;
     for (const level of ["full", "incremental", "incremental"]) {
       qemu.startWriting();
@@ -84,7 +85,35 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
       const instant = qemu.instantOf([await flatOf(join(target, last))], earliest);
       expect(instant).toBeGreaterThanOrEqual(earliest);
       earliest = instant;
+      // The base's was there until the new one had been checked.
+      expect(await libvirt.checkpoints()).toHaveLength(1);
     }
+    await expectCleanHouse(qemu, before);
+  });
+
+  it("freezes through libvirt around the beginning of its job, and says what the domain lacks for it", async () => {
+    const qemu = await startGuest(QCOW2);
+    const before = await qemu.state();
+    const target = join(folder, "a.qcow2");
+    const refused = await backup("--freeze", "libvirt", target).end();
+    expect(refused.code).toBe(1);
+    expect(refused.stderr).toContain("guest: the guest cannot be frozen: ");
+    expect(refused.stderr).toContain("QEMU guest agent is not configured");
+    await expectCleanHouse(qemu, before);
+    // No operating system runs in this guest, so its agent is played; all the rest is libvirt's.
+    const [bin, log] = [join(folder, "bin"), join(folder, "calls")];
+    mkdirSync(bin);
+    const played = `domfsinfo) exit 0;; domfsfreeze) echo "Froze 2 filesystem(s)"; exit 0;; domfsthaw) echo "Thawed 2 filesystem(s)"; exit 0;;`;
+    const real = spawnSync("which", ["virsh"]).stdout.toString().trim();
+    const script = `#!/bin/sh\necho "$3" >> ${log}\ncase $3 in ${played} esac\nexec ${real} "$@"\n`;
+    writeFileSync(join(bin, "virsh"), script, { mode: 0o755 });
+    const env = { PATH: `${bin}:${process.env["PATH"] ?? ""}` };
+    const summary = await new Backup(words("--freeze", "libvirt", target), env).succeed();
+    expect(summary).toMatchObject({ guest_frozen_file_systems: 2, guest_freeze_held: true });
+    const calls = readFileSync(log, "utf8").split("\n");
+    const around = calls.slice(calls.indexOf("domfsfreeze"), calls.indexOf("domfsthaw") + 1);
+    expect(around[0]).toBe("domfsfreeze");
+    expect(around).toContain("backup-begin");
     await expectCleanHouse(qemu, before);
   });
 

@@ -11,6 +11,8 @@ import { thawGuest } from "../../qemu/guest-freeze.js";
 import { cleanUp } from "../../qemu/cleanup.js";
 import { startLibvirtBackup } from "../../libvirt/backup.js";
 import { cleanUpDomain } from "../../libvirt/cleanup.js";
+import { thawDomain, THROUGH_LIBVIRT } from "../../libvirt/domain-freeze.js";
+import { Virsh } from "../../libvirt/virsh.js";
 import { type CowcatcherError, toCowcatcherError } from "../../errors.js";
 import type { LibvirtBackupSettings } from "../options/libvirt-options.js";
 import type { QemuBackupSettings, QemuCleanupSettings } from "../options/qemu-options.js";
@@ -158,19 +160,23 @@ async function follow(
 
 /** `backup --cleanup` with --qmp SOCK or --libvirt DOMAIN, with --freeze SOCK, or both: the guest first. */
 export async function runQemuCleanup(
-  { monitor, domain, guestAgent, fleeceDir }: QemuCleanupSettings,
+  { monitor, domain, guestAgent, fleeceDir, replaced }: QemuCleanupSettings,
   { output }: CommandContext,
 ): Promise<number> {
-  const thawedCount = guestAgent === undefined ? undefined : await thawGuest(guestAgent);
+  const isLibvirts = guestAgent === THROUGH_LIBVIRT && domain !== undefined;
+  const frozen = isLibvirts ? domain.domain : guestAgent;
+  const thawedCount = isLibvirts
+    ? await thawDomain(new Virsh(domain.connect, domain.domain))
+    : guestAgent && (await thawGuest(guestAgent));
   const removed: string[] = [];
-  if (monitor !== undefined) removed.push(...(await cleanUp(monitor, fleeceDir)));
-  if (domain !== undefined) removed.push(...(await cleanUpDomain(domain, fleeceDir)));
+  if (monitor !== undefined) removed.push(...(await cleanUp(monitor, fleeceDir, replaced)));
+  if (domain !== undefined) removed.push(...(await cleanUpDomain(domain, fleeceDir, replaced)));
   const place = monitor ?? domain?.domain;
   if (output.json) {
     const thawed = thawedCount === undefined ? {} : { thawed_file_systems: thawedCount };
     printJsonDocument(output, { removed, ...thawed });
   } else if (!output.quiet) {
-    if (guestAgent !== undefined) printLine(output, `${guestAgent}: ${thawedCount} file systems thawed`);
+    if (frozen !== undefined) printLine(output, `${frozen}: ${thawedCount} file systems thawed`);
     if (place !== undefined && removed.length === 0) printLine(output, `${place}: nothing was left`);
     for (const name of removed) printLine(output, `${place}: removed ${name}`);
   }

@@ -55,6 +55,7 @@ export interface BackupFlags extends CopyFlags, KeyFlags {
   bitmap?: string;
   bitmapMode?: string;
   bitmapReplaces?: string[];
+  bitmapKeepsBase?: boolean;
   checkpoint?: string;
   since?: string;
   sinceOrFull?: boolean;

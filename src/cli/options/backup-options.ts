@@ -96,7 +96,10 @@ export function addBackupOptions(command: Command): Command {
       collectDisks,
     );
   command.addOption(
-    pathOption("--freeze <SOCK>", "live: have the QEMU guest agent at this socket freeze the guest for T0"),
+    pathOption(
+      "--freeze <SOCK>",
+      "live: have the QEMU guest agent at this socket freeze the guest for T0; with --libvirt also `libvirt`: through its channel",
+    ),
   );
   command.addOption(
     pathOption(

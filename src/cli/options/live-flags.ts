@@ -1,5 +1,6 @@
 // The options of `backup` that are about a guest's writes: which of them go with what.
 import { absoluteName } from "../../file-names.js";
+import { THROUGH_LIBVIRT } from "../../libvirt/domain-freeze.js";
 import type { FreezeRequest } from "../../qemu/t0-gate.js";
 import type { BackupFlags } from "./backup-flags.js";
 import { NULL_TARGET, usageError } from "./options.js";
@@ -23,13 +24,21 @@ export function refuseLiveFlags(flags: BackupFlags): void {
 }
 
 /** Who freezes the guest for T0. @throws CowcatcherError USAGE */
-export function freezeRequest({ freeze, t0Gate }: BackupFlags): FreezeRequest | undefined {
+export function freezeRequest({ freeze, t0Gate, libvirt }: BackupFlags): FreezeRequest | undefined {
   if (freeze === undefined) {
     if (t0Gate !== undefined)
       throw usageError("--t0-gate", "needs --freeze", "give the guest agent's socket");
     return undefined;
   }
-  return { agent: absoluteName(freeze), t0Gate: t0Gate === undefined ? undefined : absoluteName(t0Gate) };
+  return {
+    agent: agentOf(freeze, libvirt !== undefined),
+    t0Gate: t0Gate === undefined ? undefined : absoluteName(t0Gate),
+  };
+}
+
+/** A socket's whole path, or the word for libvirt's own channel. */
+export function agentOf(freeze: string, isDomain: boolean): string {
+  return isDomain && freeze === THROUGH_LIBVIRT ? freeze : absoluteName(freeze);
 }
 
 /** The ways of a full buffer, and how long a guest waits. @throws CowcatcherError USAGE */

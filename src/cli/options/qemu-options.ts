@@ -8,7 +8,7 @@ import { QEMU_METHODS } from "../../qemu/methods.js";
 import { refuseCheckpointFlags } from "./checkpoint-flags.js";
 import type { BackupFlags } from "./backup-flags.js";
 import type { LiveDiskSettings } from "./job-settings.js";
-import { freezeRequest } from "./live-flags.js";
+import { agentOf, freezeRequest } from "./live-flags.js";
 import { choiceOption, listWords, repeatedPath, textOption, unsupported, usageError } from "./options.js";
 
 /** A file system on a disk, by the hierarchy standard: /tmp may be memory, which old data would fill. */
@@ -26,6 +26,8 @@ export interface QemuCleanupSettings {
   monitor: string | undefined;
   /** Of libvirt. */
   domain?: { domain: string; connect: string | undefined } | undefined;
+  /** Backups on which nothing will be built: their bitmaps go. */
+  replaced?: readonly string[] | undefined;
   /** Of a guest that is to be thawed. */
   guestAgent: string | undefined;
   fleeceDir: string;
@@ -53,8 +55,12 @@ export function addQemuOptions(command: Command): Command {
     .addOption(
       repeatedPath(
         "--bitmap-replaces <FILE>",
-        "with --bitmap auto and a full backup: QEMU's bitmap of the backup FILE goes when this one is good; may be repeated",
+        "with --bitmap auto and a full backup: QEMU's bitmap of the backup FILE goes when this one is good; with --cleanup: at once; may be repeated",
       ),
+    )
+    .option(
+      "--bitmap-keeps-base",
+      "with --bitmap auto and -b: the bitmap of the backup that this one builds on goes on beside the new one",
     )
     .option("--accept-guest-risk", "also where the guest would be harmed if this process were killed")
     .addOption(
@@ -67,7 +73,7 @@ export function addQemuOptions(command: Command): Command {
 
 /** What is about a QEMU and means nothing elsewhere. @throws CowcatcherError USAGE */
 export function refuseQemuFlags(flags: BackupFlags): void {
-  const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup, bitmapReplaces } = flags;
+  const { qemuMethod, fleeceDir, nbd, acceptGuestRisk, cleanup, bitmapReplaces, bitmapKeepsBase } = flags;
   refuseConnect(flags);
   const ofQemu = {
     "qemu-method": qemuMethod,
@@ -76,6 +82,7 @@ export function refuseQemuFlags(flags: BackupFlags): void {
     "accept-guest-risk": acceptGuestRisk,
     cleanup,
     "bitmap-replaces": bitmapReplaces,
+    "bitmap-keeps-base": bitmapKeepsBase,
   };
   const useless = Object.entries(ofQemu).find(([, value]) => value !== undefined);
   if (useless !== undefined) throw usageError(`--${useless[0]}`, "needs --qmp", "give QEMU's QMP socket");
@@ -112,7 +119,12 @@ export function guestSettings(
       bitmaps:
         flags.bitmap === undefined
           ? undefined
-          : { base: baseOf(job), orFull, replaced: flags.bitmapReplaces?.map(absoluteName) },
+          : {
+              base: baseOf(job),
+              orFull,
+              replaced: flags.bitmapReplaces?.map(absoluteName),
+              keepsBase: flags.bitmapKeepsBase,
+            },
     })),
     fleeceDir: absoluteName(flags.fleeceDir ?? FLEECE_DIR),
     acceptGuestRisk: flags.acceptGuestRisk ?? false,
@@ -128,7 +140,7 @@ function baseOf({ target, backingFile }: LiveDiskSettings["job"]): string | unde
 /** @throws CowcatcherError USAGE for anything besides */
 export function cleanupSettings(
   args: readonly string[],
-  { qmp, libvirt, connect, fleeceDir, disk, control, freeze }: BackupFlags,
+  { qmp, libvirt, connect, fleeceDir, disk, control, freeze, bitmapReplaces }: BackupFlags,
 ): QemuCleanupSettings {
   if ((qmp ?? libvirt ?? freeze) === undefined || control !== undefined) {
     const hint = "give QEMU's QMP socket, libvirt's domain, or the guest agent's socket";
@@ -137,13 +149,16 @@ export function cleanupSettings(
   if (qmp !== undefined && libvirt !== undefined)
     throw usageError("--libvirt", "does not go with --qmp", "give one of them");
   if (libvirt === undefined) refuseConnect({ connect });
+  if (bitmapReplaces !== undefined && (qmp ?? libvirt) === undefined)
+    throw usageError("--bitmap-replaces", "needs --qmp or --libvirt", "name who has the bitmap");
   if (args[0] !== undefined) throw usageError(args[0], "does not go with --cleanup", "leave it out");
   if (disk !== undefined) throw usageError("--disk", "does not go with --cleanup", "leave it out");
   return {
     mode: "qemu-cleanup",
     monitor: qmp === undefined ? undefined : absoluteName(qmp),
     domain: libvirt === undefined ? undefined : { domain: libvirt, connect },
-    guestAgent: freeze === undefined ? undefined : absoluteName(freeze),
+    guestAgent: freeze === undefined ? undefined : agentOf(freeze, libvirt !== undefined),
+    replaced: bitmapReplaces?.map(absoluteName),
     fleeceDir: absoluteName(fleeceDir ?? FLEECE_DIR),
   };
 }
@@ -171,7 +186,12 @@ export function checkGuestFlags(flags: BackupFlags, option: "--qmp" | "--libvirt
 }
 
 /** What an incremental backup by QEMU's bitmaps needs. */
-function checkBitmapBase({ bitmap, bitmapReplaces, backingFile, verify, sinceOrFull }: BackupFlags): void {
+function checkBitmapBase(flags: BackupFlags): void {
+  const { bitmap, bitmapReplaces, bitmapKeepsBase, backingFile, verify, sinceOrFull } = flags;
+  if (bitmapKeepsBase === true && (bitmap === undefined || backingFile === undefined)) {
+    const hint = "give --bitmap auto and --backing-file";
+    throw usageError("--bitmap-keeps-base", "goes with an incremental backup", hint);
+  }
   if (bitmapReplaces !== undefined && (bitmap === undefined || backingFile !== undefined)) {
     const hint = "give --bitmap auto and no --backing-file";
     throw usageError("--bitmap-replaces", "goes with a full backup that begins a chain", hint);

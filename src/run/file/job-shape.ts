@@ -75,7 +75,9 @@ export const JOB_MEMBERS = {
   libvirt: text("domain of libvirt that runs the guest"),
   connect: text("libvirt's URI of the hypervisor, where it is not virsh's own default"),
   disks: list(text("name of a disk, as --disk of `backup` has it")),
-  freeze: text("socket of the guest agent, which holds the guest's file systems still for T0"),
+  freeze: text(
+    "socket of the guest agent, which holds the guest's file systems still for T0; of a domain also 'libvirt': by its channel",
+  ),
   group: parsed("group of the backups: the job's name unless given", { pattern: NAME }, parseName),
   target: parsed(
     "where the backup goes: a path with {group}, {disk} and {date} in it, or the address of an export or an RBD image",

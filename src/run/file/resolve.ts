@@ -32,6 +32,7 @@ const OWN_OPTIONS: Record<string, string> = {
   "no-progress": "leave it out",
   bitmap: "give `level`",
   "bitmap-replaces": "give `level`",
+  "bitmap-keeps-base": "give `verify`",
   "t0-gate": "give `hook`",
   cleanup: "give --cleanup to `backup`",
   help: "leave it out",

@@ -54,6 +54,34 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
     ]);
   });
 
+  it.runIf(IS_CAMPAIGN)("builds on the same base again where the next one was no good", async () => {
+    const qemu = await Qemu.start(folder, { sizeBytes: SIZE, format: "qcow2", running: true });
+    await qemu.fill();
+    const place = (name: string): string => join(folder, `${name}.qcow2`);
+    const next = (name: string): Backup =>
+      backup(qemu, ["--bitmap-keeps-base", "-b", place("full"), "-B", "qcow2", place(name)]);
+    const end = async (name: string): Promise<number> => {
+      const words = ["--qmp", qemu.monitor, "--fleece-dir", fleece, "--cleanup"];
+      expect((await cowcatcher(["backup", ...words, "--bitmap-replaces", place(name)])).code).toBe(0);
+      return (await bitmapsOf(qemu)).length;
+    };
+    await backup(qemu, [place("full")]).succeed();
+    const [own] = await bitmapsOf(qemu);
+    qemu.startWriting();
+    await next("bad").succeed();
+    // Both go on; then the base's alone.
+    expect(await bitmapsOf(qemu)).toEqual(expect.arrayContaining([own]));
+    expect(await end("bad")).toBe(1);
+    const earliest = qemu.writes.length;
+    await next("good").succeed();
+    await qemu.stopWriting();
+    qemu.instantOf([await flatOf(place("good"))], earliest);
+    expect(await end("full")).toBe(1);
+    expect(await bitmapsOf(qemu)).not.toContainEqual(own);
+    await backup(qemu, ["-b", place("good"), "-B", "qcow2", place("last")]).succeed();
+    expect(qemu.instantOf([await flatOf(place("last"))], 1)).toBe(qemu.writes.length);
+  });
+
   it.runIf(IS_CAMPAIGN)(
     "gives the bitmap back with all that was written since, after a failure and after kill -9; else exit 12",
     async () => {

@@ -9,6 +9,7 @@ import {
   watch,
   writeFileSync,
 } from "node:fs";
+import { createServer, type Server } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
@@ -175,6 +176,22 @@ describe("phases", () => {
   });
 });
 
+/** Of `serve`'s control socket, as much as tells disks. */
+function serverWithDisks(...names: string[]): Server {
+  return createServer((socket) => {
+    socket.on("error", () => undefined);
+    socket.write('{"QMP":{"version":{},"capabilities":[]}}\n');
+    socket.setEncoding("utf8").on("data", (text: string) => {
+      for (const line of text.trim().split("\n")) {
+        const { execute, id } = JSON.parse(line) as { execute: string; id: number };
+        const nodes = names.map((name) => ({ "node-name": name }));
+        const answer = execute === "query-named-block-nodes" ? nodes : {};
+        socket.write(`${JSON.stringify({ return: answer, id })}\n`);
+      }
+    });
+  });
+}
+
 describe("tries", () => {
   const failed = { command: "backup", exitCode: 1, stdout: [failure("IO", "is slow")], once: true };
 
@@ -223,6 +240,28 @@ describe("tries", () => {
     expect(await running).toMatchObject({ result: "failed", exit_code: 143, tries: 1 });
     expect(phases().slice(-3)).toEqual(["backup-abort error", "job-abort error", "log-end error"]);
     expect(fake.calls).toHaveLength(1);
+  });
+
+  it("are made again while the server does not tell its disks yet", async () => {
+    const source = [
+      `control: ${at("control")}`,
+      "retry-wait: 1ms",
+      `target: "${at("b/{disk}-{date}.qcow2")}"`,
+    ];
+    expect(await run(job(...source, "retries: 2", hook()))).toMatchObject({
+      ...{ result: "failed", exit_code: 1, tries: 3 },
+      error: { code: "NOT_FOUND", object: at("control") },
+    });
+    expect(phases()).toEqual(["job-init", "job-abort error", "log-end error"]);
+    fake.answer([{ command: "backup", stdout: [summary(), summary()] }]);
+    const server = serverWithDisks("root", "data");
+    // It begins to listen when it has been asked in vain.
+    const onLine = (): void => void (server.listening || server.listen(at("control")));
+    const { result } = await runJob(job(...source, "retries: 100"), { ...settings(), onLine });
+    server.close();
+    expect(result).toMatchObject({ result: "done", exit_code: 0, error: null });
+    expect(result.tries).toBeGreaterThan(1);
+    expect(fake.calls[0]).toContain("--disk root --disk data");
   });
 
   it("have failed without a result, whatever the exit code", async () => {
@@ -298,6 +337,7 @@ describe("chains", () => {
     };
     const answer = () =>
       fake.answer([
+        { command: "backup --qmp /run/q --cleanup" },
         { ...good, stdout: [summary({ t0: clock.toISOString() }), summary({ t0: clock.toISOString() })] },
       ]);
     answer();
@@ -306,8 +346,17 @@ describe("chains", () => {
     answer();
     expect(await qemu()).toMatchObject({ level: "incremental" });
     expect(fake.calls[0]).toMatch(
-      /^backup --no-progress --bitmap auto -b root-2026-11-28T020000Z.qcow2 -b data-2026-11-28T020000Z.qcow2 -B qcow2 -O qcow2 --qmp /,
+      /^backup --no-progress --bitmap auto -b root-2026-11-28T020000Z.qcow2 -b data-2026-11-28T020000Z.qcow2 -B qcow2 -O qcow2 --bitmap-keeps-base --qmp /,
     );
+    // The base's bitmap goes when the next backup has been looked at, and not before.
+    const ends = (day: number): string =>
+      ["root", "data"]
+        .map((disk) => `--bitmap-replaces ${at(`b/${disk}-2026-11-${day}T020000Z.qcow2`)}`)
+        .join(" ");
+    expect(fake.calls.slice(1)).toEqual([
+      ...["root", "data"].map((disk) => `check ${at(`b/${disk}-2026-11-29T020000Z.qcow2`)}`),
+      `backup --qmp /run/q --cleanup ${ends(28)}`,
+    ]);
     answer();
     expect(await qemu("full-every: 2d")).toMatchObject({ level: "full" });
     const last = (disk: string): string => `--bitmap-replaces ${at(`b/${disk}-2026-11-29T020000Z.qcow2`)}`;
@@ -332,6 +381,36 @@ describe("chains", () => {
         .filter((call) => call.startsWith("backup"))
         .map((call) => /--bitmap auto( -b)?/.exec(call)?.[0]),
     ).toEqual(["--bitmap auto -b", "--bitmap auto", undefined]);
+  });
+
+  it("by QEMU's bitmaps go on from the last good file where the next one is damaged", async () => {
+    const qemu = (): Promise<JobResult> => run(job("qmp: /run/q", "disks: [root]", "verify: true"));
+    const made = { ...good, stdout: [summary({ t0: clock.toISOString() })] };
+    const cleanup = { command: "backup --qmp /run/q --cleanup" };
+    fake.answer([made]);
+    expect(await qemu()).toMatchObject({ level: "full", error: null });
+    clock = new Date(clock.getTime() + 86_400_000);
+    fake.answer([
+      cleanup,
+      made,
+      { command: "check", exitCode: 2, stdout: [failure("FORMAT", "is corrupt")] },
+    ]);
+    expect(await qemu()).toMatchObject({
+      level: "incremental",
+      result: "failed",
+      error: { problem: "is corrupt" },
+    });
+    const bad = at("b/root-2026-11-29T020000Z.qcow2");
+    // The backup stays, for whoever wants to look at it; its bitmap does not.
+    expect(fake.calls.slice(1)).toEqual([
+      `check ${bad}`,
+      `backup --qmp /run/q --cleanup --bitmap-replaces ${bad}`,
+    ]);
+    expect(existsSync(bad)).toBe(true);
+    clock = new Date(clock.getTime() + 86_400_000);
+    fake.answer([cleanup, { ...made, stdout: [summary({ t0: clock.toISOString() })] }]);
+    expect(await qemu()).toMatchObject({ level: "incremental", error: null });
+    expect(fake.calls[0]).toContain("-b root-2026-11-28T020000Z.qcow2");
   });
 
   it("begin anew where the server does not know the checkpoint, without a second try", async () => {
