@@ -25,6 +25,7 @@ import {
 import { aimsTable } from "./lib/guest-aims.js";
 import { guestTable, timelineChart, type CellResult } from "./lib/guest-report.js";
 import {
+  describeMeasurement,
   measure,
   measureTimeline,
   type Measurement,
@@ -144,14 +145,8 @@ async function measureCell(
       ? await measureTimeline(cell, contestant, options, WARM_UP_SECONDS)
       : await measure(cell, contestant, options);
     measurements.push(measurement);
-    say(`  ${cell.name}: ${contestant.name}: ${describe(measurement)}`);
+    say(`  ${cell.name}: ${contestant.name}: ${describeMeasurement(measurement)}`);
   }
-}
-
-function describe({ iops, p99Ms, longestMs, cpuSeconds, backupSeconds }: Measurement): string {
-  const backup = backupSeconds === undefined ? "" : `, backup ${backupSeconds.toFixed(1)} s`;
-  const latencies = `p99 ${p99Ms.toFixed(2)} ms, longest ${longestMs.toFixed(1)} ms`;
-  return `${Math.round(iops)} IOPS, ${latencies}, CPU ${cpuSeconds.toFixed(1)} s${backup}`;
 }
 
 async function measureWholeBackups(
@@ -174,7 +169,7 @@ async function measureWholeBackups(
         );
         const entry = found.find((each) => each.cell === cell.name && each.contestant === contestant.name);
         entry?.measurements.push(measurement);
-        say(`  ${cell.name}: ${contestant.name}: ${describe(measurement)}`);
+        say(`  ${cell.name}: ${contestant.name}: ${describeMeasurement(measurement)}`);
       }
     }
   }

@@ -33,6 +33,8 @@ export interface Setup {
 }
 
 export interface RunningBackup {
+  /** The process that copies, where it is not the server. */
+  copier?: Child;
   /**
    * When it has ended, synced target included: seconds since T0, or undefined if it did not complete (its policy
    * cancelled it). @throws CowcatherError if it fails otherwise.
@@ -50,6 +52,8 @@ export interface RunningServer {
   /** Resolves after T0. */
   startBackup(): Promise<RunningBackup>;
   stop(): Promise<void>;
+  /** What the files that keep old data take up on their file system now, in bytes; where there are any. */
+  fleeceBytes?(): number;
   /** The longest time that its event loop was held up between two moments (Date.now()), where it says. */
   loopDelayMs?(fromMs: number, toMs: number): number | undefined;
 }

@@ -48,7 +48,7 @@ export const PATTERNS: readonly FioPattern[] = [
 
 const NO_TARGET: Throttle = { name: "no backup" };
 /** Both sides get the same number of bytes a second. */
-const SLOW: Throttle = { name: "50 MB/s", bytesPerSecond: 50 * MiB };
+export const SLOW_TARGET: Throttle = { name: "50 MB/s", bytesPerSecond: 50 * MiB };
 const FASTER: Throttle = { name: "200 MB/s", bytesPerSecond: 200 * MiB };
 const DELAYED: Throttle = { name: "20 ms a write", writeDelayMs: 20 };
 
@@ -85,7 +85,7 @@ export function allCells(): Cell[] {
   return PATTERNS.flatMap((pattern) =>
     (["raw", "qcow2"] as const).flatMap((format) => [
       makeCell(pattern, format, NO_TARGET, NO_BACKUP),
-      ...[SLOW, FASTER, DELAYED].flatMap((throttle) =>
+      ...[SLOW_TARGET, FASTER, DELAYED].flatMap((throttle) =>
         BACKUPS.map((scenario) => makeCell(pattern, format, throttle, scenario)),
       ),
       ...directCells(pattern, format),
@@ -96,13 +96,13 @@ export function allCells(): Cell[] {
 function directCells(pattern: FioPattern, format: DiskFormat): Cell[] {
   const of = (throttle: Throttle, scenario: Scenario): Cell =>
     makeCell(pattern, format, throttle, scenario, { direct: true });
-  return [of(NO_TARGET, NO_BACKUP), of(SLOW, UNBUFFERED), of(SLOW, BUFFERED)];
+  return [of(NO_TARGET, NO_BACKUP), of(SLOW_TARGET, UNBUFFERED), of(SLOW_TARGET, BUFFERED)];
 }
 
 /** Those on which the project's aims are (guest-aims.ts). */
 export function aimCells(): Cell[] {
   const cell = (pattern: FioPattern, format: DiskFormat, scenario: Scenario, direct = false): Cell =>
-    makeCell(pattern, format, scenario === NO_BACKUP ? NO_TARGET : SLOW, scenario, { direct });
+    makeCell(pattern, format, scenario === NO_BACKUP ? NO_TARGET : SLOW_TARGET, scenario, { direct });
   return [
     ...[MAIN_PATTERN, SMALL_PATTERN].flatMap((pattern) =>
       (["raw", "qcow2"] as const).map((format) => cell(pattern, format, NO_BACKUP)),
@@ -112,7 +112,7 @@ export function aimCells(): Cell[] {
     cell(SMALL_PATTERN, "raw", BUFFERED),
     cell(FIXED_PATTERN, "raw", NO_BACKUP),
     cell(FIXED_PATTERN, "raw", BUFFERED),
-    makeCell(FIXED_PATTERN, "raw", SLOW, BUFFERED, { throughStart: true }),
+    makeCell(FIXED_PATTERN, "raw", SLOW_TARGET, BUFFERED, { throughStart: true }),
     cell(MAIN_PATTERN, "raw", UNBUFFERED),
     cell(MAIN_PATTERN, "raw", SMALL_BUFFER),
     cell(MAIN_PATTERN, "raw", NO_BACKUP, true),
@@ -123,9 +123,9 @@ export function aimCells(): Cell[] {
 /** Those of which `--whole` measures the backup from T0 to its end. */
 export function wholeBackupCells(): Cell[] {
   return [
-    makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED),
-    makeCell(MAIN_PATTERN, "qcow2", SLOW, BUFFERED),
-    makeCell(SMALL_PATTERN, "raw", SLOW, BUFFERED),
+    makeCell(MAIN_PATTERN, "raw", SLOW_TARGET, BUFFERED),
+    makeCell(MAIN_PATTERN, "qcow2", SLOW_TARGET, BUFFERED),
+    makeCell(SMALL_PATTERN, "raw", SLOW_TARGET, BUFFERED),
   ];
 }
 
@@ -134,14 +134,14 @@ export function usualCells(): Cell[] {
   return allCells().filter(({ name, pattern, format, throttle, direct }) => {
     if (pattern === MAIN_PATTERN && format === "raw") return true;
     if (direct) return false;
-    const isPlain = throttle === NO_TARGET || throttle === SLOW;
+    const isPlain = throttle === NO_TARGET || throttle === SLOW_TARGET;
     return isPlain && !name.endsWith(SMALL_BUFFER.name);
   });
 }
 
 export function quickCells(): Cell[] {
   return [NO_BACKUP, UNBUFFERED, BUFFERED].map((scenario) =>
-    makeCell(MAIN_PATTERN, "raw", scenario === NO_BACKUP ? NO_TARGET : SLOW, scenario),
+    makeCell(MAIN_PATTERN, "raw", scenario === NO_BACKUP ? NO_TARGET : SLOW_TARGET, scenario),
   );
 }
 
@@ -161,7 +161,7 @@ export function filterCells<T extends { name: string }>(
 /** The picture's contestants, on the slow target. */
 export function timelineCell(): Cell {
   const contestants = [...BUFFERED.contestants, ...UNBUFFERED.contestants];
-  return { ...makeCell(MAIN_PATTERN, "raw", SLOW, BUFFERED), contestants };
+  return { ...makeCell(MAIN_PATTERN, "raw", SLOW_TARGET, BUFFERED), contestants };
 }
 
 /** The table that the project began with, on a real image: no backup, an unbuffered one, a buffered one. */

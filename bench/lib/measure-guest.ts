@@ -6,6 +6,7 @@
 
 import { mkdirSync, rmSync } from "node:fs";
 import { join } from "node:path";
+import { formatBytes } from "../../src/units.js";
 import { sleep, runProgram } from "./children.js";
 import { dropCache } from "./disks.js";
 import type { Contestant, RunningBackup } from "./contestant.js";
@@ -13,17 +14,30 @@ import { runFio, type FioResult } from "./fio.js";
 import type { Cell } from "./guest-cells.js";
 
 export interface Measurement extends FioResult {
-  /** Of the server, while the guest was at work. */
+  /** Of the server, and of who copies, while the guest was at work. */
   cpuSeconds: number;
   /** From T0 until the target was complete and synced; undefined: no backup, or cancelled. */
   backupSeconds: number | undefined;
   /** The longest that the server's event loop was held up while the guest was at work; undefined: not measured. */
   loopDelayMs?: number | undefined;
+  /** The most that the files with old data took up; undefined: there are none. */
+  fleeceBytesMax?: number | undefined;
   /** Seconds after the guest's start. Only in a timeline. */
   marks: number[];
 }
 
+/** In one line. */
+export function describeMeasurement(measurement: Measurement): string {
+  const { iops, p99Ms, longestMs, cpuSeconds, backupSeconds, fleeceBytesMax } = measurement;
+  const backup = backupSeconds === undefined ? "" : `, backup ${backupSeconds.toFixed(1)} s`;
+  const fleece = fleeceBytesMax === undefined ? "" : `, old data ${formatBytes(fleeceBytesMax)}`;
+  const latencies = `p99 ${p99Ms.toFixed(2)} ms, longest ${longestMs.toFixed(1)} ms`;
+  return `${Math.round(iops)} IOPS, ${latencies}, CPU ${cpuSeconds.toFixed(1)} s${backup}${fleece}`;
+}
+
 export const WARM_UP_SECONDS = 2;
+/** A file grows by some megabytes in that time. */
+const FLEECE_LOOK_MS = 20;
 
 export interface MeasureOptions {
   disk: string;
@@ -43,16 +57,37 @@ export async function measure(
     await runFio(cell.pattern, server.socket, WARM_UP_SECONDS);
     // What is to be cold is so again.
     if (cell.direct) await dropCache(options.disk);
+    const fleece = new FleecePeak(() => server.fleeceBytes?.());
     const backup = contestant.hasBackup ? await server.startBackup() : undefined;
-    const cpuBefore = server.child.cpuSeconds();
+    const cpuNow = (): number => server.child.cpuSeconds() + (backup?.copier?.cpuSeconds() ?? 0);
+    const cpuBefore = cpuNow();
     const startMs = Date.now();
     const result = await runFio(cell.pattern, server.socket, options.guestSeconds);
     const endMs = Date.now();
-    const cpuSeconds = server.child.cpuSeconds() - cpuBefore;
+    const cpuSeconds = cpuNow() - cpuBefore;
     const backupSeconds = await backupEnd(backup, options.backupTimeoutSeconds);
+    const fleeceBytesMax = fleece.end();
     const loopDelayMs = server.loopDelayMs?.(startMs, endMs);
-    return { ...result, cpuSeconds, backupSeconds, loopDelayMs, marks: [] };
+    return { ...result, cpuSeconds, backupSeconds, loopDelayMs, fleeceBytesMax, marks: [] };
   });
+}
+
+/** Looks at the files from its making on. */
+class FleecePeak {
+  #bytesMax: number | undefined;
+  readonly #timer: NodeJS.Timeout;
+
+  constructor(bytes: () => number | undefined) {
+    this.#timer = setInterval(() => {
+      const now = bytes();
+      if (now !== undefined) this.#bytesMax = Math.max(this.#bytesMax ?? 0, now);
+    }, FLEECE_LOOK_MS);
+  }
+
+  end(): number | undefined {
+    clearInterval(this.#timer);
+    return this.#bytesMax;
+  }
 }
 
 /** The guest works all the time; the backup starts after `leadSeconds`. */

@@ -2,8 +2,10 @@
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { Readable } from "node:stream";
 import { LOOP_DELAY_MESSAGE } from "../../src/cli/actions/loop-delay.js";
-import { childError, waitForChild } from "./children.js";
+import { type Child, childError, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
 import { rbdAddress, removeRbdImage } from "./ceph.js";
 import { startCowcatcher, startServe } from "./cowcatcher.js";
@@ -22,6 +24,12 @@ export function cowcatcher(
     hasBackup: backupArguments !== undefined,
     start: (setup) => start(setup, backupArguments ?? [], moreOfServe),
   };
+}
+
+/** Of the messages of `backup --json` (docs/json.md). */
+export interface BackupStatus {
+  spilled_bytes: number;
+  buffer_bytes_used: number;
 }
 
 async function start(
@@ -69,12 +77,23 @@ function longestDelay(log: string, fromMs: number, toMs: number): number | undef
   return longestMs;
 }
 
-async function startBackup(args: readonly string[]): Promise<RunningBackup> {
+/** @param onStatus gets what the backup tells of itself, as it goes on */
+export async function startBackup(
+  args: readonly string[],
+  onStatus?: (status: BackupStatus) => void,
+): Promise<RunningBackup & { process: Child }> {
   const child = startCowcatcher(["backup", "--json", ...args]);
   // `started` comes after T0.
   await waitForChild(child, "start", () => /"message_type":\s*"started"/.test(child.stdout) || undefined);
   const startMs = performance.now();
   let isCancelled = false;
+  if (onStatus !== undefined) {
+    const lines = createInterface({ input: child.process.stdout ?? Readable.from([]) });
+    lines.on("line", (line) => {
+      const message = JSON.parse(line) as BackupStatus & { message_type: string };
+      if (message.message_type === "status") onStatus(message);
+    });
+  }
   const ended = child.ended.then(({ code, stdout, stderr }) => {
     if (code === 0) return (performance.now() - startMs) / 1000;
     // The policy `cancel` is a failure of the backup, and what that cell measures.
@@ -82,6 +101,7 @@ async function startBackup(args: readonly string[]): Promise<RunningBackup> {
     throw childError(child, `exit code ${code}`);
   });
   return {
+    process: child,
     ended,
     cancel: async () => {
       isCancelled = true;

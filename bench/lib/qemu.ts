@@ -3,6 +3,7 @@
 //   plain      guest ─► disk; blockdev-backup disk ─► target: the guest waits for the target
 //   fleecing   guest ─► top ─► copy-before-write ─► disk, old data to a temporary qcow2 image;
 //              blockdev-backup snapshot-access ─► target
+//   pulled     the same, and qemu-img convert reads the snapshot from an export, as backup programs do
 //
 // `top` is a raw node that passes everything through; at T0 it is reopened on top of copy-before-write, so that the
 // guest stays connected. The target is held back by QEMU's throttle filter, or by nbdkit's delay filter in front of
@@ -14,63 +15,154 @@ import { ControlClient } from "../../src/qmp/client.js";
 import { CowcatcherError } from "../../src/errors.js";
 import { MiB } from "../../src/units.js";
 import { createRbdImage, removeRbdImage } from "./ceph.js";
-import { Child, runProgram, waitForChild } from "./children.js";
+import { Child, childError, runProgram, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
 
-type Kind = "none" | "plain" | "tuned" | "fleecing";
+type Kind = "none" | "plain" | "tuned" | "fleecing" | "pulled";
 
 const KIND_NAMES: Record<Kind, string> = {
   none: "no backup",
   plain: "blockdev-backup",
-  tuned: "blockdev-backup, 16 workers, 16 MiB/s",
+  tuned: "blockdev-backup",
   fleecing: "fleecing",
+  pulled: "fleecing, pulled by qemu-img",
 };
+/** Of a plain job: `speed` in bytes a second, and x-perf. */
+export interface Tuning {
+  speed: number;
+  "x-perf": { "max-workers": number; "max-chunk"?: number };
+}
 /** What its users do who want the guest to feel less of it: many small steps at a time, and a limit. */
-const TUNED = { speed: 16 * MiB, "x-perf": { "max-workers": 16, "max-chunk": 4 * MiB } };
+const TUNED: Tuning = { speed: 16 * MiB, "x-perf": { "max-workers": 16, "max-chunk": 4 * MiB } };
 
 const JOB_ID = "backup";
+const STAT_BLOCK_BYTES = 512;
 /** io_uring is QEMU's way to many requests at a time that has no thread for each. */
 const DIRECT_OPTIONS = ",cache.direct=on,aio=io_uring";
 const DIRECT_MEMBERS = { cache: { direct: true }, aio: "io_uring" };
 
-export function qemu(kind: Kind): Contestant {
+/** @param tuning of the kind `tuned` */
+export function qemu(kind: Kind, tuning = TUNED): Contestant {
+  const { speed, "x-perf": perf } = tuning;
+  const more = kind === "tuned" ? `, ${perf["max-workers"]} workers, ${speed / MiB} MiB/s` : "";
   return {
-    name: `QEMU, ${KIND_NAMES[kind]}`,
+    name: `QEMU, ${KIND_NAMES[kind]}${more}`,
     hasBackup: kind !== "none",
-    start: (setup) => startDaemon(setup, kind),
+    start: (setup) => startContestant(setup, kind, tuning),
   };
 }
 
-async function startDaemon(setup: Setup, kind: Kind): Promise<RunningServer> {
+export interface Daemon {
+  child: Child;
+  client: ControlClient;
+  /** Its NBD server's. */
+  socket: string;
+  /** Of a monitor that nobody uses yet. */
+  monitor: string;
+  stop(): Promise<void>;
+}
+
+/**
+ * The guest's export stands on the disk's node, or on a raw node `top` above it.
+ * @throws CowcatcherError
+ */
+export async function startDaemon(setup: Setup, hasTop: boolean): Promise<Daemon> {
   const { disk, format, folder, direct } = setup;
-  const [socket, qmp] = [join(folder, "nbd.sock"), join(folder, "qmp.sock")];
-  const top = kind === "fleecing" ? "top" : "disk";
+  const socket = join(folder, "nbd.sock");
+  const [qmp, monitor] = [join(folder, "qmp.sock"), join(folder, "qmp2.sock")];
+  const top = hasTop ? "top" : "disk";
   const args = [
     ...[
       "--blockdev",
       `file,node-name=disk-file,filename=${disk},discard=unmap${direct ? DIRECT_OPTIONS : ""}`,
     ],
     ...["--blockdev", `${format},node-name=disk,file=disk-file,discard=unmap`],
-    ...(kind === "fleecing" ? ["--blockdev", "raw,node-name=top,file=disk,discard=unmap"] : []),
+    ...(hasTop ? ["--blockdev", "raw,node-name=top,file=disk,discard=unmap"] : []),
     ...["--nbd-server", `addr.type=unix,addr.path=${socket},max-connections=16`],
     ...["--export", `nbd,id=export,node-name=${top},name=disk,writable=on`],
     ...["--chardev", `socket,id=qmp,path=${qmp},server=on,wait=off`],
     ...["--monitor", "chardev=qmp"],
+    ...["--chardev", `socket,id=qmp2,path=${monitor},server=on,wait=off`],
+    ...["--monitor", "chardev=qmp2"],
   ];
   const child = new Child("qemu-storage-daemon", "qemu-storage-daemon", args);
   const client = await waitForChild(child, "QMP socket", () =>
     ControlClient.connect(qmp).catch(() => undefined),
   );
+  const stop = async (): Promise<void> => {
+    client.close();
+    await child.stop();
+  };
+  return { child, client, socket, monitor, stop };
+}
+
+function isFleecing(kind: Kind): boolean {
+  return kind === "fleecing" || kind === "pulled";
+}
+
+async function startContestant(setup: Setup, kind: Kind, tuning: Tuning): Promise<RunningServer> {
+  const daemon = await startDaemon(setup, isFleecing(kind));
+  const { child, socket } = daemon;
   const helpers: Child[] = [];
   return {
     child,
     socket,
-    startBackup: () => startBackup(client, setup, kind, helpers),
+    startBackup: () =>
+      kind === "pulled"
+        ? startPull(daemon, setup)
+        : startBackup(daemon.client, setup, { kind, tuning, helpers }),
     stop: async () => {
-      client.close();
-      await child.stop();
+      await daemon.stop();
       await Promise.all(helpers.map((helper) => helper.stop()));
       if (setup.throttle.rbd !== undefined) await removeRbdImage(setup.throttle.rbd);
+    },
+    ...(isFleecing(kind) && { fleeceBytes: () => diskUsage(fleecingImage(setup)) }),
+  };
+}
+
+/** What a file takes up on its file system; 0: it is not there. */
+export function diskUsage(path: string): number {
+  return (statSync(path, { throwIfNoEntry: false })?.blocks ?? 0) * STAT_BLOCK_BYTES;
+}
+
+function fleecingImage({ folder }: Setup): string {
+  return join(folder, "fleecing.qcow2");
+}
+
+/** The target is held back by the reader's own limit. */
+async function startPull({ client, socket }: Daemon, setup: Setup): Promise<RunningBackup> {
+  const target = join(setup.folder, "target.raw");
+  await startFleecing(client, setup, await virtualSize(setup));
+  const node = { "node-name": "snapshot", name: "snapshot", writable: false };
+  await client.execute("block-export-add", { type: "nbd", id: "snapshot", ...node });
+  const { bytesPerSecond } = setup.throttle;
+  const rate = bytesPerSecond === undefined ? [] : ["-r", String(bytesPerSecond)];
+  const startMs = performance.now();
+  const uri = `nbd+unix:///snapshot?socket=${socket}`;
+  const convert = new Child("qemu-img", "qemu-img", [
+    "convert",
+    ...rate,
+    "-f",
+    "raw",
+    "-O",
+    "raw",
+    uri,
+    target,
+  ]);
+  let isCancelled = false;
+  const ended = convert.ended.then(async ({ code }) => {
+    if (isCancelled) return undefined;
+    if (code !== 0) throw childError(convert, `exit code ${code}`);
+    await runProgram("sync", ["-d", target]);
+    return (performance.now() - startMs) / 1000;
+  });
+  ended.catch(() => undefined);
+  return {
+    copier: convert,
+    ended,
+    cancel: async () => {
+      isCancelled = true;
+      await convert.stop();
     },
   };
 }
@@ -78,8 +170,7 @@ async function startDaemon(setup: Setup, kind: Kind): Promise<RunningServer> {
 async function startBackup(
   client: ControlClient,
   setup: Setup,
-  kind: Kind,
-  helpers: Child[],
+  { kind, tuning, helpers }: { kind: Kind; tuning: Tuning; helpers: Child[] },
 ): Promise<RunningBackup> {
   const size = await virtualSize(setup);
   const target = join(setup.folder, "target.raw");
@@ -102,7 +193,7 @@ async function startBackup(
     device,
     target: "target",
     sync: "full",
-    ...(kind === "tuned" && TUNED),
+    ...(kind === "tuned" && tuning),
   });
   return {
     ended: end.then(async (isComplete) => {
@@ -152,8 +243,9 @@ async function addTarget(client: ControlClient, setup: Setup, path: string, help
   await client.execute("blockdev-add", node);
 }
 
-async function startFleecing(client: ControlClient, { folder, direct }: Setup, size: number): Promise<void> {
-  const temporary = join(folder, "fleecing.qcow2");
+async function startFleecing(client: ControlClient, setup: Setup, size: number): Promise<void> {
+  const { direct } = setup;
+  const temporary = fleecingImage(setup);
   await runProgram("qemu-img", ["create", "-q", "-f", "qcow2", temporary, String(size)]);
   const file = { driver: "file", filename: temporary, ...(direct && DIRECT_MEMBERS) };
   await client.execute("blockdev-add", { driver: "qcow2", "node-name": "fleecing", file });

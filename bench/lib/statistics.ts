@@ -18,6 +18,19 @@ export function medianOf<T>(items: readonly T[], figure: (item: T) => number | u
   return median(items.map(figure).filter((value) => value !== undefined));
 }
 
+/** One figure against another, each pair of the same round; rounds that lack one of them are left out. */
+export function ratiosOfRounds<T>(
+  items: readonly T[],
+  others: readonly T[],
+  figure: (item: T) => number | undefined,
+): number[] {
+  return items.flatMap((item, round) => {
+    const other = others[round];
+    const [a, b] = [figure(item), other && figure(other)];
+    return a === undefined || b === undefined ? [] : [a / b];
+  });
+}
+
 /** Three significant digits, with thousands separators; a dash for what was not measured. */
 export function formatFigure(value: number): string {
   if (!Number.isFinite(value)) return "–";
