@@ -100,6 +100,38 @@ describe("backup --libvirt", () => {
     );
   });
 
+  it("freezes by libvirt's word, or at a socket; the word is a file's name elsewhere", () => {
+    const agent = (...args: string[]) => settings(...args, "--freeze", "libvirt", "/b/a.img");
+    expect(agent("--libvirt", "vm1")).toMatchObject({ guestAgent: { agent: "libvirt" } });
+    expect(agent("--qmp", "/q")).toMatchObject({
+      guestAgent: { agent: expect.stringMatching(/^\/.*\/libvirt$/) as string },
+    });
+    expect(settings("--libvirt", "vm1", "--freeze", "./libvirt", "/b/a.img")).toMatchObject({
+      guestAgent: { agent: expect.stringMatching(/^\/.*\/libvirt$/) as string },
+    });
+    expect(settings("--libvirt", "vm1", "--cleanup", "--freeze", "libvirt")).toMatchObject({
+      guestAgent: "libvirt",
+    });
+  });
+
+  it("keeps a base's bitmap, and ends one by its file", () => {
+    const chain = ["--bitmap", "auto", "-b", "0.qcow2", "-B", "qcow2", "--bitmap-keeps-base"];
+    const kept = { disks: [{ bitmaps: { base: "/b/0.qcow2", keepsBase: true } }] };
+    for (const who of ["--qmp", "--libvirt"]) {
+      expect(settings(who, "vm1", ...chain, "/b/1.qcow2")).toMatchObject(kept);
+      expect(settings(who, "vm1", "--cleanup", "--bitmap-replaces", "/b/0.qcow2")).toMatchObject({
+        replaced: ["/b/0.qcow2"],
+      });
+      expect(() => settings(who, "vm1", "--bitmap", "auto", "--bitmap-keeps-base", "/b/0.qcow2")).toThrow(
+        "goes with an incremental backup",
+      );
+    }
+    expect(() => settings("--freeze", "/s", "--cleanup", "--bitmap-replaces", "/b/0.qcow2")).toThrow(
+      "needs --qmp or --libvirt",
+    );
+    expect(() => settings("--bitmap-keeps-base", "/a", "/b/0.qcow2")).toThrow("needs --qmp");
+  });
+
   it("keeps a chain of files alone", () => {
     const target = "nbd://host/x";
     expect(() => settings("--libvirt", "vm1", "--bitmap", "auto", target)).toThrow(

@@ -97,6 +97,10 @@ describe("findBasis", () => {
     });
     const basis = await findBasis(virsh, disks, wish(false));
     expect(basis).toMatchObject({ old: name, info: { level: "incremental", bitmapAction: "used" } });
+    // It goes when the backup is good, unless that is looked over first.
+    expect(basis.ended).toEqual([name]);
+    const kept = wish(false).map((one) => ({ ...one, keepsBase: true }));
+    expect(await findBasis(virsh, disks, kept)).toMatchObject({ old: name, ended: [] });
   });
 
   it.each([
