@@ -1,4 +1,5 @@
-// npm run bench:repo: backups into a repository beside restic and borg, on one disk, in one run. Needs both, and qemu-io.
+// npm run bench:repo: backups into a repository beside restic and borg, on one disk, in one run. Needs both, and qemu-io. And
+// what large repositories cost (--only scale; lib/repository-scale.ts), which needs nothing.
 //
 // Each does what it does by default with encryption, which restic always has: restic with its default compression, borg
 // with repokey (lz4), cowcatcher with a key file (zstd). Disks are in the page cache; each repository is in a folder beside
@@ -9,26 +10,30 @@
 //   tracked   the same of cowcatcher alone, from a server that knows what has changed (serve, backup --control)
 //   restore   the second backup into a new file, which is synced within the time and compared with the disk
 //
-// Peak memory is the largest resident set of the tool's process (VmHWM, looked at every few milliseconds).
+// Peak memory is that of the tool's process (lib/timed-program.ts).
 
-import { closeSync, fsyncSync, openSync, readFileSync, rmSync, writeSync } from "node:fs";
+import { closeSync, fsyncSync, openSync, rmSync, writeSync } from "node:fs";
 import { randomBytes } from "node:crypto";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
+import { CowcatcherError } from "../src/errors.js";
 import { MiB, parseSize } from "../src/units.js";
-import { Child, childError, runMain, runProgram, say, scratchFolder } from "./lib/children.js";
-import { COWCATCHER_BIN, startServe } from "./lib/cowcatcher.js";
+import { runMain, runProgram, say, scratchFolder } from "./lib/children.js";
+import { startServe } from "./lib/cowcatcher.js";
 import { makeRawDisk } from "./lib/disks.js";
+import { measureScale } from "./lib/repository-scale.js";
 import { describeMachine, machineLine, ResultFolder } from "./lib/results.js";
 import { formatFigure, markdownTable, median } from "./lib/statistics.js";
+import { ours, peakOf, type Run, type Taken, timed } from "./lib/timed-program.js";
 
 const HELP = `npm run bench:repo -- [options]
   --rounds N   rounds (3)
   --size SIZE  of the disk (4G)
   --dir DIR    where disk and repositories stand (the temporary folder)
-  --quick      one round, 512M
-  --out DIR    results: repo.md, repo.json (bench/results)`;
+  --quick      one round, 512M; of the large repository a hundredth
+  --only PART  beside (restic and borg) or scale (both)
+  --out DIR    results: repo.md, repo.json, repo-scale.md (bench/results)`;
 
 const STEPS = ["first", "second", "tracked", "restore"] as const;
 type Step = (typeof STEPS)[number];
@@ -36,19 +41,12 @@ const OURS = "cowcatcher";
 /** The share of the disk that changes, and the unit in which it does. */
 const CHANGED_SHARE = 0.01;
 const CHANGE_BYTES = 64 * 1024;
-const LOOK_MS = 5;
 
 interface Place {
   disk: string;
   /** A folder of the contestant's own. */
   folder: string;
   restored: string;
-}
-
-interface Run {
-  program: string;
-  args: readonly string[];
-  cwd?: string;
 }
 
 interface Contestant {
@@ -102,10 +100,6 @@ const CONTESTANTS: readonly Contestant[] = [
   },
 ];
 
-function ours(...args: string[]): Run {
-  return { program: process.execPath, args: [COWCATCHER_BIN, ...args] };
-}
-
 interface Figures {
   seconds: number[];
   peakBytes: number;
@@ -123,6 +117,7 @@ async function bench(): Promise<number> {
       size: { type: "string" },
       dir: { type: "string", default: tmpdir() },
       quick: { type: "boolean", default: false },
+      only: { type: "string" },
       out: { type: "string", default: "bench/results" },
       help: { type: "boolean", default: false },
     },
@@ -131,11 +126,22 @@ async function bench(): Promise<number> {
     say(HELP);
     return 0;
   }
+  const { only } = values;
+  if (only !== undefined && only !== "beside" && only !== "scale") {
+    const problem = `'${only}' is no part`;
+    throw new CowcatcherError({ code: "USAGE", object: "--only", problem, hint: "give beside or scale" });
+  }
+  const machine = machineLine(await describeMachine());
+  const results = new ResultFolder(values.out);
+  if (only !== "beside") {
+    const scale = await measureScale(scratchFolder(values.dir), values);
+    results.write("repo-scale.md", `${machine}\n\n${scale}`);
+    say(scale);
+  }
+  if (only === "scale") return 0;
   const rounds = Number(values.rounds ?? (values.quick ? 1 : 3));
   const sizeBytes = parseSize(values.size ?? (values.quick ? "512M" : "4G"), "--size");
-  const machine = machineLine(await describeMachine());
   const versions = await Promise.all(["restic", "borg"].map(versionOf));
-  const results = new ResultFolder(values.out);
   const cells: Cell[] = [];
   for (const content of ["incompressible", "half compressible"]) {
     const cell: Cell = { content, figures: new Map() };
@@ -216,37 +222,6 @@ function change(disk: string, sizeBytes: number): void {
   for (const at of places(sizeBytes)) writeSync(fd, randomBytes(CHANGE_BYTES), 0, CHANGE_BYTES, at);
   fsyncSync(fd);
   closeSync(fd);
-}
-
-interface Taken {
-  seconds: number;
-  peakBytes: number;
-}
-
-/** @param sync a file that is synced within the time */
-async function timed(
-  { program, args, cwd }: Run,
-  env: Record<string, string>,
-  sync?: string,
-): Promise<Taken> {
-  const startMs = performance.now();
-  const child = new Child(program, program, args, { env: { ...process.env, ...env }, cwd });
-  let peakBytes = 0;
-  const timer = setInterval(() => (peakBytes = Math.max(peakBytes, peakOf(child.process.pid))), LOOK_MS);
-  const { code } = await child.ended;
-  clearInterval(timer);
-  if (code !== 0) throw childError(child, `exit code ${code}`);
-  if (sync !== undefined) await runProgram("sync", ["-d", sync]);
-  return { seconds: (performance.now() - startMs) / 1000, peakBytes };
-}
-
-function peakOf(pid: number | undefined): number {
-  try {
-    const status = readFileSync(`/proc/${pid}/status`, "utf8");
-    return Number(/VmHWM:\s*(\d+) kB/.exec(status)?.[1] ?? 0) * 1024;
-  } catch {
-    return 0;
-  }
 }
 
 function note({ content, figures }: Cell, name: string, step: Step, { seconds, peakBytes }: Taken): void {

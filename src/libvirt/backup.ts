@@ -22,8 +22,8 @@ import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "../nbd/client/ext
 import { NbdClient } from "../nbd/client/client.js";
 import { formatNbdUri } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
-import type { FoundDisk, QemuBackup, QemuBackupRequest, QemuDiskBackup } from "../qemu/backup.js";
-import { bitmapOfTarget } from "../qemu/bitmaps.js";
+import type { FoundDisk, MadeDisk, QemuBackup, QemuBackupRequest, QemuDiskBackup } from "../qemu/backup.js";
+import { type BitmapChain, chainOfFiles } from "../qemu/bitmaps.js";
 import { DiskCopy, groupFailed } from "../qemu/disk-copy.js";
 import { RunFolder } from "../qemu/run-folder.js";
 import { makeFreezer } from "../qemu/t0-gate.js";
@@ -35,6 +35,7 @@ import {
   deleteCheckpoint,
   describeOrigin,
   findBasis,
+  withoutCheckpoint,
 } from "./checkpoints.js";
 import { cleanUpDead } from "./cleanup.js";
 import { CHANGES } from "./documents.js";
@@ -104,6 +105,8 @@ class RunningBackup implements QemuBackup {
   #keepers: ScratchKeeper[] = [];
   #folder: RunFolder | undefined;
   #basis: CheckpointBasis | undefined;
+  /** Of the checkpoints, where they are not of files. */
+  #chain: string | undefined;
   /** The checkpoint of this backup, from the moment on when it may be there; undefined: none, or it is its own now. */
   #checkpoint: string | undefined;
   /** backup-begin was called. */
@@ -154,7 +157,6 @@ class RunningBackup implements QemuBackup {
     await refuseBusy(virsh);
     await this.#freezer?.check();
     checkRoom(this.#request.fleeceDir);
-    await this.#findBasis(disks);
     this.#folder = await RunFolder.createFor(this.#request.fleeceDir, owner);
     await this.#prepareAll(domain, disks, this.#folder);
     this.#throwIfCancelled();
@@ -180,18 +182,32 @@ class RunningBackup implements QemuBackup {
     return disks;
   }
 
-  async #findBasis(disks: readonly SizedDisk[]): Promise<void> {
-    const wishes = this.#jobs.flatMap(({ bitmaps }) => bitmaps ?? []);
-    if (wishes.length === 0) return;
+  /** Of all disks together; the chains of those that have any. */
+  async #findBasis(
+    disks: readonly SizedDisk[],
+    made: readonly MadeDisk[] | undefined,
+  ): Promise<BitmapChain[]> {
+    const chains =
+      made?.flatMap(({ chain }) => chain ?? []) ??
+      this.#jobs.flatMap(({ bitmaps, job }) =>
+        bitmaps === undefined ? [] : chainOfFiles(bitmaps, job.target),
+      );
+    if (chains.length === 0) return [];
     const raw = disks.find(({ format }) => format !== "qcow2");
-    if (raw !== undefined) throw noCheckpoints(raw.name);
-    this.#basis = await findBasis(this.#virsh, disks, wishes);
+    this.#basis =
+      raw === undefined
+        ? await findBasis(this.#virsh, disks, chains)
+        : withoutCheckpoint(chains, noCheckpoints(raw.name));
+    for (const { decided } of made ?? []) decided(this.#basis.info);
+    return this.#basis.keepsNone === true ? [] : chains;
   }
 
   async #prepareAll(domain: Domain, disks: readonly SizedDisk[], folder: RunFolder): Promise<void> {
-    const targets = await this.#request.makeTargets?.(
+    const made = await this.#request.makeTargets?.(
       disks.map(({ name, format, node }): FoundDisk => ({ name, format, sizeBytes: node.sizeBytes })),
     );
+    const chains = await this.#findBasis(disks, made);
+    this.#chain = chains[0]?.id;
     const basis = this.#basis;
     // A full one stands by itself.
     const base =
@@ -201,6 +217,7 @@ class RunningBackup implements QemuBackup {
     for (const [index, disk] of disks.entries()) {
       const given = this.#jobs[index]?.job;
       if (given === undefined) continue;
+      const chain = chains[index];
       const job = { ...given, ...base, targetFormat: given.targetFormat ?? disk.format };
       const path = join(folder.path, `${index}.scratch`);
       const keeper = new ScratchKeeper({ folder: folder.directory, path }, disk, job);
@@ -208,16 +225,17 @@ class RunningBackup implements QemuBackup {
         disk,
         index,
         job,
-        target: targets?.[index],
+        target: made?.[index]?.target,
         makeTarget: createTarget,
         makeKeeper: () => keeper,
         basis: basis?.info,
         makeBitmaps:
-          basis &&
+          chain &&
           ((target) => ({
-            old: basis.old === undefined ? undefined : CHANGES,
-            own: bitmapOfTarget(job.target, target),
+            old: basis?.old === undefined ? undefined : CHANGES,
+            own: chain.ownBitmap(target),
           })),
+        dirtyOf: made?.[index]?.dirtyOf,
         filesInUse: domain.files,
         isCancelled: this.#request.isCancelled,
         onStopped: this.#request.onStopped,
@@ -238,12 +256,17 @@ class RunningBackup implements QemuBackup {
       .map(({ name }) => name)
       .filter((name) => !disks.some((disk) => disk.name === name));
     const backup = { socket: folder.socket, disks, others, incremental: this.#basis?.old };
-    const checkpoint = this.#basis && { ...this.#newCheckpoint(folder.run), disks, others };
+    const keeps = this.#basis !== undefined && this.#basis.keepsNone !== true;
+    const checkpoint = keeps ? { ...this.#newCheckpoint(folder.run), disks, others } : undefined;
     const t0Ms = Date.now();
     this.#hasBegun = true;
     this.#checkpoint = checkpoint?.name;
     await beginJob(this.#virsh, folder, { backup, checkpoint }).catch((error: unknown) => {
-      throw asMissingBasis(error, this.#basis?.old);
+      const hint =
+        this.#chain === undefined
+          ? "make a full backup with --bitmap auto and without -b"
+          : "give --level full";
+      throw asMissingBasis(error, this.#basis?.old, hint);
     });
     return t0Ms;
   }
@@ -251,7 +274,8 @@ class RunningBackup implements QemuBackup {
   #newCheckpoint(run: string): { name: string; description: string } {
     const files = this.#copies.map(({ disk, bitmaps }) => [disk.name, bitmaps?.own ?? ""] as const);
     const targets = this.#copies.map(({ disk, job }) => ({ disk: disk.name, path: job.target }));
-    return { name: checkpointName(files), description: describeOrigin({ run, targets }) };
+    const origin = this.#chain === undefined ? { run, targets } : { run, targets: [], chain: this.#chain };
+    return { name: checkpointName(files), description: describeOrigin(origin) };
   }
 
   async #whileFrozen<T>(step: () => Promise<T>): Promise<T> {
@@ -430,7 +454,7 @@ function noCheckpoints(object: string): CowcatcherError {
     code: "NO_BASIS",
     object,
     problem: "is a raw disk, and libvirt keeps track of qcow2 disks alone",
-    hint: "leave out --bitmap: a full backup needs none",
+    hint: "leave out --bitmap, or give --bitmap none with --repo: a full backup needs none",
   });
 }
 

@@ -11,10 +11,9 @@
 // description says which run made it and for which files: what a run that died has left can be told from what is in use.
 
 import { createHash } from "node:crypto";
-import { existsSync } from "node:fs";
 import type { BasisInfo } from "../backup/host.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
-import { bitmapOfFile, type BitmapWish } from "../qemu/bitmaps.js";
+import { type BitmapChain, bitmapOfFile, withoutBitmap } from "../qemu/bitmaps.js";
 import { isAlive, runOf } from "../qemu/names.js";
 import { isJsonObject } from "../qmp/protocol.js";
 import { type Virsh, VirshError } from "./virsh.js";
@@ -41,65 +40,89 @@ export interface CheckpointBasis {
   /** Checkpoints on which nothing will be built when this backup is good: they go then. */
   ended: readonly string[];
   info: BasisInfo;
+  /** No checkpoint is made for the next backup. */
+  keepsNone?: boolean;
 }
 
 /**
- * How much is to be copied, and why.
- * @param wishes of all disks, in the order of `disks`
+ * How much is to be copied, and why. It is the same for all disks, as their checkpoint is one.
+ * @param chains of all disks, in the order of `disks`
  * @throws CowcatcherError NO_BASIS where that must not be all; LIMIT
  */
 export async function findBasis(
   virsh: Virsh,
   disks: readonly { name: string }[],
-  wishes: readonly BitmapWish[],
+  chains: readonly BitmapChain[],
 ): Promise<CheckpointBasis> {
   const names = await listCheckpoints(virsh);
-  const bases = wishes.flatMap(({ base }) => base ?? []);
-  const ended = await endedCheckpoints(
-    virsh,
-    wishes.flatMap(({ replaced }) => replaced ?? []),
-  );
-  const full = { old: undefined, ended };
-  if (bases.length === 0) {
-    refuseTooMany(virsh.domain, names, ended);
-    return { ...full, info: { level: "full", bitmapAction: "new" } };
+  const full = async (info: Omit<BasisInfo, "level">): Promise<CheckpointBasis> => {
+    const ended = await endedCheckpoints(virsh, chains);
+    const count = names.filter((name) => name.startsWith(PREFIX)).length - ended.length;
+    const basis = { old: undefined, ended, info: { level: "full" as const, ...info } };
+    return count < CHECKPOINTS_MAX ? basis : withoutCheckpoint(chains, tooMany(virsh.domain, count), basis);
+  };
+  const bases = chains.flatMap(({ base }) => base ?? []);
+  if (bases.length < chains.length) {
+    const because = chains.find(({ base }) => base === undefined)?.fullBecause;
+    return full({ bitmapAction: "new", ...because });
   }
-  const name = checkpointName(bases.map((base, index) => [disks[index]?.name ?? "", bitmapOfFile(base)]));
+  const name = checkpointName(bases.map((base, index) => [disks[index]?.name ?? "", base.bitmap()]));
   const isThere = names.includes(name);
+  const since = [...new Set(bases.map((base) => base.name))].join(" and ");
   const reason = isThere
     ? await defectOf(virsh, name)
-    : `libvirt has no checkpoint of what has changed since ${bases.join(" and ")}`;
+    : `libvirt has no checkpoint of what has changed since ${since}`;
   if (reason === undefined) {
-    const keepsOld = wishes.some(({ keepsBase }) => keepsBase === true);
+    const keepsOld = chains.some(({ keepsBase }) => keepsBase === true);
+    // Of a chain of files none but the base is ended by what builds on it.
+    const isOfFiles = chains.every(({ id }) => id === undefined);
+    const others = isOfFiles ? [] : (await endedCheckpoints(virsh, chains)).filter((other) => other !== name);
     const info = { level: "incremental", bitmapAction: "used" } as const;
-    return { old: name, ended: keepsOld ? [] : [name], info };
+    return { old: name, ended: keepsOld ? others : [name, ...others], info };
   }
-  if (!wishes.every(({ orFull }) => orFull)) {
-    throw new CowcatcherError({
-      code: "NO_BASIS",
-      object: virsh.domain,
-      problem: reason,
-      hint: "make a full backup with --bitmap auto and without -b, or give --since-or-full",
-    });
+  if (!chains.every(({ orFull }) => orFull)) {
+    const hint = chains[0]?.hint;
+    throw new CowcatcherError({ code: "NO_BASIS", object: virsh.domain, problem: reason, hint });
   }
-  refuseTooMany(virsh.domain, names, ended);
-  return { ...full, info: { level: "full", bitmapAction: isThere ? "invalid" : "missing", reason } };
+  return full({ bitmapAction: isThere ? "invalid" : "missing", reason });
 }
 
-/** Those of backups of which nothing but these files is. */
-export async function endedCheckpoints(virsh: Virsh, replaced: readonly string[]): Promise<string[]> {
-  if (replaced.length === 0) return [];
-  const files = new Set(replaced.filter((path) => existsSync(path)).map(bitmapOfFile));
-  const own = (await ownCheckpoints(virsh)).filter(({ name, origin }) => isComplete(name, origin));
+/** The basis of a backup without a checkpoint for the next one. @throws CowcatcherError the obstacle, where there has to be one */
+export function withoutCheckpoint(
+  chains: readonly BitmapChain[],
+  obstacle: CowcatcherError,
+  basis: Pick<CheckpointBasis, "info"> = { info: { level: "full", bitmapAction: "not-used" } },
+): CheckpointBasis {
+  const isOptional = chains.every((chain) => chain.isOptional && chain.orFull);
+  return withoutBitmap(basis, obstacle, { isOptional });
+}
+
+/** Those on whose backups nothing will be built once this one is good. */
+async function endedCheckpoints(virsh: Virsh, chains: readonly BitmapChain[]): Promise<string[]> {
+  const [chain] = chains;
+  if (chain === undefined || !chains.some(({ mayEnd }) => mayEnd)) return [];
+  if (chain.id === undefined) {
+    return checkpointsOfFiles(virsh, (bitmap) => chains.some((other) => other.isEnded(bitmap)));
+  }
+  const own = await ownCheckpoints(virsh);
+  return own.filter(({ origin }) => origin.chain === chain.id).map(({ name }) => name);
+}
+
+/** Those of backups of which nothing but files with these bitmaps is. */
+export async function checkpointsOfFiles(
+  virsh: Virsh,
+  isOne: (bitmap: string) => boolean,
+): Promise<string[]> {
+  const own = (await ownCheckpoints(virsh)).filter(
+    ({ name, origin }) => origin.chain === undefined && isComplete(name, origin),
+  );
   return own
-    .filter(({ origin }) => origin.targets.every(({ path }) => files.has(bitmapOfFile(path))))
+    .filter(({ origin }) => origin.targets.every(({ path }) => isOne(bitmapOfFile(path))))
     .map(({ name }) => name);
 }
 
-function refuseTooMany(object: string, names: readonly string[], ended: readonly string[]): void {
-  const count = names.filter((name) => name.startsWith(PREFIX)).length - ended.length;
-  if (count < CHECKPOINTS_MAX) return;
-  throw new CowcatcherError({
+function tooMany(object: string, count: number): CowcatcherError {
+  return new CowcatcherError({
     code: "LIMIT",
     object,
     problem: `it has ${count} checkpoints named ${PREFIX}… already, one for each backup that is built on`,
@@ -125,7 +148,7 @@ async function defectOf(virsh: Virsh, name: string): Promise<string | undefined>
 }
 
 /** The words of libvirt where a checkpoint cannot be built on (VIR_ERR_CHECKPOINT_INCONSISTENT), in ours. */
-export function asMissingBasis(error: unknown, base: string | undefined): unknown {
+export function asMissingBasis(error: unknown, base: string | undefined, hint: string): unknown {
   if (
     base === undefined ||
     !(error instanceof VirshError) ||
@@ -136,7 +159,7 @@ export function asMissingBasis(error: unknown, base: string | undefined): unknow
     code: "NO_BASIS",
     object: error.object,
     problem: `the checkpoint ${base} cannot be used: ${error.complaint}`,
-    hint: "make a full backup with --bitmap auto and without -b",
+    hint,
     cause: error,
   });
 }
@@ -145,6 +168,8 @@ export function asMissingBasis(error: unknown, base: string | undefined): unknow
 export interface CheckpointOrigin {
   run: string;
   targets: readonly { disk: string; path: string }[];
+  /** Of a backup in a repository, which has no files: whose one it is. */
+  chain?: string | undefined;
 }
 
 export function describeOrigin(origin: CheckpointOrigin): string {
@@ -160,12 +185,12 @@ export function readOrigin(description: string): CheckpointOrigin | undefined {
     return undefined;
   }
   if (!isJsonObject(found)) return undefined;
-  const { run, targets } = found;
+  const { run, targets, chain } = found;
   if (typeof run !== "string" || runOf(run) !== run || !Array.isArray(targets)) return undefined;
   const read = targets
     .filter(isJsonObject)
     .map(({ disk, path }) => ({ disk: String(disk), path: String(path) }));
-  return { run, targets: read };
+  return typeof chain === "string" ? { run, targets: read, chain } : { run, targets: read };
 }
 
 /** That it is gone already is as good. @throws CowcatcherError as Virsh.run */
@@ -193,8 +218,12 @@ export async function deadCheckpoints(virsh: Virsh): ReturnType<typeof ownCheckp
   return (await ownCheckpoints(virsh)).filter(({ origin }) => !isAlive(origin.run));
 }
 
-/** Whether the backup that the checkpoint is of stands under its names, all of it. */
-export function isComplete(name: string, { targets }: CheckpointOrigin): boolean {
+/**
+ * Whether the backup that the checkpoint is of stands under its names, all of it. One in a repository, which cannot be looked
+ * into from here, counts as there: the next backup of its group ends what is not built on.
+ */
+export function isComplete(name: string, { targets, chain }: CheckpointOrigin): boolean {
+  if (chain !== undefined) return true;
   try {
     return checkpointName(targets.map(({ disk, path }) => [disk, bitmapOfFile(path)])) === name;
   } catch (error) {

@@ -2,9 +2,10 @@
 // who is still alive; nothing else is touched. Main thread.
 
 import { rm } from "node:fs/promises";
+import { bitmapsOfFiles } from "../qemu/bitmaps.js";
 import { isAlive } from "../qemu/names.js";
 import { removeDeadFolders } from "../qemu/run-folder.js";
-import { deadCheckpoints, deleteCheckpoint, endedCheckpoints, isComplete } from "./checkpoints.js";
+import { checkpointsOfFiles, deadCheckpoints, deleteCheckpoint, isComplete } from "./checkpoints.js";
 import { endJob, runOfJob } from "./job.js";
 import { Virsh } from "./virsh.js";
 
@@ -40,7 +41,9 @@ export async function cleanUpDomain(
   const virsh = new Virsh(connect, domain);
   const removed = await cleanUpDead(virsh);
   const abandoned = (await deadCheckpoints(virsh)).filter(({ name, origin }) => !isComplete(name, origin));
-  for (const name of [...abandoned.map((one) => one.name), ...(await endedCheckpoints(virsh, replaced))]) {
+  const given = bitmapsOfFiles(replaced);
+  const ended = given.size === 0 ? [] : await checkpointsOfFiles(virsh, (bitmap) => given.has(bitmap));
+  for (const name of [...abandoned.map((one) => one.name), ...ended]) {
     await deleteCheckpoint(virsh, name);
     removed.push(name);
   }

@@ -9,7 +9,7 @@
 // Disks of one backup are a group: the first failure ends the others, unless they have their names already.
 
 import type { BasisInfo } from "../backup/host.js";
-import { runsOfMap } from "../backup/copy/incremental.js";
+import { type DirtyRuns, runsOfMap } from "../backup/copy/incremental.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { type FreezeInfo, whileFrozen } from "../backup/job/while-frozen.js";
@@ -20,7 +20,14 @@ import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "../nbd/client/ext
 import { NbdClient } from "../nbd/client/client.js";
 import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
-import { BitmapHandover, bitmapOfTarget, type BitmapWish, findBitmapBasis } from "./bitmaps.js";
+import {
+  type BitmapChain,
+  BitmapHandover,
+  type BitmapWish,
+  chainOfFiles,
+  findBitmapBasis,
+  withoutBitmap,
+} from "./bitmaps.js";
 import { cleanUpDead } from "./cleanup.js";
 import { DiskCopy, groupFailed } from "./disk-copy.js";
 import { startServer } from "./exports.js";
@@ -56,6 +63,17 @@ export interface FoundDisk {
   format: ImageFormat;
 }
 
+/** A disk of the backup that is made, where that is not a file. */
+export interface MadeDisk {
+  readonly target: Target;
+  /** Of the bitmaps that are kept for it; undefined: none. */
+  readonly chain: BitmapChain | undefined;
+  /** How much of it is copied, and why; the last call counts. Before T0, where there is a chain. */
+  readonly decided: (info: BasisInfo) => void;
+  /** What is copied of what a bitmap calls dirty. */
+  readonly dirtyOf: (runs: DirtyRuns) => DirtyRuns;
+}
+
 /** Where a server listens. */
 export type ServerAddress = { path: string } | { host: string; port: number };
 
@@ -66,7 +84,7 @@ export interface QemuBackupRequest {
   /** In the place of `disks`: all that the guest writes, each with this job. */
   allDisks?: QemuDiskRequest["job"] | undefined;
   /** Makes the targets, in order, where they are not those that the jobs name. What it has made is its own to undo. */
-  makeTargets?: ((disks: readonly FoundDisk[]) => Promise<readonly Target[]>) | undefined;
+  makeTargets?: ((disks: readonly FoundDisk[]) => Promise<readonly MadeDisk[]>) | undefined;
   /** T0 was at this instant, in milliseconds since 1970 UTC: no target has been written to yet. */
   onT0?: ((t0Ms: number) => void) | undefined;
   method: QemuMethod;
@@ -125,6 +143,7 @@ class RunningBackup implements QemuBackup {
   readonly #monitor: QemuMonitor;
   #jobs: readonly QemuDiskRequest[];
   readonly #run = runName();
+  #made: readonly MadeDisk[] | undefined;
   #copies: DiskCopy[] = [];
   #folder: RunFolder | undefined;
   #steps: MethodSteps | undefined;
@@ -221,7 +240,7 @@ class RunningBackup implements QemuBackup {
   async #prepareAll(graph: QemuGraph, disks: readonly QemuDisk[], steps: MethodSteps): Promise<void> {
     const filesInUse = [...graph.nodes.values()].map(({ filename }) => filename);
     const formats = disks.map(({ node }) => (node.driver === "qcow2" ? "qcow2" : "raw"));
-    const targets = await this.#request.makeTargets?.(
+    this.#made = await this.#request.makeTargets?.(
       disks.map(({ name, node: { sizeBytes } }, index) => ({
         name,
         sizeBytes,
@@ -231,27 +250,29 @@ class RunningBackup implements QemuBackup {
     for (const [index, disk] of disks.entries()) {
       const given = this.#jobs[index]?.job;
       if (given === undefined) continue;
+      const made = this.#made?.[index];
       const wish = this.#jobs[index]?.bitmaps;
-      const found = wish && findBitmapBasis(disk.name, disk.node, wish);
+      const chain = made === undefined ? wish && chainOfFiles(wish, given.target) : made.chain;
+      const found = chain && findBitmapBasis(disk.name, disk.node, chain);
+      if (found !== undefined) made?.decided(found.info);
       // A full one stands by itself.
       const base =
-        found?.old === undefined && wish ? { backingFile: undefined, backingFormat: undefined } : {};
+        found?.old === undefined && chain ? { backingFile: undefined, backingFormat: undefined } : {};
       const job = { ...given, ...base, targetFormat: given.targetFormat ?? formats[index] ?? "raw" };
       this.#copies.push(
         await DiskCopy.prepare({
           disk,
           index,
           job,
-          target: targets?.[index],
+          target: made?.target,
           makeTarget: (options) => steps.makeTarget(options),
           makeKeeper: (target) => steps.makeKeeper(disk, index, job, target),
           basis: found?.info,
           makeBitmaps:
-            found &&
-            ((target) => {
-              const next = bitmapOfTarget(job.target, target);
-              return new BitmapHandover(disk.node, found, next, this.#run, index);
-            }),
+            chain === undefined || found === undefined || found.keepsNone === true
+              ? undefined
+              : (target) => new BitmapHandover(disk.node, found, chain.ownBitmap(target), this.#run, index),
+          dirtyOf: made?.dirtyOf,
           filesInUse,
           isCancelled: this.#request.isCancelled,
           onStopped: this.#request.onStopped,
@@ -268,7 +289,7 @@ class RunningBackup implements QemuBackup {
     try {
       if (server === undefined) await startServer(visit, folder.socket, this.#undo);
       await steps.prepare(visit, this.#copies);
-      for (const { bitmaps } of this.#copies) await bitmaps?.begin(visit);
+      for (const copy of this.#copies) await this.#beginBitmap(visit, copy);
       const takeT0 = () => steps.takeT0(visit, this.#copies, policy);
       const times = await this.#whileFrozen(takeT0);
       this.stoppedMs = times.stoppedMs;
@@ -282,6 +303,18 @@ class RunningBackup implements QemuBackup {
       this.#notUndone.push(...(await this.#undo.run(visit)));
       await this.#giveBackBitmaps(visit);
       throw error;
+    }
+  }
+
+  /** @throws CowcatherError as BitmapHandover.begin, where the backup is no good without a bitmap */
+  async #beginBitmap(visit: Visit, { index, bitmaps, basis }: DiskCopy): Promise<void> {
+    try {
+      await bitmaps?.begin(visit);
+    } catch (error) {
+      const made = this.#made?.[index];
+      const obstacle = toCowcatcherError(error);
+      if (obstacle.code !== "NO_BASIS" || basis === undefined || made?.chain === undefined) throw error;
+      made.decided(withoutBitmap({ info: basis }, obstacle, made.chain).info);
     }
   }
 

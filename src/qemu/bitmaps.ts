@@ -1,9 +1,11 @@
 // QEMU's dirty bitmaps as the chain of a disk's incremental backups (`--bitmap auto`).
 //
 // A bitmap belongs to one backup: it says what was written since that backup's T0, and its name says which backup that is,
-// by a hash of the target's path and inode (a file that was written anew under the same name is another backup):
+// by a hash of the target's path and inode (a file that was written anew under the same name is another backup), or by two,
+// of repository and group and of the checkpoint that is in the backup's manifest and nowhere else:
 //
 //   cowcatcher-bitmap-HASH                     what has changed since the T0 of the backup HASH
+//   cowcatcher-bitmap-GROUP-HASH               the same of a backup in a repository
 //   cowcatcher-PID.STARTb0.cowcatcher-bitmap-…  while a backup runs: what changes since its own T0, and whose heir it is
 //
 // No write may be lost between the two, and T0 by the method `filter` is no part of a transaction. So the new one begins
@@ -16,7 +18,7 @@
 // and records again, until one of the two is ended by its backup's file (endBitmaps).
 //
 // The first backup of a chain has no old one; one that begins a chain in the place of another ends the bitmaps of the backups
-// that it is told of, in the transaction that names its own. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
+// that it is told of, in the transaction that names its own. A group of a repository has one chain for each disk. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
 // crash in between, cleanup.ts gives back by the name. A bitmap that QEMU calls inconsistent, or that does not record, has
 // missed writes: it is not used.
 
@@ -36,7 +38,7 @@ const HASH_DIGITS = 16;
 /** Each costs every write of the guest a little; more than this is a chain begun again and again. */
 const BITMAPS_MAX = 16;
 
-/** What is asked of the bitmaps of one disk. */
+/** What is asked of the bitmaps of one disk whose target is a file. */
 export interface BitmapWish {
   /** The backup that this one builds on; undefined: a full one, which begins a chain. */
   base: string | undefined;
@@ -48,56 +50,131 @@ export interface BitmapWish {
   keepsBase?: boolean | undefined;
 }
 
+/** The backups of one disk, each with its bitmap: files (chainOfFiles), or what a repository has (repository.ts). */
+export interface BitmapChain {
+  /** What this backup builds on; undefined: nothing. */
+  readonly base: BaseBackup | undefined;
+  /** Why there is no base, where somebody is to be told. */
+  readonly fullBecause?: Pick<BasisInfo, "bitmapAction" | "reason"> | undefined;
+  /** Where the base's bitmap cannot be used, all is copied. */
+  readonly orFull: boolean;
+  /** Without a bitmap for the next one this backup is as good. */
+  readonly isOptional: boolean;
+  /** What to do where the base's bitmap cannot be used, for the user. */
+  readonly hint: string;
+  /** Among chains: of libvirt's checkpoints. Undefined: the chain is known by its files. */
+  readonly id?: string | undefined;
+  /** The base's bitmap goes on when this backup is good. */
+  readonly keepsBase?: boolean | undefined;
+  /** Some bitmap may be one that `isEnded` calls so. */
+  readonly mayEnd: boolean;
+  /** Whether nothing will be built on the bitmap's backup any more once this one is good. The base's own is not asked about. */
+  isEnded(bitmap: string): boolean;
+  /** The bitmap that is to be this backup's, whose target is prepared. */
+  ownBitmap(target: Target): string;
+}
+
+export interface BaseBackup {
+  /** For people. */
+  readonly name: string;
+  /** @throws CowcatcherError NO_BASIS where there is no such backup */
+  bitmap(): string;
+}
+
+/** @param target path of the backup that is made */
+export function chainOfFiles(
+  { base, orFull, replaced = [], keepsBase }: BitmapWish,
+  target: string,
+): BitmapChain {
+  const ended = bitmapsOfFiles(replaced);
+  return {
+    keepsBase,
+    base: base === undefined ? undefined : { name: base, bitmap: () => bitmapOfFile(base) },
+    orFull,
+    isOptional: false,
+    hint: "make a full backup with --bitmap auto and without -b, or give --since-or-full",
+    mayEnd: ended.size > 0,
+    isEnded: (bitmap) => ended.has(bitmap),
+    ownBitmap: (made) => bitmapOfTarget(target, made),
+  };
+}
+
 export interface BitmapBasis {
   /** Of the base; undefined: a full backup. */
   old: string | undefined;
+  /** The old one goes on, too. */
   keepsOld?: boolean | undefined;
-  /** Bitmaps of other chains, which end with a good backup. */
+  /** Bitmaps on whose backups nothing will be built; they end with a good backup. */
   ended: readonly string[];
   info: BasisInfo;
+  /** No bitmap is made for the next backup. */
+  keepsNone?: boolean;
 }
 
-/** How much is to be copied, and why. @throws CowcatcherError NO_BASIS where that must not be all; BUSY */
-export function findBitmapBasis(disk: string, node: QemuNode, wish: BitmapWish): BitmapBasis {
-  const { base, orFull } = wish;
-  const ended = endedBitmaps(node, wish.replaced ?? []);
-  const count = node.bitmaps.filter(({ name }) => name.startsWith(PREFIX)).length - ended.length;
-  if (count >= BITMAPS_MAX && base === undefined) {
-    throw new CowcatcherError({
-      code: "LIMIT",
-      object: disk,
-      problem: `it has ${count} bitmaps named ${PREFIX}… already, one for each backup that is built on`,
-      hint: "remove those of backups that nothing builds on: QMP's block-dirty-bitmap-remove",
-    });
+/** How much is to be copied, and why. @throws CowcatcherError NO_BASIS where that must not be all; BUSY; LIMIT */
+export function findBitmapBasis(disk: string, node: QemuNode, chain: BitmapChain): BitmapBasis {
+  const { base, orFull } = chain;
+  const full = (info: Omit<BasisInfo, "level">): BitmapBasis => {
+    const ended = endedBitmaps(node, (name) => chain.isEnded(name));
+    return { old: undefined, ended, info: { level: "full", ...info } };
+  };
+  if (base === undefined) {
+    const found = full({ bitmapAction: "new", ...chain.fullBecause });
+    const count = node.bitmaps.filter(({ name }) => name.startsWith(PREFIX)).length - found.ended.length;
+    return count < BITMAPS_MAX ? found : withoutBitmap(found, tooMany(disk, count), chain);
   }
-  if (base === undefined) return { old: undefined, ended, info: { level: "full", bitmapAction: "new" } };
-  const name = bitmapOfFile(base);
+  const name = base.bitmap();
   const bitmap = node.bitmaps.find((found) => found.name === name);
   if (bitmap?.isBusy === true) {
     const problem = "another job or export uses the bitmap of its last backup";
     throw new CowcatcherError({ code: "BUSY", object: disk, problem, hint: "wait for its end" });
   }
-  const obstacle = obstacleOf(bitmap, base);
+  const obstacle = obstacleOf(bitmap, base.name);
   if (obstacle === undefined) {
+    const ended = endedBitmaps(node, (other) => other !== name && chain.isEnded(other));
     const info = { level: "incremental", bitmapAction: "used" } as const;
-    return { old: name, keepsOld: wish.keepsBase, ended: [], info };
+    return { old: name, keepsOld: chain.keepsBase, ended, info };
   }
   if (!orFull) {
-    throw new CowcatcherError({
-      code: "NO_BASIS",
-      object: disk,
-      problem: obstacle,
-      hint: "make a full backup with --bitmap auto and without -b, or give --since-or-full",
-    });
+    throw new CowcatcherError({ code: "NO_BASIS", object: disk, problem: obstacle, hint: chain.hint });
   }
-  const bitmapAction = bitmap === undefined ? "missing" : "invalid";
-  return { old: undefined, ended, info: { level: "full", bitmapAction, reason: obstacle } };
+  return full({ bitmapAction: bitmap === undefined ? "missing" : "invalid", reason: obstacle });
 }
 
-/** A backup that is gone has no name any more by which its bitmap could be found; one in use is left alone. */
-function endedBitmaps(node: QemuNode, replaced: readonly string[]): string[] {
-  const names = new Set(replaced.flatMap((path) => (existsSync(path) ? bitmapOfFile(path) : [])));
-  return node.bitmaps.filter(({ name, isBusy }) => !isBusy && names.has(name)).map(({ name }) => name);
+/** One in use is left alone. */
+function endedBitmaps({ bitmaps }: QemuNode, isEnded: (bitmap: string) => boolean): string[] {
+  return bitmaps.filter(({ name, isBusy }) => !isBusy && isEnded(name)).map(({ name }) => name);
+}
+
+/** A backup that is gone has no name any more by which its bitmap could be found. */
+export function bitmapsOfFiles(files: readonly string[]): ReadonlySet<string> {
+  return new Set(files.filter((path) => existsSync(path)).map(bitmapOfFile));
+}
+
+function tooMany(object: string, count: number): CowcatcherError {
+  return new CowcatcherError({
+    code: "LIMIT",
+    object,
+    problem: `it has ${count} bitmaps named ${PREFIX}… already, one for each backup that is built on`,
+    hint: "remove those of backups that nothing builds on: QMP's block-dirty-bitmap-remove",
+  });
+}
+
+/** The basis of a backup that QEMU keeps no bitmap for. @throws CowcatcherError the obstacle, where there has to be one */
+export function withoutBitmap(
+  { info }: Pick<BitmapBasis, "info">,
+  obstacle: CowcatcherError,
+  { isOptional }: Pick<BitmapChain, "isOptional">,
+): BitmapBasis {
+  if (!isOptional || info.level === "incremental") throw obstacle;
+  const note = `no bitmap is kept for the next one: ${obstacle.problem}`;
+  const reason = info.reason === undefined ? note : `${info.reason}; ${note}`;
+  return {
+    old: undefined,
+    ended: [],
+    info: { level: "full", bitmapAction: "not-used", reason },
+    keepsNone: true,
+  };
 }
 
 function obstacleOf(bitmap: QemuBitmap | undefined, base: string): string | undefined {
@@ -125,8 +202,24 @@ export function bitmapOfTarget(path: string, { unfinishedPath }: Target): string
 }
 
 function nameOf(path: string, inode: number): string {
-  const hash = createHash("sha256").update(`${path}\0${inode}`).digest("hex");
-  return `${PREFIX}${hash.slice(0, HASH_DIGITS)}`;
+  return PREFIX + hashOf(path, inode);
+}
+
+function hashOf(...parts: readonly (string | number)[]): string {
+  return createHash("sha256").update(parts.join("\0")).digest("hex").slice(0, HASH_DIGITS);
+}
+
+/** What the names of all bitmaps of a repository's group begin with. */
+export function bitmapsOfGroup(repositoryId: string, group: string): string {
+  return `${PREFIX}${hashOf(repositoryId, group)}-`;
+}
+
+/** @param checkpoint what the backup's manifest calls its T0 */
+export function bitmapOfBackup(
+  repositoryId: string,
+  { group, disk, checkpoint }: { group: string; disk: string; checkpoint: string },
+): string {
+  return bitmapsOfGroup(repositoryId, group) + hashOf(checkpoint, disk);
 }
 
 /** The bitmaps of one disk from before T0 to the end of its backup. */
@@ -167,6 +260,7 @@ export class BitmapHandover {
       await transaction(visit, [this.#add(this.#work)]);
     } catch (cause) {
       if (!(cause instanceof QmpError)) throw cause;
+      this.isOpen = false;
       throw new CowcatcherError({
         code: "NO_BASIS",
         object: this.#node,
@@ -245,8 +339,9 @@ export async function endBitmaps(
   files: readonly string[],
 ): Promise<string[]> {
   const ended: string[] = [];
+  const given = bitmapsOfFiles(files);
   for (const node of nodes) {
-    const names = endedBitmaps(node, files);
+    const names = endedBitmaps(node, (name) => given.has(name));
     if (names.length > 0)
       await transaction(
         visit,

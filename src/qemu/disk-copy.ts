@@ -44,6 +44,8 @@ export interface DiskCopyRequest<Disk extends CopiedDisk, Changes extends Change
   /** How much is copied, and why; undefined: no bitmaps are kept. */
   basis?: BasisInfo | undefined;
   makeBitmaps?: ((target: Target) => Changes) | undefined;
+  /** What is copied of what the bitmap calls dirty, where that is not just it. */
+  dirtyOf?: ((runs: DirtyRuns) => DirtyRuns) | undefined;
   /** Files that QEMU has open: none is a target. */
   filesInUse: readonly string[];
   isCancelled: () => boolean;
@@ -69,6 +71,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   /** Undefined: no bitmaps are kept. */
   readonly bitmaps: Changes | undefined;
   readonly #basis: BasisInfo | undefined;
+  readonly #dirtyOf: (runs: DirtyRuns) => DirtyRuns;
   readonly #target: Target;
   readonly #backing: Image | null;
   readonly #finishing: Finishing;
@@ -76,7 +79,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   #isOver = false;
 
   private constructor(
-    { disk, index, job, basis, makeBitmaps }: DiskCopyRequest<Disk, Changes>,
+    { disk, index, job, basis, makeBitmaps, dirtyOf }: DiskCopyRequest<Disk, Changes>,
     { target, backing, keeper, run }: Prepared,
   ) {
     this.disk = disk;
@@ -86,6 +89,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
     this.run = run;
     this.bitmaps = makeBitmaps?.(target);
     this.#basis = basis;
+    this.#dirtyOf = dirtyOf ?? ((runs) => runs);
     this.#target = target;
     this.#backing = backing;
     this.#finishing = new Finishing(target, job, run.shared);
@@ -149,10 +153,10 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
     return this.bitmaps?.old;
   }
 
-  /** After T0. `zeroes`: what the export says reads as zeroes. `dirty`: nothing else is copied. */
+  /** After T0. `zeroes`: what the export says reads as zeroes. `dirty`: what the bitmap has. */
   begin(uri: string, zeroes: NbdSourceDescription["zeroes"], dirty?: DirtyRuns): void {
     this.#uri = uri;
-    if (dirty !== undefined) markClean(this.run.shared, dirty);
+    if (dirty !== undefined) markClean(this.run.shared, this.#dirtyOf(dirty));
     const { name, node } = this.disk;
     const { sizeBytes } = node;
     const retries = SOURCE_RETRIES;

@@ -18,7 +18,7 @@ const START_TIME_FIELD = 19;
 
 /** What a bitmap of a run is the heir of: another bitmap, or none. */
 const BITMAP_PATTERN =
-  /^(cowcatcher-[1-9]\d{0,6}\.[0-9a-f]{9})b\d{1,2}\.(new|cowcatcher-bitmap-[0-9a-f]{16})$/;
+  /^(cowcatcher-[1-9]\d{0,6}\.[0-9a-f]{9})b\d{1,2}\.(new|cowcatcher-bitmap-[0-9a-f]{16}(?:-[0-9a-f]{16})?)$/;
 const NO_HEIR = "new";
 
 /** What a node, an export or a job of ours is for. */

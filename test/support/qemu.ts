@@ -25,6 +25,10 @@ export interface QemuOptions {
   isLegacy?: boolean;
   /** qemu-storage-daemon in the place of QEMU. */
   isDaemon?: boolean;
+  /** The images of an earlier QEMU in this folder go on; `writes` does not. */
+  keepsImages?: boolean;
+  /** Of a qcow2 image: as `qemu-img create -o` has it. */
+  imageOptions?: string;
   /** Somebody else has started it, with disks of these options. */
   foreign?: ForeignQemu;
 }
@@ -74,8 +78,10 @@ export class Qemu {
     this.#foreign = options.foreign;
     if (options.foreign !== undefined) return;
     const disks = Array.from({ length: diskCount }, (_, i) => i);
-    for (const disk of disks) {
-      const made = spawnSync("qemu-img", ["create", "-q", "-f", format, this.image(disk), String(sizeBytes)]);
+    const more = options.imageOptions === undefined ? [] : ["-o", options.imageOptions];
+    for (const disk of options.keepsImages === true ? [] : disks) {
+      const image = ["-f", format, ...more, this.image(disk), String(sizeBytes)];
+      const made = spawnSync("qemu-img", ["create", "-q", ...image]);
       if (made.status !== 0) throw new Error(String(made.stderr));
     }
     if (this.#isDaemon) {
@@ -137,6 +143,12 @@ export class Qemu {
     return join(this.#folder, `disk${disk}.img`);
   }
 
+  /** In good order: persistent bitmaps are stored. */
+  async quit(): Promise<void> {
+    await this.execute("quit").catch(() => undefined);
+    await this.process.end();
+  }
+
   execute(command: string, args: JsonObject = {}): Promise<unknown> {
     if (this.#own === undefined) throw new Error("QEMU is not started");
     return this.#own.execute(command, args);
@@ -178,6 +190,19 @@ export class Qemu {
       }
     })();
     this.#writing.catch(() => undefined);
+  }
+
+  /** Dirty bitmaps of a disk, by QEMU's word. */
+  async bitmaps(disk = 0): Promise<{ name: string; recording: boolean; persistent: boolean }[]> {
+    const nodes = await this.#list("query-named-block-nodes", { flat: true });
+    const found = nodes.find((node) => node["node-name"] === `drive${disk}`)?.["dirty-bitmaps"];
+    return Array.isArray(found)
+      ? found.filter(isJsonObject).map(({ name, recording, persistent }) => ({
+          name: String(name),
+          recording: recording === true,
+          persistent: persistent === true,
+        }))
+      : [];
   }
 
   async writeSomewhere(): Promise<void> {

@@ -167,25 +167,37 @@ export function decideLevel(
   runs: DirtyRuns | undefined,
 ): Decision {
   const full = (reason: string): Decision => {
-    if (choice !== "incremental") return { level: "full", reason, dirty: undefined };
-    throw new CowcatcherError({
-      code: "NO_BASIS",
-      object: disk.name,
-      problem: `cannot be backed up incrementally: ${reason}`,
-      hint: "give --level auto for a full backup, which stores only what is new",
-    });
+    if (choice === "incremental") throw notIncremental(disk.name, reason);
+    return { level: "full", reason, dirty: undefined };
   };
   if (choice === "full") return full("as asked");
   if (runs === undefined) return full("nothing says what has changed on the disk");
-  if (session.parent === null) return full("the group has no backup yet that can be read");
-  const basis = takeable(session, disk);
-  if (basis === undefined) return full("the last backup has no disk of this name and size");
+  const basis = basisOf(session, disk);
+  if ("why" in basis) return full(basis.why);
   disk.takeOver(basis.index);
   return {
     level: "incremental",
-    reason: `what has changed since ${session.parent.manifest.time}`,
+    reason: `what has changed since ${basis.time}`,
     dirty: byChunks(runs, basis.isThere, disk.chunkBytes, sizeBytes),
   };
+}
+
+/** What the disk can take over of the group's last backup, of that time; or why nothing. */
+export function basisOf(
+  session: BackupSession,
+  disk: SessionDisk,
+): (NonNullable<ReturnType<typeof takeable>> & { time: string }) | { why: string } {
+  if (session.parent === null) return { why: "the group has no backup yet that can be read" };
+  const found = takeable(session, disk);
+  if (found === undefined) return { why: "the last backup has no disk of this name and size" };
+  return { ...found, time: session.parent.manifest.time };
+}
+
+export const AUTO_HINT = "give --level auto for a full backup, which stores only what is new";
+
+export function notIncremental(object: string, reason: string): CowcatcherError {
+  const problem = `cannot be backed up incrementally: ${reason}`;
+  return new CowcatcherError({ code: "NO_BASIS", object, problem, hint: AUTO_HINT });
 }
 
 /** A chunk is dirty if a byte of it is, or if the store has lost it: then the disk heals it. */

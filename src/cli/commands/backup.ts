@@ -30,7 +30,8 @@ const QEMU_NOTES =
   "its buffer, and its death harms the guest. QEMU is afterwards as it was before; after a crash, --cleanup. --disk takes a\n" +
   "node's name, a device's id, the name of a -drive or a qdev path. See docs/running-guests.md. Not supported in this\n" +
   "version: --sync top and none. With --bitmap auto QEMU keeps track of what changes from then on, and with -b and -B only that\n" +
-  "is copied, since the backup that -b names; with --since-or-full all where QEMU does not know.\n" +
+  "is copied, since the backup that -b names; with --since-or-full all where QEMU does not know. With --repo it does so by itself\n" +
+  "for the next --level auto, unless --bitmap none.\n" +
   "With --libvirt virsh has libvirt begin a backup job of the domain, whose export is read; --disk takes a target, such as vda.\n" +
   "Old data stays in --fleece-dir to the end, in files of at most --cow-buffer-size and --spill-limit; full, that file system\n" +
   "would fail the guest's writes, so the backup ends before. --bitmap auto keeps a checkpoint of libvirt's, of qcow2 disks.\n";

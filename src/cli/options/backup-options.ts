@@ -278,7 +278,7 @@ function syncOption(): Option {
 function bitmapOption(): Option {
   return new Option(
     "--bitmap <NAME>",
-    "incremental: copy what this dirty bitmap of SOURCE calls dirty; needs -b and -B",
+    "incremental: copy what this dirty bitmap of SOURCE calls dirty; needs -b and -B; --qmp, --libvirt: auto, with --repo or none",
   ).argParser((text) => parseText(text, "--bitmap"));
 }
 

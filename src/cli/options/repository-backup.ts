@@ -50,10 +50,14 @@ export type RepositoryQemuSettings = Pick<
 > & {
   mode: "repository-qemu";
   guest: QemuBackupSettings | LibvirtBackupSettings;
+  /** QEMU keeps bitmaps, or libvirt checkpoints, for the next backup. */
+  keepsBitmaps: boolean;
   /** Of each disk. */
   job: JobSettings;
 };
 
+/** `--bitmap none` */
+const NO_BITMAPS = "none";
 const MAX_VM_CONFIG_BYTES = 1024 * 1024;
 
 export function addRepositoryBackupOptions(command: Command): Command {
@@ -103,12 +107,12 @@ export function parseRepositoryBackup(
 ): RepositoryBackupSettings | RepositoryLiveSettings | RepositoryQemuSettings {
   const { libvirt, qmp } = flags;
   if (libvirt !== undefined) {
-    return parseQemuIntoRepository(args, flags, "--libvirt", (disks) =>
-      libvirtSettings(libvirt, disks, flags),
+    return parseQemuIntoRepository(args, flags, "--libvirt", (disks, rest) =>
+      libvirtSettings(libvirt, disks, rest),
     );
   }
   if (qmp !== undefined) {
-    return parseQemuIntoRepository(args, flags, "--qmp", (disks) => qemuSettings(qmp, disks, flags));
+    return parseQemuIntoRepository(args, flags, "--qmp", (disks, rest) => qemuSettings(qmp, disks, rest));
   }
   refuseQemuFlags(flags);
   if (flags.control !== undefined) return parseLiveIntoRepository(args, flags, flags.control);
@@ -172,12 +176,18 @@ function parseQemuIntoRepository(
   args: readonly string[],
   flags: BackupFlags,
   option: string,
-  guestOf: (disks: LiveDiskSettings[]) => RepositoryQemuSettings["guest"],
+  guestOf: (disks: LiveDiskSettings[], flags: BackupFlags) => RepositoryQemuSettings["guest"],
 ): RepositoryQemuSettings {
   const place = repositoryOf(flags);
-  const { disks, job } = liveParts(args, flags, option);
-  const guest = guestOf(disks.map((disk) => ({ disk, job })));
-  return { mode: "repository-qemu", guest, job, key: lazyKey(flags), ...place };
+  const { bitmap } = flags;
+  const rest = bitmap === "auto" || bitmap === NO_BITMAPS ? { ...flags, bitmap: undefined } : flags;
+  const { disks, job } = liveParts(args, rest, option);
+  const guest = guestOf(
+    disks.map((disk) => ({ disk, job })),
+    rest,
+  );
+  const keepsBitmaps = bitmap !== NO_BITMAPS;
+  return { mode: "repository-qemu", guest, keepsBitmaps, job, key: lazyKey(flags), ...place };
 }
 
 /** For the process that has the disk open: it reads them, and no secret is sent. @throws CowcatcherError USAGE */

@@ -1,5 +1,6 @@
 // Sets of chunk ids: open addressing over one block of memory, 32 bytes an entry and a byte or a word of state. Ids
-// are hashes, so their first bytes say where an entry stands.
+// are hashes, so their second four bytes say where an entry stands. (The first one is what prune's passes go by: within a pass
+// it has few values.)
 
 import { ID_BYTES } from "../format/secrets.js";
 
@@ -134,7 +135,7 @@ function capacityFor(expected: number): number {
 }
 
 function placeOf(ids: Uint8Array, at: number, capacity: number): number {
-  const word = ids[at] | (ids[at + 1] << 8) | (ids[at + 2] << 16) | (ids[at + 3] << 24);
+  const word = ids[at + 4] | (ids[at + 5] << 8) | (ids[at + 6] << 16) | (ids[at + 7] << 24);
   return word & (capacity - 1);
 }
 

@@ -7,7 +7,7 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { IS_CAMPAIGN } from "../../support/campaign.js";
 import { cowcatcher } from "../../support/cli.js";
 import { Qemu } from "../../support/qemu.js";
-import { expectChain, flatOf } from "../../support/qemu-chain.js";
+import { expectChain, flatOf, GroupOfDisks } from "../../support/qemu-chain.js";
 import { Backup, scratchFolder, stopAll, type Summary } from "../../support/server.js";
 
 const hasQemu = spawnSync("qemu-system-x86_64", ["--version"]).status === 0;
@@ -28,15 +28,6 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
     return new Backup(["--qmp", qemu.monitor, "--fleece-dir", fleece, "--bitmap", "auto", ...args]);
   }
 
-  async function bitmapsOf(qemu: Qemu): Promise<{ name: string; recording: boolean; persistent: boolean }[]> {
-    const nodes = (await qemu.execute("query-named-block-nodes", { flat: true })) as {
-      "node-name": string;
-      "dirty-bitmaps"?: { name: string; recording: boolean; persistent: boolean }[];
-    }[];
-    const found = nodes.find((node) => node["node-name"] === "drive0")?.["dirty-bitmaps"] ?? [];
-    return found.map(({ name, recording, persistent }) => ({ name, recording, persistent }));
-  }
-
   it("makes a full one and incrementals, each its T0", async () => {
     const qemu = await Qemu.start(folder, { sizeBytes: SIZE, format: "qcow2", running: true });
     await qemu.fill();
@@ -45,7 +36,7 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
     await expectChain(qemu, folder, 3, (args) => backup(qemu, args));
     await qemu.stopWriting();
     expect(await qemu.state()).toEqual(before);
-    expect(await bitmapsOf(qemu)).toEqual([
+    expect(await qemu.bitmaps()).toEqual([
       {
         name: expect.stringMatching(/^cowcatcher-bitmap-[0-9a-f]{16}$/) as string,
         recording: true,
@@ -63,23 +54,59 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
     const end = async (name: string): Promise<number> => {
       const words = ["--qmp", qemu.monitor, "--fleece-dir", fleece, "--cleanup"];
       expect((await cowcatcher(["backup", ...words, "--bitmap-replaces", place(name)])).code).toBe(0);
-      return (await bitmapsOf(qemu)).length;
+      return (await qemu.bitmaps()).length;
     };
     await backup(qemu, [place("full")]).succeed();
-    const [own] = await bitmapsOf(qemu);
+    const [own] = await qemu.bitmaps();
     qemu.startWriting();
     await next("bad").succeed();
     // Both go on; then the base's alone.
-    expect(await bitmapsOf(qemu)).toEqual(expect.arrayContaining([own]));
+    expect(await qemu.bitmaps()).toEqual(expect.arrayContaining([own]));
     expect(await end("bad")).toBe(1);
     const earliest = qemu.writes.length;
     await next("good").succeed();
     await qemu.stopWriting();
     qemu.instantOf([await flatOf(place("good"))], earliest);
     expect(await end("full")).toBe(1);
-    expect(await bitmapsOf(qemu)).not.toContainEqual(own);
+    expect(await qemu.bitmaps()).not.toContainEqual(own);
     await backup(qemu, ["-b", place("good"), "-B", "qcow2", place("last")]).succeed();
     expect(qemu.instantOf([await flatOf(place("last"))], 1)).toBe(qemu.writes.length);
+  });
+
+  it("reads only what is dirty for a repository, each backup its T0", async () => {
+    const qemu = await Qemu.start(folder, { sizeBytes: SIZE, format: "qcow2", running: true });
+    await qemu.fill();
+    const before = await qemu.state();
+    const group = await GroupOfDisks.init(qemu, folder);
+    const next = () =>
+      new Backup([
+        "--qmp",
+        qemu.monitor,
+        "--fleece-dir",
+        fleece,
+        "--repo",
+        group.repository,
+        "--group",
+        "vm",
+      ]);
+    expect(await group.expectNext(next())).toMatchObject({ level: "full" });
+    await qemu.write(group.chunkBytes * 2 + 4096, 512, 77);
+    // A chunk of which one sector is dirty.
+    expect(await group.expectNext(next())).toMatchObject({
+      level: "incremental",
+      disks: [{ read_bytes: group.chunkBytes, new_chunks: 1 }],
+    });
+    qemu.startWriting();
+    expect(await group.expectNext(next())).toMatchObject({ level: "incremental" });
+    await qemu.stopWriting();
+    expect(await qemu.state()).toEqual(before);
+    expect(await qemu.bitmaps()).toEqual([
+      {
+        name: expect.stringMatching(/^cowcatcher-bitmap-[0-9a-f]{16}-[0-9a-f]{16}$/) as string,
+        recording: true,
+        persistent: true,
+      },
+    ]);
   });
 
   it.runIf(IS_CAMPAIGN)(
@@ -90,7 +117,7 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
       const full = join(folder, "full.qcow2");
       const onto = ["-b", full, "-B", "qcow2"];
       expect(await backup(qemu, [full]).succeed()).toMatchObject({ level: "full", bitmap_action: "new" });
-      const bitmaps = await bitmapsOf(qemu);
+      const bitmaps = await qemu.bitmaps();
       await qemu.writeSomewhere();
       for (const signal of ["SIGINT", "SIGKILL"] as const) {
         const running = backup(qemu, [...onto, "--rate-limit", "1K", join(folder, "lost.qcow2")]);
@@ -100,7 +127,7 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
         await running.end();
         for (let i = 0; i < 5; i++) await qemu.writeSomewhere();
         // After a kill it is the next one that does it.
-        if (signal === "SIGINT") expect(await bitmapsOf(qemu)).toEqual(bitmaps);
+        if (signal === "SIGINT") expect(await qemu.bitmaps()).toEqual(bitmaps);
       }
       const cleaned = await cowcatcher([
         "backup",
@@ -111,7 +138,7 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
         "--cleanup",
       ]);
       expect(cleaned.code).toBe(0);
-      expect(await bitmapsOf(qemu)).toEqual(bitmaps);
+      expect(await qemu.bitmaps()).toEqual(bitmaps);
       const next = join(folder, "next.qcow2");
       const summary: Summary = await backup(qemu, [...onto, next]).succeed();
       expect(summary).toMatchObject({ level: "incremental", bitmap_action: "used" });
@@ -121,13 +148,13 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
       expect(refused.code).toBe(12);
       expect(refused.stderr).toMatch(/drive0|vd0/);
       expect(refused.stderr).toContain(`QEMU has no bitmap of what has changed since ${full}`);
-      const earlier = (await bitmapsOf(qemu)).map(({ name }) => name);
+      const earlier = (await qemu.bitmaps()).map(({ name }) => name);
       const late = join(folder, "late.qcow2");
       const whole = await backup(qemu, [...onto, "--since-or-full", late]).succeed();
       expect(whole).toMatchObject({ level: "full", bitmap_action: "missing" });
       expect(qemu.instantOf([await flatOf(late)], 1)).toBe(qemu.writes.length);
       // One that was switched off has missed something.
-      const own = (await bitmapsOf(qemu)).find(({ name }) => !earlier.includes(name));
+      const own = (await qemu.bitmaps()).find(({ name }) => !earlier.includes(name));
       await qemu.execute("block-dirty-bitmap-disable", { node: "drive0", name: own?.name ?? "" });
       const missed = await backup(qemu, ["-b", late, "-B", "qcow2", join(folder, "x.qcow2")]).end();
       expect(missed.code).toBe(12);

@@ -17,7 +17,7 @@ import { refuseBusy, runOfJob } from "../../../src/libvirt/job.js";
 import { refuseMethod } from "../../../src/libvirt/risks.js";
 import { Virsh, VirshError } from "../../../src/libvirt/virsh.js";
 import { escapeXml } from "../../../src/libvirt/xml.js";
-import { bitmapOfFile } from "../../../src/qemu/bitmaps.js";
+import { bitmapOfFile, type BitmapWish, chainOfFiles } from "../../../src/qemu/bitmaps.js";
 import { runName } from "../../../src/qemu/names.js";
 
 const DEAD = "cowcatcher-1.0fffffff1";
@@ -78,11 +78,12 @@ describe("checkpointName", () => {
 
 describe("findBasis", () => {
   const disks = [{ name: "vda" }];
-  const wish = (orFull: boolean) => [{ base: path, orFull }];
+  const chain = (wish: BitmapWish) => [chainOfFiles(wish, "/b/new.qcow2")];
+  const wish = (orFull: boolean) => chain({ base: path, orFull });
 
   it("begins a chain without a base", async () => {
     const virsh = new ScriptedVirsh({ "checkpoint-list": "\n" });
-    expect(await findBasis(virsh, disks, [{ base: undefined, orFull: false }])).toEqual({
+    expect(await findBasis(virsh, disks, chain({ base: undefined, orFull: false }))).toEqual({
       old: undefined,
       ended: [],
       info: { level: "full", bitmapAction: "new" },
@@ -132,7 +133,7 @@ describe("findBasis", () => {
       [`checkpoint-dumpxml --checkpointname=${own}`]: described(own, origin),
     });
     const begin = (replaced?: string[]) =>
-      findBasis(virsh, disks, [{ base: undefined, orFull: false, replaced }]);
+      findBasis(virsh, disks, chain({ base: undefined, orFull: false, replaced }));
     await expect(begin()).rejects.toMatchObject({ code: "LIMIT" });
     expect((await begin([path])).ended).toEqual([own]);
   });
@@ -200,8 +201,8 @@ describe("the domain's job", () => {
   it("whose checkpoint libvirt cannot use has no basis", () => {
     const complaint = "checkpoint inconsistent: missing or broken bitmap 'c' for disk 'vda'";
     const error = new VirshError({ code: "IO", object: "vm1", problem: complaint }, complaint);
-    expect(asMissingBasis(error, "c")).toMatchObject({ code: "NO_BASIS" });
-    expect(asMissingBasis(error, undefined)).toBe(error);
+    expect(asMissingBasis(error, "c", "do this")).toMatchObject({ code: "NO_BASIS", hint: "do this" });
+    expect(asMissingBasis(error, undefined, "")).toBe(error);
   });
 });
 
