@@ -167,7 +167,7 @@ export function withoutBitmap(
   { isOptional }: Pick<BitmapChain, "isOptional">,
 ): BitmapBasis {
   if (!isOptional || info.level === "incremental") throw obstacle;
-  const note = `no bitmap is kept for the next one: ${obstacle.problem}`;
+  const note = `no bitmap is kept for the next one: ${obstacle.object}: ${obstacle.problem}`;
   const reason = info.reason === undefined ? note : `${info.reason}; ${note}`;
   return {
     old: undefined,

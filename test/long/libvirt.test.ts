@@ -8,7 +8,7 @@ import { cowcatcher, type RunResult } from "../support/cli.js";
 import { expectSchema } from "../support/json-schema.js";
 import { Libvirt } from "../support/libvirt.js";
 import type { Qemu } from "../support/qemu.js";
-import { expectChain, flatOf } from "../support/qemu-chain.js";
+import { expectChain, flatOf, GroupOfDisks } from "../support/qemu-chain.js";
 import { Backup, scratchFolder, stopAll, type Summary } from "../support/server.js";
 
 const has = (program: string): boolean => spawnSync(program, ["--version"]).status === 0;
@@ -129,6 +129,57 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
     ]);
   });
 
+  it("reads only what is dirty for a repository, each backup its T0, whatever became of the one before", async () => {
+    const qemu = await startGuest(QCOW2, QCOW2);
+    const before = await qemu.state();
+    const group = await GroupOfDisks.init(qemu, folder, ["vda", "vdb"]);
+    const next = (...args: string[]) => backup("--repo", group.repository, "--group", "vm", ...args);
+    qemu.startWriting();
+    expect(await group.expectNext(next())).toMatchObject({ level: "full" });
+    expect(await group.expectNext(next())).toMatchObject({ level: "incremental" });
+    await qemu.stopWriting();
+    expect(await group.expectNext(next())).toMatchObject({ level: "incremental" });
+    await qemu.write(group.chunkBytes * 3, 512, 77, 1);
+    expect(await group.expectNext(next())).toMatchObject({
+      level: "incremental",
+      disks: [{ read_bytes: 0 }, { read_bytes: group.chunkBytes }],
+    });
+    for (const signal of ["SIGINT", "SIGKILL"] as const) {
+      const checkpoints = await libvirt.checkpoints();
+      await qemu.writeSomewhere();
+      const running = next("--level", "full", "--rate-limit", "64K");
+      await running.started();
+      await qemu.writeSomewhere();
+      running.process.kill(signal);
+      await running.end();
+      // After a kill it is the next one that does it.
+      if (signal === "SIGINT") expect(await libvirt.checkpoints()).toEqual(checkpoints);
+      expect(await group.expectNext(next())).toMatchObject({ level: "incremental" });
+      expect(group.instant).toBe(qemu.writes.length);
+    }
+    expect((await cleanup()).code).toBe(0);
+    const [checkpoint, ...others] = await libvirt.checkpoints();
+    expect(others).toEqual([]);
+    await libvirt.virsh("checkpoint-delete", libvirt.name, checkpoint ?? "");
+    const refused = await next("--level", "incremental").end();
+    expect(refused.code).toBe(12);
+    expect(refused.stderr).toContain(
+      "libvirt has no checkpoint of what has changed since the group's last backup",
+    );
+    expect(await group.expectNext(next())).toMatchObject({
+      level: "full",
+      level_reason: expect.stringContaining("libvirt has no checkpoint") as string,
+    });
+    await group.expectNext(next("--bitmap", "none"));
+    expect(await group.expectNext(next())).toMatchObject({
+      level: "full",
+      level_reason: expect.stringContaining("no bitmap was kept from") as string,
+    });
+    // None of an earlier one has stayed.
+    expect(await libvirt.checkpoints()).toHaveLength(1);
+    await expectCleanHouse(qemu, before);
+  });
+
   it("has several disks at one instant, in files and in a repository", async () => {
     const qemu = await startGuest(QCOW2, RAW);
     const before = await qemu.state();
@@ -147,6 +198,11 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
     const between = qemu.writes.length;
     const stored: Summary = await backup("--repo", repo, "--group", "vm").succeed();
     expectSchema("backup", stored);
+    expect(stored).toMatchObject({
+      level: "full",
+      level_reason: expect.stringContaining("vdb: is a raw disk") as string,
+    });
+    expect(await libvirt.checkpoints()).toEqual([]);
     await qemu.stopWriting();
     const instant = qemu.instantOf(targets, earliest);
     expect(instant).toBeGreaterThanOrEqual(earliest);

@@ -264,7 +264,7 @@ describe.skipIf(!hasQemu)("backup --qmp --repo --level", () => {
       expect(await group.expectNext(backup(group))).toMatchObject({
         level: "full",
         level_reason: expect.stringContaining(
-          "no bitmap is kept for the next one: QEMU cannot keep a bitmap",
+          "no bitmap is kept for the next one: drive0: QEMU cannot keep a bitmap",
         ) as string,
       });
     }
