@@ -195,18 +195,13 @@ describe.skipIf(!hasQemu)("backup --qmp --repo --level", () => {
     await good("repo", "forget", `${group.repository}::vm@${newest}`);
     expect(await group.expectNext(backup(group))).toMatchObject({ level: "full" });
     await qemu.writeSomewhere();
-    await good(
-      "backup",
-      qemu.image(),
-      "-f",
-      "qcow2",
-      "--disk",
-      "vd0",
-      "--repo",
-      group.repository,
-      "--group",
-      "other",
-    );
+    // By somebody else: an image of this size, offline.
+    const flat = join(folder, "vd0.flat");
+    await good("backup", flat, "--disk", "vd0", "--repo", group.repository, "--group", "vm");
+    expect(await group.expectNext(backup(group))).toMatchObject({
+      level: "full",
+      level_reason: expect.stringContaining("no bitmap was kept from") as string,
+    });
     await group.expectNext(backup(group, "--bitmap", "none"));
     expect(await group.expectNext(backup(group))).toMatchObject({
       level: "full",
