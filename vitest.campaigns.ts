@@ -3,12 +3,18 @@ export const CAMPAIGN_FILES = [
   "test/long/**/*.test.ts",
   "test/integration/image/{backing-names,check,check-bitmaps,check-repair,qcow2-subclusters,trim-and-zero}.test.ts",
   "test/integration/nbd/{blocking-reader,image}.test.ts",
-  "test/integration/backup/real-guest.test.ts",
+  "test/integration/backup/{live-subclusters,real-guest,snapshot-source}.test.ts",
+  "test/integration/cli/launcher.test.ts",
 ];
 
 /** Of the matrices of these CI takes a part (test/support/campaign.ts). */
 export const SAMPLED_FILES = [
-  "test/integration/backup/{live-backup,missing-bytes}.test.ts",
+  "test/integration/backup/{failures,kill-points,live-backup,missing-bytes,since,verify}.test.ts",
+  "test/integration/cli/targets.test.ts",
+  "test/integration/nbd/snapshot-export.test.ts",
   "test/integration/qemu/{bitmaps,ring}.test.ts",
-  "test/model/{cow-threads,qcow2-crash}.test.ts",
+  "test/integration/rbd/rbd.test.ts",
+  "test/integration/target/qcow2.test.ts",
+  "test/model/{cow,cow-threads,qcow2-crash,qcow2-image,tracking}.test.ts",
+  "test/unit/image/qcow2/reader.test.ts",
 ];

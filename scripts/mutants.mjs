@@ -362,7 +362,7 @@ function runIn(mutant, test) {
     const { status, stdout, stderr } = spawnSync("npx", ["vitest", "run", test], {
       cwd: directory,
       encoding: "utf8",
-      env: { ...process.env, COW_MODEL_SCHEDULES: "3000" },
+      env: { ...process.env, COW_MODEL_SCHEDULES: "3000", TRACKING_MODEL_SCHEDULES: "300" },
     });
     return { failed: status !== 0, output: `${stdout}${stderr}`.replace(/\u001b\[[0-9;]*m/g, "") };
   } finally {

@@ -1,8 +1,9 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { IS_CAMPAIGN } from "../support/campaign.js";
 import { Random } from "../support/random.js";
 import { TrackingSimulator } from "./tracking-simulator.js";
 
-const SCHEDULES = Number(process.env["TRACKING_MODEL_SCHEDULES"] ?? 300);
+const SCHEDULES = Number(process.env["TRACKING_MODEL_SCHEDULES"] ?? (IS_CAMPAIGN ? 3000 : 150));
 const SEED = process.env["TRACKING_MODEL_SEED"];
 const STEPS = 250;
 

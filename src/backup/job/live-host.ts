@@ -127,7 +127,7 @@ export class LiveHost implements JobHost {
     ];
     for (const boot of boots) {
       await nextTurn();
-      if (this.#closing) return;
+      if (this.#closing || this.#jobCounts.size > 0) return;
       await boot();
     }
   }

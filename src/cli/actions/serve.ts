@@ -29,6 +29,9 @@ import type { ListenSettings, ServedImage, ServeSettings } from "../options/serv
 import { onInterrupt } from "../signals.js";
 import { packageVersion } from "../version.js";
 
+/** A guest that starts with its server has the processors for itself first, and a server that ends at once boots nothing. */
+const WARM_UP_AFTER_MS = 2_000;
+
 /** Resolves to the exit code, when the server has ended. @throws CowcatcherError, which the program reports. */
 export async function runServe(
   settings: ServeSettings,
@@ -157,6 +160,7 @@ async function serveNodes(
   const listeners: NbdListener[] = [];
   const stopLoopDelay = logLoopDelay(logger);
   let metrics: MetricsServer | undefined;
+  let warmUp: NodeJS.Timeout | undefined;
   try {
     if (settings.preallocate) {
       await Promise.race([host.preallocate(settings.cowBufferSizeBytes), quitting.asked]);
@@ -173,9 +177,10 @@ async function serveNodes(
     for (const listener of listeners) listener.serve(server);
     if (!quitting.isAsked) announce(settings, context, listeners);
     // Without a control socket nobody can ask for a backup.
-    if (settings.control !== undefined) void host.warmUp();
+    if (settings.control !== undefined) warmUp = setTimeout(() => void host.warmUp(), WARM_UP_AFTER_MS);
     await quitting.asked;
   } finally {
+    clearTimeout(warmUp);
     stopLoopDelay();
     metrics?.close();
     await Promise.all(listeners.map((listener) => listener.close()));

@@ -3,6 +3,7 @@
 import { existsSync, mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { sampled } from "../../support/campaign.js";
 import { run } from "../../support/cli.js";
 import { expectClean, expectSame, makeDisk, noise } from "../../support/disks.js";
 import {
@@ -173,17 +174,20 @@ describe("a target that fails", () => {
     await expectUnharmed(server, guest);
   });
 
-  it.each(["delay", "hang"])("by not answering (%s): cancel does not wait for it", async (action) => {
-    const { server, guest } = await serve(`target-write:${action}=600s`);
-    const backup = await startBackup(server, guest);
-    await guest.progress(20);
-    const startMs = performance.now();
-    expect((await server.jobs("cancel", await backup.jobId())).code).toBe(0);
-    expect(performance.now() - startMs).toBeLessThan(STALL_MS_MAX);
-    await expectFailure(backup, /^cowcatcher: \S+: the backup was cancelled\n$/);
-    expectNoTarget();
-    await expectUnharmed(server, guest);
-  });
+  it.each(sampled(["hang", "delay"], 2))(
+    "by not answering (%s): cancel does not wait for it",
+    async (action) => {
+      const { server, guest } = await serve(`target-write:${action}=600s`);
+      const backup = await startBackup(server, guest);
+      await guest.progress(20);
+      const startMs = performance.now();
+      expect((await server.jobs("cancel", await backup.jobId())).code).toBe(0);
+      expect(performance.now() - startMs).toBeLessThan(STALL_MS_MAX);
+      await expectFailure(backup, /^cowcatcher: \S+: the backup was cancelled\n$/);
+      expectNoTarget();
+      await expectUnharmed(server, guest);
+    },
+  );
 });
 
 describe("a source that cannot be read", () => {
@@ -207,20 +211,25 @@ describe("a source that cannot be read", () => {
 });
 
 describe("a worker", () => {
-  it.each([
-    ["exits", "worker:exit,from=3M,to=4M", /^cowcatcher: \S+: a worker thread died: .*\n$/],
-    ["throws", "worker:throw,from=3M,to=4M", /^cowcatcher: \S+: a fault asked for.*\n$/],
-    [
-      "throws while the target does not answer the others",
-      "worker:delay=200ms,worker=0;worker:throw,worker=0;target-write:hang=600s",
-      /^cowcatcher: \S+: a fault asked for.*\n$/,
-    ],
-    [
-      "exits while the target does not answer the others",
-      "worker:delay=200ms,worker=0;worker:exit,worker=0;target-write:hang=600s",
-      /^cowcatcher: \S+: a worker thread died: .*\n$/,
-    ],
-  ])("%s", async (_what, faults, line) => {
+  it.each(
+    sampled(
+      [
+        ["exits", "worker:exit,from=3M,to=4M", /^cowcatcher: \S+: a worker thread died: .*\n$/],
+        ["throws", "worker:throw,from=3M,to=4M", /^cowcatcher: \S+: a fault asked for.*\n$/],
+        [
+          "throws while the target does not answer the others",
+          "worker:delay=200ms,worker=0;worker:throw,worker=0;target-write:hang=600s",
+          /^cowcatcher: \S+: a fault asked for.*\n$/,
+        ],
+        [
+          "exits while the target does not answer the others",
+          "worker:delay=200ms,worker=0;worker:exit,worker=0;target-write:hang=600s",
+          /^cowcatcher: \S+: a worker thread died: .*\n$/,
+        ],
+      ] as const,
+      3,
+    ),
+  )("%s", async (_what, faults, line) => {
     const { server, guest } = await serve(faults);
     // Without a buffer guest writes wait for workers all the time.
     const backup = await startBackup(server, guest, "--cow-buffer-size", "0");
@@ -251,10 +260,15 @@ describe("a process that ends", () => {
     await expectUnharmed(server, next);
   });
 
-  it.each([
-    ["SIGINT", 130],
-    ["SIGTERM", 143],
-  ] as const)("is a live backup's, by %s", async (signal, expectedCode) => {
+  it.each(
+    sampled(
+      [
+        ["SIGINT", 130],
+        ["SIGTERM", 143],
+      ] as const,
+      2,
+    ),
+  )("is a live backup's, by %s", async (signal, expectedCode) => {
     const { server, guest } = await serve("target-write:delay=200ms");
     const backup = await startBackup(server, guest);
     await guest.progress(20);
@@ -323,10 +337,15 @@ describe("a process that ends", () => {
     await expectSame(disk, target);
   });
 
-  it.each([
-    ["SIGINT", 130],
-    ["SIGTERM", 143],
-  ] as const)("is an offline backup, by %s", async (signal, expectedCode) => {
+  it.each(
+    sampled(
+      [
+        ["SIGINT", 130],
+        ["SIGTERM", 143],
+      ] as const,
+      2,
+    ),
+  )("is an offline backup, by %s", async (signal, expectedCode) => {
     const backup = new Backup([disk, target], { COWCATCHER_FAULTS: "target-write:hang=600s" });
     await backup.started();
     backup.process.kill(signal);
@@ -340,22 +359,27 @@ describe("a process that ends", () => {
 });
 
 describe("an offline backup", () => {
-  it.each([
-    [
-      "target-write:error=EIO",
-      /^cowcatcher: \S+\/target\.qcow2: cannot write: input\/output error at offset \d+\n$/,
-    ],
-    [
-      "target-write:error=ENOSPC",
-      /^cowcatcher: \S+: cannot write: no space left on the device at offset.*\n$/,
-    ],
-    [
-      "source-read:error=EIO",
-      /^cowcatcher: \S+\/disk\.qcow2: cannot read: input\/output error at offset \d+\n$/,
-    ],
-    ["worker:exit,after=1", /^cowcatcher: \S+: a worker thread died: .*\n$/],
-    ["worker:throw,after=1", /^cowcatcher: \S+: a fault asked for.*\n$/],
-  ])("fails with %s and leaves what was there", async (faults, line) => {
+  it.each(
+    sampled(
+      [
+        [
+          "target-write:error=EIO",
+          /^cowcatcher: \S+\/target\.qcow2: cannot write: input\/output error at offset \d+\n$/,
+        ],
+        [
+          "target-write:error=ENOSPC",
+          /^cowcatcher: \S+: cannot write: no space left on the device at offset.*\n$/,
+        ],
+        [
+          "source-read:error=EIO",
+          /^cowcatcher: \S+\/disk\.qcow2: cannot read: input\/output error at offset \d+\n$/,
+        ],
+        ["worker:exit,after=1", /^cowcatcher: \S+: a worker thread died: .*\n$/],
+        ["worker:throw,after=1", /^cowcatcher: \S+: a fault asked for.*\n$/],
+      ] as const,
+      2,
+    ),
+  )("fails with %s and leaves what was there", async (faults, line) => {
     writeFileSync(target, "an older backup");
     const backup = new Backup([disk, target, "--force", "--target-retries", "0"], {
       COWCATCHER_FAULTS: faults,

@@ -71,7 +71,7 @@ async function expectRestored(source: string, expected: Buffer, ...options: stri
 }
 
 describe("a file that ends before what its tables refer to", () => {
-  it.each(["plain", "zlib", "zstd"])("is refused, wherever it was cut: %s", async (kind) => {
+  it.each(sampled(["zlib", "zstd", "plain"], 2))("is refused, wherever it was cut: %s", async (kind) => {
     const { size } = statSync(file(`${kind}.qcow2`));
     const random = new Random(7);
     const cuts = [64 * KiB, 64 * KiB + 100, 200 * KiB, size - 64 * KiB];
@@ -171,7 +171,7 @@ describe("what is legal", () => {
     await expectRestored(overlay, Buffer.concat([odd, Buffer.alloc(6 * MiB - odd.length)]), "--verify");
   });
 
-  it.each(["metadata", "falloc", "full"])("preallocation=%s", async (preallocation) => {
+  it.each(sampled(["metadata", "falloc", "full"], 3))("preallocation=%s", async (preallocation) => {
     const image = file(`${preallocation}.qcow2`);
     await mustRun(
       "qemu-img",
@@ -276,7 +276,7 @@ describe("a file that is cut while it is read", () => {
     }
   });
 
-  it.each(["disk.raw", "plain.qcow2"])(
+  it.each(sampled(["plain.qcow2", "disk.raw"], 2))(
     "fails the live backup, and no zeroes take its place when the guest writes further out: %s",
     async (name) => {
       const disk = file(`served-${name}`);
