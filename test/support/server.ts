@@ -178,15 +178,20 @@ export class Server {
 
   /** What /proc says its descriptors are. */
   openFiles(): string[] {
-    const folder = `/proc/${this.process.pid}/fd`;
-    return readdirSync(folder).flatMap((fd) => {
-      try {
-        return [readlinkSync(join(folder, fd))];
-      } catch {
-        return [];
-      }
-    });
+    return openFilesOf(this.process.pid);
   }
+}
+
+/** What /proc says a process's descriptors are. */
+export function openFilesOf(pid: number): string[] {
+  const folder = `/proc/${pid}/fd`;
+  return readdirSync(folder).flatMap((fd) => {
+    try {
+      return [readlinkSync(join(folder, fd))];
+    } catch {
+      return [];
+    }
+  });
 }
 
 const nodePath = process.execPath;
@@ -232,8 +237,8 @@ export class Backup {
    */
   async release(server: Server): Promise<Summary> {
     const { code, stderr } = await server.jobs("set-speed", await this.jobId(), "0");
-    // It may have come to its end before.
-    if (code !== 0 && !stderr.includes("not found"))
+    // It may have come to its end before, or be about to.
+    if (code !== 0 && !/not found|in state '(?:waiting|pending|concluded)'/.test(stderr))
       throw new Error(`set-speed ended with ${code}: ${stderr}`);
     return this.succeed();
   }

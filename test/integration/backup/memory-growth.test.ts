@@ -8,7 +8,7 @@ import { ControlClient } from "../../../src/qmp/client.js";
 import { startBackup, watchJob } from "../../../src/control/jobs-from-qmp.js";
 import { JOB_DEFAULTS, type JobOptions } from "../../../src/backup/options.js";
 import { MiB } from "../../../src/units.js";
-import { Process, scratchFolder, Server, stopAll, until } from "../../support/server.js";
+import { openFilesOf, Process, scratchFolder, Server, stopAll, until } from "../../support/server.js";
 import { COWCATCHER_BIN } from "../../support/cli.js";
 
 afterEach(stopAll);
@@ -67,15 +67,20 @@ async function startServer(): Promise<Server> {
   const socket = join(folder, "bare.sock");
   const bare = new Process(process.execPath, [COWCATCHER_BIN, "serve", disk, "--socket", socket]);
   await bare.line((line) => line.includes("listening"));
-  const bareCount = threadsOf(bare.pid).length;
+  const bareCount = eventLoopCount(bare.pid);
   bare.kill("SIGTERM");
   expect(await bare.end()).toMatchObject({ code: 0 });
   const server = await Server.start(folder, [disk]);
   await until(
     "its first threads are up",
-    () => threadsOf(server.process.pid).length === bareCount + WARM_COUNT,
+    () => eventLoopCount(server.process.pid) === bareCount + WARM_COUNT,
   );
   return server;
+}
+
+/** Of the main thread and of the workers: Node's and V8's other threads come when they please. */
+function eventLoopCount(pid: number): number {
+  return openFilesOf(pid).filter((path) => path === "anon_inode:[eventpoll]").length;
 }
 
 function threadsOf(pid: number): string[] {
