@@ -1,7 +1,7 @@
 // npm run bench:nbd: the throughput of cowcatcher's NBD server and client over a Unix socket, beside qemu-nbd and
-// nbdcopy in the same run. Needs qemu-utils and nbdcopy.
+// nbdcopy in the same run. Needs qemu-utils, nbdcopy and fio.
 //
-//   server   the same client (nbdcopy, qemu-img) reads and writes the same raw image through our `serve` and qemu-nbd
+//   server   the same client (nbdcopy, qemu-img, fio) reads and writes the same raw image through our `serve` and qemu-nbd
 //   client   our `backup` and nbdcopy read from, and write to, the same qemu-nbd
 //
 // Everything is in the page cache, and nothing is synced: what is measured is the protocol's way through two processes.
@@ -81,11 +81,17 @@ const qemuImgRead: Transfer = (uri, { sizeBytes }) => {
 };
 const qemuImgWrite: Transfer = (uri, { copy }) =>
   run("qemu-img", [...QEMU_IMG_CONVERT, "-f", "raw", "-O", "raw", copy, uri]);
+/** Waits for each answer, as a program in a guest that reads a file does. */
+const depthOneRead: Transfer = (uri, { folder }) => {
+  const args = ["--name=reader", "--ioengine=nbd", `--uri=${uri}`, "--rw=read", "--bs=256k", "--iodepth=1"];
+  return run("fio", [...args, "--output", join(folder, "fio.log")]);
+};
 const ourRead: Transfer = (uri) => backup([uri, "null:"]);
 const ourWrite: Transfer = (uri, { copy }) => backup(["--force", "-f", "raw", "-O", "raw", copy, uri]);
 
 const CELLS: readonly Cell[] = [
   serverCell("server, nbdcopy reads", nbdcopyRead),
+  serverCell("server, depth-1 reads", depthOneRead),
   serverCell("server, nbdcopy writes", nbdcopyWrite),
   serverCell("server, qemu-img reads", qemuImgRead),
   serverCell("server, qemu-img writes", qemuImgWrite),

@@ -49,6 +49,8 @@ export interface RunningServer {
   child: Child;
   /** Path of the NBD socket; the export's name is "disk". */
   socket: string;
+  /** What the guest writes instead of the export, by plain pwrite: the server is there and has nothing to do. */
+  plainFile?: string;
   /** Resolves after T0. */
   startBackup(): Promise<RunningBackup>;
   stop(): Promise<void>;

@@ -40,12 +40,15 @@ export function fioArguments(
   pattern: FioPattern,
   socket: string,
   seconds: number,
-  logPrefix?: string,
+  { logPrefix, file }: { logPrefix?: string | undefined; file?: string | undefined } = {},
 ): string[] {
+  const place =
+    file === undefined
+      ? ["--ioengine=nbd", `--uri=nbd+unix:///disk?socket=${socket}`]
+      : ["--ioengine=psync", `--filename=${file}`];
   const args = [
     "--name=guest",
-    "--ioengine=nbd",
-    `--uri=nbd+unix:///disk?socket=${socket}`,
+    ...place,
     `--rw=${pattern.rw}`,
     `--bs=${pattern.blockSize}`,
     `--iodepth=${pattern.ioDepth}`,
@@ -60,17 +63,22 @@ export function fioArguments(
   return args;
 }
 
-/** Runs fio to its end. @throws CowcatcherError IO if it fails or hangs. */
+/**
+ * Runs fio to its end.
+ * @param options.file is written by plain pwrite, one at a time, instead of the export
+ * @throws CowcatcherError IO if it fails or hangs.
+ */
 export async function runFio(
   pattern: FioPattern,
   socket: string,
   seconds: number,
-  { withSeries = false } = {},
+  { withSeries = false, file }: { withSeries?: boolean; file?: string | undefined } = {},
 ): Promise<FioResult> {
   // fio writes its log, and a state file, into its folder.
   const folder = scratchFolder();
   const logPrefix = withSeries ? "guest" : undefined;
-  const child = new Child("fio", "fio", fioArguments(pattern, socket, seconds, logPrefix), { cwd: folder });
+  const args = fioArguments(pattern, socket, seconds, { logPrefix, file });
+  const child = new Child("fio", "fio", args, { cwd: folder });
   const timer = setTimeout(() => child.process.kill("SIGKILL"), seconds * 1000 + FIO_GRACE_MS);
   const { code, stdout } = await child.ended;
   clearTimeout(timer);

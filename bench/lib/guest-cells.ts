@@ -4,8 +4,8 @@
 import { MiB } from "../../src/units.js";
 import type { Contestant, DiskFormat, RbdPlace, Throttle } from "./contestant.js";
 import type { FioPattern } from "./fio.js";
-import { cowcatcher } from "./ours.js";
-import { qemu } from "./qemu.js";
+import { cowcatcher, plainWrites } from "./ours.js";
+import { BELOW_TARGET, MEMORY_IMAGE, ONE_WORKER, qemu, SMALL_STEPS } from "./qemu.js";
 
 export interface Cell {
   /** What `--cell` filters and the tables show: pattern, format, target, scenario. */
@@ -63,11 +63,20 @@ const NO_BACKUP: Scenario = {
 };
 const UNBUFFERED: Scenario = {
   name: "unbuffered",
-  contestants: [qemu("plain"), cowcatcher("unbuffered", ["--cow-buffer-size", "0"])],
+  contestants: [
+    qemu("plain"),
+    qemu("plain", ONE_WORKER),
+    qemu("plain", BELOW_TARGET),
+    cowcatcher("unbuffered", ["--cow-buffer-size", "0"]),
+  ],
 };
 const BUFFERED: Scenario = {
   name: "buffered 1 GiB",
-  contestants: [qemu("fleecing"), cowcatcher("buffered", ["--cow-buffer-size", "1G"])],
+  contestants: [
+    qemu("fleecing"),
+    qemu("fleecing", MEMORY_IMAGE),
+    cowcatcher("buffered", ["--cow-buffer-size", "1G"]),
+  ],
 };
 const SMALL_BUFFER: Scenario = {
   name: "buffered 64 MiB",
@@ -160,7 +169,9 @@ export function filterCells<T extends { name: string }>(
 
 /** The picture's contestants, on the slow target. */
 export function timelineCell(): Cell {
-  const contestants = [...BUFFERED.contestants, ...UNBUFFERED.contestants];
+  const contestants = [...BUFFERED.contestants, ...UNBUFFERED.contestants].filter(
+    ({ name }) => !name.includes("tuned"),
+  );
   return { ...makeCell(MAIN_PATTERN, "raw", SLOW_TARGET, BUFFERED), contestants };
 }
 
@@ -171,7 +182,11 @@ export function rbdCells(rbd: RbdPlace): Cell[] {
     makeCell(MAIN_PATTERN, "raw", NO_TARGET, NO_BACKUP),
     makeCell(MAIN_PATTERN, "raw", throttle, {
       ...UNBUFFERED,
-      contestants: [qemu("plain"), qemu("tuned"), ...UNBUFFERED.contestants.slice(1)],
+      contestants: [
+        qemu("plain"),
+        qemu("plain", SMALL_STEPS),
+        ...UNBUFFERED.contestants.filter(({ name }) => !name.startsWith("QEMU")),
+      ],
     }),
     makeCell(MAIN_PATTERN, "raw", throttle, BUFFERED),
   ];
@@ -188,5 +203,8 @@ function makeCell(
   const access = direct ? "direct, " : "";
   const when = throughStart ? ", from before its start" : "";
   const name = `${pattern.name}, ${format}, ${access}${place}${scenario.name}${when}`;
-  return { name, pattern, format, throttle, direct, throughStart, contestants: scenario.contestants };
+  // A steady guest's latencies are as much the machine's as the server's.
+  const showsNoise = pattern.ratePerSecond !== undefined && !direct && !throughStart;
+  const contestants = [...scenario.contestants, ...(showsNoise ? [plainWrites()] : [])];
+  return { name, pattern, format, throttle, direct, throughStart, contestants };
 }

@@ -54,7 +54,8 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<Measurement> {
   return withServer(cell, contestant, options, async (server) => {
-    await runFio(cell.pattern, server.socket, WARM_UP_SECONDS);
+    const file = server.plainFile;
+    await runFio(cell.pattern, server.socket, WARM_UP_SECONDS, { file });
     // What is to be cold is so again.
     if (cell.direct) await dropCache(options.disk);
     const fleece = new FleecePeak(() => server.fleeceBytes?.());
@@ -62,7 +63,7 @@ export async function measure(
     const cpuNow = (): number => server.child.cpuSeconds() + (backup?.copier?.cpuSeconds() ?? 0);
     const cpuBefore = cpuNow();
     const startMs = Date.now();
-    const result = await runFio(cell.pattern, server.socket, options.guestSeconds);
+    const result = await runFio(cell.pattern, server.socket, options.guestSeconds, { file });
     const endMs = Date.now();
     const cpuSeconds = cpuNow() - cpuBefore;
     const backupSeconds = await backupEnd(backup, options.backupTimeoutSeconds);

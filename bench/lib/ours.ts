@@ -5,10 +5,15 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { Readable } from "node:stream";
 import { LOOP_DELAY_MESSAGE } from "../../src/cli/actions/loop-delay.js";
+import { GiB } from "../../src/units.js";
 import { type Child, childError, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
+import { makeRawDisk } from "./disks.js";
 import { rbdAddress, removeRbdImage } from "./ceph.js";
 import { startCowcatcher, startServe } from "./cowcatcher.js";
+
+/** As large as the disk is by default. */
+const PLAIN_FILE_BYTES = GiB;
 
 /**
  * @param backupArguments of `backup`, beside target and rate; undefined: no backup.
@@ -23,6 +28,22 @@ export function cowcatcher(
     name: `cowcatcher, ${name}`,
     hasBackup: backupArguments !== undefined,
     start: (setup) => start(setup, backupArguments ?? [], moreOfServe),
+  };
+}
+
+/**
+ * The machine's own noise: the guest's writes go to a file by plain pwrite, while a server that has nothing to do
+ * stands beside it.
+ */
+export function plainWrites(): Contestant {
+  return {
+    name: "plain pwrite, server idle",
+    hasBackup: false,
+    start: async (setup) => {
+      const plainFile = join(setup.folder, "plain.raw");
+      makeRawDisk(plainFile, PLAIN_FILE_BYTES);
+      return { ...(await start(setup, [], [])), plainFile };
+    },
   };
 }
 

@@ -15,38 +15,85 @@ import { ControlClient } from "../../src/qmp/client.js";
 import { CowcatcherError } from "../../src/errors.js";
 import { MiB } from "../../src/units.js";
 import { createRbdImage, removeRbdImage } from "./ceph.js";
-import { Child, childError, runProgram, waitForChild } from "./children.js";
+import { Child, childError, removeFolder, runProgram, scratchFolder, waitForChild } from "./children.js";
 import type { Contestant, RunningBackup, RunningServer, Setup } from "./contestant.js";
 
-type Kind = "none" | "plain" | "tuned" | "fleecing" | "pulled";
+type Kind = "none" | "plain" | "fleecing" | "pulled";
 
 const KIND_NAMES: Record<Kind, string> = {
   none: "no backup",
   plain: "blockdev-backup",
-  tuned: "blockdev-backup",
   fleecing: "fleecing",
   pulled: "fleecing, pulled by qemu-img",
 };
-/** Of a plain job: `speed` in bytes a second, and x-perf. */
-export interface Tuning {
-  speed: number;
-  "x-perf": { "max-workers": number; "max-chunk"?: number };
+/** What a user sets who wants the guest to feel less of the backup. */
+export interface QemuTuning {
+  /** For the table. */
+  name: string;
+  /** x-perf: requests of the job in flight. QEMU's default is 64. */
+  workerCount: number;
+  /** x-perf: of one request at most. QEMU chooses without. */
+  maxChunkBytes?: number;
+  /** `speed` of the job, which the guest's own copy-before-write is not subject to. */
+  speed?: number;
+  /** `speed` as a part of the target's rate, where the target has one. */
+  speedShare?: number;
+  /** Of fleecing: the temporary image is raw, without tables to keep, and in memory. */
+  isImageInMemory?: boolean;
 }
-/** What its users do who want the guest to feel less of it: many small steps at a time, and a limit. */
-const TUNED: Tuning = { speed: 16 * MiB, "x-perf": { "max-workers": 16, "max-chunk": 4 * MiB } };
+
+/** The job has one request in the target's queue, so that a guest's waits behind one. */
+export const ONE_WORKER: QemuTuning = { name: "1 worker", workerCount: 1 };
+/** The job leaves the guest a tenth of the target at all times. */
+export const BELOW_TARGET: QemuTuning = {
+  name: "8 workers, 0.9 of the rate",
+  workerCount: 8,
+  speedShare: 0.9,
+};
+/** For a target whose rate nobody knows. */
+export const SMALL_STEPS: QemuTuning = {
+  name: "16 workers, 16 MiB/s",
+  workerCount: 16,
+  speed: 16 * MiB,
+  maxChunkBytes: 4 * MiB,
+};
+/**
+ * A raw image in memory, and few requests a little below the target's rate. (`min-cluster-size` came with QEMU 9.2;
+ * `cbw-timeout` and `on-cbw-error` bear on an image that fails, not on one that is slow, and stay as they are.)
+ */
+export const MEMORY_IMAGE: QemuTuning = {
+  name: "raw image in memory, 8 workers, 0.9 of the rate",
+  workerCount: 8,
+  speedShare: 0.9,
+  isImageInMemory: true,
+};
+
+function jobOptions(tuning: QemuTuning | undefined, { throttle }: Setup): Record<string, unknown> {
+  if (tuning === undefined) return {};
+  const { workerCount, maxChunkBytes, speedShare } = tuning;
+  const rate = throttle.bytesPerSecond;
+  const speed =
+    tuning.speed ??
+    (speedShare !== undefined && rate !== undefined ? Math.floor(rate * speedShare) : undefined);
+  return {
+    ...(speed !== undefined && { speed }),
+    "x-perf": {
+      "max-workers": workerCount,
+      ...(maxChunkBytes !== undefined && { "max-chunk": maxChunkBytes }),
+    },
+  };
+}
 
 const JOB_ID = "backup";
+const MEMORY_FOLDER = "/dev/shm";
 const STAT_BLOCK_BYTES = 512;
 /** io_uring is QEMU's way to many requests at a time that has no thread for each. */
 const DIRECT_OPTIONS = ",cache.direct=on,aio=io_uring";
 const DIRECT_MEMBERS = { cache: { direct: true }, aio: "io_uring" };
 
-/** @param tuning of the kind `tuned` */
-export function qemu(kind: Kind, tuning = TUNED): Contestant {
-  const { speed, "x-perf": perf } = tuning;
-  const more = kind === "tuned" ? `, ${perf["max-workers"]} workers, ${speed / MiB} MiB/s` : "";
+export function qemu(kind: Kind, tuning?: QemuTuning): Contestant {
   return {
-    name: `QEMU, ${KIND_NAMES[kind]}${more}`,
+    name: `QEMU, ${KIND_NAMES[kind]}${tuning === undefined ? "" : `, tuned: ${tuning.name}`}`,
     hasBackup: kind !== "none",
     start: (setup) => startContestant(setup, kind, tuning),
   };
@@ -100,23 +147,30 @@ function isFleecing(kind: Kind): boolean {
   return kind === "fleecing" || kind === "pulled";
 }
 
-async function startContestant(setup: Setup, kind: Kind, tuning: Tuning): Promise<RunningServer> {
+async function startContestant(
+  setup: Setup,
+  kind: Kind,
+  tuning: QemuTuning | undefined,
+): Promise<RunningServer> {
   const daemon = await startDaemon(setup, isFleecing(kind));
   const { child, socket } = daemon;
   const helpers: Child[] = [];
+  // In memory, whatever the disks stand on.
+  const imageFolder = tuning?.isImageInMemory === true ? scratchFolder(MEMORY_FOLDER) : undefined;
   return {
     child,
     socket,
     startBackup: () =>
       kind === "pulled"
         ? startPull(daemon, setup)
-        : startBackup(daemon.client, setup, { kind, tuning, helpers }),
+        : startBackup(daemon.client, setup, { kind, tuning, imageFolder, helpers }),
     stop: async () => {
       await daemon.stop();
       await Promise.all(helpers.map((helper) => helper.stop()));
+      if (imageFolder !== undefined) removeFolder(imageFolder);
       if (setup.throttle.rbd !== undefined) await removeRbdImage(setup.throttle.rbd);
     },
-    ...(isFleecing(kind) && { fleeceBytes: () => diskUsage(fleecingImage(setup)) }),
+    ...(isFleecing(kind) && { fleeceBytes: () => diskUsage(fleecingImage(setup, imageFolder)) }),
   };
 }
 
@@ -125,8 +179,8 @@ export function diskUsage(path: string): number {
   return (statSync(path, { throwIfNoEntry: false })?.blocks ?? 0) * STAT_BLOCK_BYTES;
 }
 
-function fleecingImage({ folder }: Setup): string {
-  return join(folder, "fleecing.qcow2");
+function fleecingImage({ folder }: Setup, imageFolder?: string): string {
+  return imageFolder === undefined ? join(folder, "fleecing.qcow2") : join(imageFolder, "fleecing.raw");
 }
 
 /** The target is held back by the reader's own limit. */
@@ -167,10 +221,19 @@ async function startPull({ client, socket }: Daemon, setup: Setup): Promise<Runn
   };
 }
 
+interface BackupPlan {
+  kind: Kind;
+  tuning: QemuTuning | undefined;
+  /** For a raw temporary image; undefined: a qcow2 one beside the disk. */
+  imageFolder: string | undefined;
+  /** Processes that end with the daemon; filled in here. */
+  helpers: Child[];
+}
+
 async function startBackup(
   client: ControlClient,
   setup: Setup,
-  { kind, tuning, helpers }: { kind: Kind; tuning: Tuning; helpers: Child[] },
+  { kind, tuning, imageFolder, helpers }: BackupPlan,
 ): Promise<RunningBackup> {
   const size = await virtualSize(setup);
   const target = join(setup.folder, "target.raw");
@@ -184,7 +247,7 @@ async function startBackup(
     await createRbdImage(rbd, size);
     await client.execute("blockdev-add", { driver: "rbd", "node-name": "target", ...rbd });
   }
-  if (kind === "fleecing") await startFleecing(client, setup, size);
+  if (kind === "fleecing") await startFleecing(client, setup, size, imageFolder);
   const end = jobEnd(client);
   const device = kind === "fleecing" ? "snapshot" : "disk";
   const startMs = performance.now();
@@ -193,7 +256,7 @@ async function startBackup(
     device,
     target: "target",
     sync: "full",
-    ...(kind === "tuned" && tuning),
+    ...jobOptions(tuning, setup),
   });
   return {
     ended: end.then(async (isComplete) => {
@@ -243,12 +306,19 @@ async function addTarget(client: ControlClient, setup: Setup, path: string, help
   await client.execute("blockdev-add", node);
 }
 
-async function startFleecing(client: ControlClient, setup: Setup, size: number): Promise<void> {
-  const { direct } = setup;
-  const temporary = fleecingImage(setup);
-  await runProgram("qemu-img", ["create", "-q", "-f", "qcow2", temporary, String(size)]);
-  const file = { driver: "file", filename: temporary, ...(direct && DIRECT_MEMBERS) };
-  await client.execute("blockdev-add", { driver: "qcow2", "node-name": "fleecing", file });
+async function startFleecing(
+  client: ControlClient,
+  setup: Setup,
+  size: number,
+  imageFolder?: string,
+): Promise<void> {
+  const format = imageFolder === undefined ? "qcow2" : "raw";
+  const temporary = fleecingImage(setup, imageFolder);
+  await runProgram("qemu-img", ["create", "-q", "-f", format, temporary, String(size)]);
+  // tmpfs knows O_DIRECT only since Linux 6.6, and nothing is gained by it there.
+  const members = setup.direct && imageFolder === undefined ? DIRECT_MEMBERS : {};
+  const file = { driver: "file", filename: temporary, ...members };
+  await client.execute("blockdev-add", { driver: format, "node-name": "fleecing", file });
   await client.execute("blockdev-add", {
     driver: "copy-before-write",
     "node-name": "cbw",
