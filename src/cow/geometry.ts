@@ -1,6 +1,6 @@
 // How a disk is cut: blocks of capture, clusters of state, chunks of work, regions of the sweep.
 
-import { KiB, MiB } from "../units.js";
+import { KiB, MiB, TiB } from "../units.js";
 
 /** Unit of capture: the page size, below which neither the page cache nor O_DIRECT reads less. */
 export const BLOCK_BYTES = 4 * KiB;
@@ -9,6 +9,22 @@ export const BLOCKS_PER_SLOT = 16;
 export const SLOT_BYTES = BLOCK_BYTES * BLOCKS_PER_SLOT;
 export const MIN_CLUSTER_BYTES = 64 * KiB;
 export const CHUNK_BYTES = 1 * MiB;
+
+/** How finely a disk is cut, where neither source nor target ask for more: powers of two, in bytes. */
+export interface Cut {
+  clusterBytes: number;
+  chunkBytes: number;
+}
+
+export const USUAL_CUT: Cut = { clusterBytes: MIN_CLUSTER_BYTES, chunkBytes: CHUNK_BYTES };
+/**
+ * Of a live backup without a buffer. There a guest's write waits until its clusters are in the target: what a cluster
+ * holds beyond the write takes the target's time from the guest, and so does a chunk of the sweep that a worker has
+ * begun. Finer still would cost memory for the states, and requests.
+ */
+export const FINE_CUT: Cut = { clusterBytes: 16 * KiB, chunkBytes: 256 * KiB };
+/** Of larger ones the states alone would be over 1 GiB. */
+export const FINE_CUT_MAX_DISK_BYTES = 16 * TiB;
 /** Chunks whose common emptiness one query settles: 256 MiB with chunks of 1 MiB. */
 const CHUNKS_PER_REGION = 256;
 /** Chunk numbers are 32-bit: 2^31 chunks of 1 MiB are 2 PiB, far over what qcow2 holds. */
@@ -28,21 +44,22 @@ export interface Geometry {
 
 /** @throws as chunkedGeometryOf */
 export function geometryOf(sizeBytes: number, ...clusterSizesBytes: number[]): Geometry {
-  return chunkedGeometryOf(sizeBytes, CHUNK_BYTES, ...clusterSizesBytes);
+  return chunkedGeometryOf(sizeBytes, USUAL_CUT, 0, ...clusterSizesBytes);
 }
 
 /**
- * @param wantedChunkBytes a power of two: the unit in which the target takes data best; smaller ones than ours do not count
+ * @param wantedChunkBytes a power of two: the unit in which the target takes data best; smaller ones than the cut's do not count
  * @throws RangeError for a disk over 1 PiB: openers and creators refuse those by name long before.
  */
 export function chunkedGeometryOf(
   sizeBytes: number,
+  cut: Cut,
   wantedChunkBytes: number,
   ...clusterSizesBytes: number[]
 ): Geometry {
   if (!(sizeBytes >= 0 && sizeBytes <= MAX_DISK_BYTES)) throw new RangeError(`disk of ${sizeBytes} bytes`);
-  const clusterBytes = Math.max(MIN_CLUSTER_BYTES, ...clusterSizesBytes);
-  const chunkBytes = Math.max(CHUNK_BYTES, wantedChunkBytes, clusterBytes);
+  const clusterBytes = Math.max(cut.clusterBytes, ...clusterSizesBytes);
+  const chunkBytes = Math.max(cut.chunkBytes, wantedChunkBytes, clusterBytes);
   const chunkCount = Math.ceil(sizeBytes / chunkBytes);
   return {
     sizeBytes,

@@ -26,6 +26,7 @@ import type { Completion } from "../block/device.js";
 import { CaptureStore, type CaptureStoreOptions, CaptureWork } from "./capture-store.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import { GuestLimit } from "./guest-limit.js";
+import { GuestStreams } from "./guest-streams.js";
 import { Pacer } from "./pacer.js";
 import {
   CAPTURED,
@@ -112,6 +113,7 @@ export class Interceptor {
   /** Blocks that the write which found the buffer full last would need. */
   #roomNeeded = 0;
   readonly #line = new WaitingLine();
+  readonly #streams = new GuestStreams();
   readonly #limit: GuestLimit;
   /** Captures that go on and write to the spill. */
   readonly #spilling = new WeakSet<Promise<void>>();
@@ -142,10 +144,11 @@ export class Interceptor {
     const last = Math.floor((offsetBytes + lengthBytes - 1) / chunkBytes);
     const first = Math.floor(offsetBytes / chunkBytes);
     if (first === last && this.#store.isHeld(first, offsetBytes, offsetBytes + lengthBytes)) return undefined;
+    const takenEnd = this.#unbuffered ? this.#streams.note(offsetBytes, lengthBytes) : 0;
     const enough = this.counters.captureCount + CHUNKS_PER_TURN;
     for (let chunk = first; chunk <= last; chunk++) {
       if (this.counters.captureCount >= enough) return this.#captureSlowly(offsetBytes, lengthBytes);
-      const outcome = this.#captureInChunk(chunk, offsetBytes, lengthBytes, false);
+      const outcome = this.#captureInChunk(chunk, offsetBytes, lengthBytes, false, takenEnd);
       if (outcome === "done") continue;
       return this.#captureSlowly(offsetBytes, lengthBytes, outcome instanceof Promise ? outcome : undefined);
     }
@@ -325,8 +328,17 @@ export class Interceptor {
     countWait(this.counters.guestWaitCounts, ms);
   }
 
-  /** Captures what of the write lies in one chunk. Never waits, and holds no claim afterwards unless a promise. */
-  #captureInChunk(chunk: number, offsetBytes: number, lengthBytes: number, isFirstInLine: boolean): Outcome {
+  /**
+   * Captures what of the write lies in one chunk. Never waits, and holds no claim afterwards unless a promise.
+   * @param takenEnd without a buffer: what lies between the write's end and this is asked for as well
+   */
+  #captureInChunk(
+    chunk: number,
+    offsetBytes: number,
+    lengthBytes: number,
+    isFirstInLine: boolean,
+    takenEnd = 0,
+  ): Outcome {
     const shared = this.#shared;
     const { chunkBytes, sizeBytes } = shared.geometry;
     const base = chunk * chunkBytes;
@@ -348,7 +360,7 @@ export class Interceptor {
     }
     if (!this.#unbuffered) return this.#captureBlocks(chunk, from, to, isFirstInLine);
     // Without a buffer the clusters are only asked for; the guest waits until they are in the target.
-    this.#markCaptured(from, to);
+    this.#markCaptured(from, Math.max(to, Math.min(takenEnd, base + chunkBytes, sizeBytes)));
     this.#releaseUrgent(chunk, 0);
     return "in-target";
   }

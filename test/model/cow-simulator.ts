@@ -111,6 +111,8 @@ export class Simulation {
   readonly #coldness: number;
   /** How likely a write to the target ends at once, and how likely a later one ends in a turn of its own. */
   readonly #targetSpeed: number;
+  /** Of the guest's last request. */
+  #lastEnd = 0;
   /** Steps of others between two requests of the guest: less than this. */
   readonly #haste: number;
 
@@ -455,10 +457,13 @@ export class Simulation {
     const lengths = [1, 512, BLOCK_BYTES, 3 * BLOCK_BYTES, CHUNK_BYTES, 20 * CHUNK_BYTES];
     let from = this.random.below(sizeBytes);
     if (this.random.chance(0.5)) from -= from % BLOCK_BYTES;
+    // Some go on where the one before ended.
+    if (this.random.chance(0.2) && this.#lastEnd < sizeBytes) from = this.#lastEnd;
     const to = Math.min(sizeBytes, from + 1 + this.random.below(this.random.pick(lengths)));
     // Writes that overlap in time may end in either order, so the model cannot say what the disk holds then.
     if (this.guestRanges.some((range) => range.from < to && from < range.to)) return;
     const fill = this.random.chance(0.3) ? 0 : this.random.below(256);
+    this.#lastEnd = to;
     this.expectedDisk.fill(fill, from, to);
     const data = new Uint8Array(to - from).fill(fill);
     const completion =

@@ -3,7 +3,7 @@
 import { mkdtempSync, openSync, closeSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { BLOCK_BYTES, geometryOf } from "../../src/cow/geometry.js";
+import { BLOCK_BYTES, chunkedGeometryOf, type Cut, USUAL_CUT } from "../../src/cow/geometry.js";
 import { Interceptor, type InterceptorOptions } from "../../src/cow/interceptor.js";
 import {
   captureLength,
@@ -66,6 +66,7 @@ export interface Engine {
 export interface EngineOptions {
   sizeBytes?: number;
   bufferBytes?: number;
+  cut?: Cut;
   policy?: Partial<InterceptorOptions["policy"]>;
   spillLimitBytes?: number;
   recheckMs?: number;
@@ -76,7 +77,7 @@ export function makeEngine(options: EngineOptions = {}): Engine {
   const sizeBytes = options.sizeBytes ?? 4 * MiB;
   const bufferBytes = options.bufferBytes ?? 2 * MiB;
   const disk = new ColdDisk(sizeBytes);
-  const geometry = geometryOf(sizeBytes);
+  const geometry = chunkedGeometryOf(sizeBytes, options.cut ?? USUAL_CUT, 0);
   const shared = createSharedState(geometry, new SharedArrayBuffer(bufferBytes), bufferBytes);
   const folder = mkdtempSync(join(tmpdir(), "cowcatcher-engine-"));
   const spillFd = openSync(join(folder, "spill"), "w+");

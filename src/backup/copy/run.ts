@@ -11,7 +11,16 @@ import { join } from "node:path";
 import { setImmediate as nextTurn, setTimeout as delay } from "node:timers/promises";
 import { MessageChannel, type MessagePort } from "node:worker_threads";
 import type { Piscina } from "piscina";
-import { BLOCK_BYTES, chunkedGeometryOf, type Geometry, SLOT_BYTES } from "../../cow/geometry.js";
+import {
+  BLOCK_BYTES,
+  chunkedGeometryOf,
+  type Cut,
+  FINE_CUT,
+  FINE_CUT_MAX_DISK_BYTES,
+  type Geometry,
+  SLOT_BYTES,
+  USUAL_CUT,
+} from "../../cow/geometry.js";
 import {
   type AllocateTable,
   CNT_DONE_BYTES,
@@ -149,6 +158,7 @@ export class CopyRun {
     if (job.verify) checkReadable(target);
     const geometry = chunkedGeometryOf(
       sizeBytes,
+      cutFor(options),
       target.chunkBytes ?? 0,
       sourceClusterBytes,
       target.granularityBytes,
@@ -485,6 +495,12 @@ function neighbourOf(repository: string): string {
 }
 
 /** A server that takes one connection at a time makes it one worker. */
+/** A digest for each small cluster would take four times the memory of the usual ones: half a GiB a TiB. */
+function cutFor({ job, live, bufferBytes, sizeBytes }: CopyRunOptions): Cut {
+  const isFine = live && bufferBytes === 0 && !job.verify && sizeBytes <= FINE_CUT_MAX_DISK_BYTES;
+  return isFine ? FINE_CUT : USUAL_CUT;
+}
+
 function withinLimits(options: CopyRunOptions): CopyRunOptions {
   const { job, target, workerLimit } = options;
   const workerCount = Math.min(job.workerCount, workerLimit ?? Infinity, target.workerLimit ?? Infinity);

@@ -1,6 +1,14 @@
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
-import { BLOCK_BYTES, geometryOf } from "../../../src/cow/geometry.js";
+import {
+  BLOCK_BYTES,
+  chunkedGeometryOf,
+  FINE_CUT,
+  FINE_CUT_MAX_DISK_BYTES,
+  geometryOf,
+} from "../../../src/cow/geometry.js";
+
+const MiB = 1024 * 1024;
 
 describe("geometryOf", () => {
   it("cuts every disk into whole parts, with the last of each kind holding the end", () => {
@@ -26,6 +34,17 @@ describe("geometryOf", () => {
         expect(geometry.chunkCount).toBeLessThan(2 ** 31);
       }),
     );
+  });
+
+  it("cuts finely where it is asked to, and not more finely than source and target are", () => {
+    const finest = chunkedGeometryOf(16 * MiB, FINE_CUT, 0, 512, 1);
+    expect([finest.clusterBytes, finest.chunkBytes, finest.clustersPerChunk]).toEqual([16_384, 262_144, 16]);
+    expect(chunkedGeometryOf(MiB, FINE_CUT, 4 * MiB, 65_536)).toMatchObject({
+      clusterBytes: 65_536,
+      chunkBytes: 4 * MiB,
+      chunkCount: 1,
+    });
+    expect(chunkedGeometryOf(FINE_CUT_MAX_DISK_BYTES, FINE_CUT, 0).chunkCount).toBeLessThan(2 ** 31);
   });
 
   it.each([0, 1, 511, 4097, 65536])("takes a disk of %i bytes", (sizeBytes) => {

@@ -1,5 +1,6 @@
 import { afterEach, describe, expect, it, vi } from "vitest";
 import {
+  CAPTURED,
   CTL_SPILL_BLOCKS,
   CTL_URGENT_TAIL,
   CTL_USED_BLOCKS,
@@ -7,6 +8,7 @@ import {
   READING,
   OWNER_MASK,
 } from "../../../src/cow/shared.js";
+import { FINE_CUT } from "../../../src/cow/geometry.js";
 import { SpillFile } from "../../../src/cow/spill.js";
 import { DiskNode } from "../../../src/cow/disk-node.js";
 import type { Image } from "../../../src/block/device.js";
@@ -210,6 +212,18 @@ describe("without a buffer", () => {
       return announceWait(chunk);
     };
     await interceptor.beforeWrite(0, BLOCK_BYTES);
+  });
+
+  it("asks for the clusters of a write alone, and for 64 KiB where the guest goes on from where it was", async () => {
+    const { interceptor, shared, drain } = make({ bufferBytes: 0, cut: FINE_CUT });
+    const asked = () => [...shared.clusterStates.keys()].filter((i) => shared.clusterStates[i] === CAPTURED);
+    const writes = [Promise.resolve(interceptor.beforeWrite(MiB + 40 * 1024, 16 * 1024))];
+    expect(asked()).toEqual([66, 67]);
+    writes.push(Promise.resolve(interceptor.beforeWrite(2 * MiB - BLOCK_BYTES, BLOCK_BYTES)));
+    writes.push(Promise.resolve(interceptor.beforeWrite(2 * MiB, BLOCK_BYTES)));
+    expect(asked()).toEqual([66, 67, 127, 128, 129, 130, 131]);
+    for (const chunk of [4, 7, 8]) drain(chunk);
+    await Promise.all(writes);
   });
 });
 
