@@ -357,7 +357,7 @@ export class RawImage implements Image {
   private async syncData(): Promise<void> {
     if (this.flushError !== null) throw this.flushError;
     try {
-      await syncFileData(this.fd);
+      await (this.directFile === null ? syncFileData(this.fd) : this.directFile.sync());
     } catch (error) {
       this.flushError = ioError("flush", this.name, error);
       throw this.flushError;

@@ -11,26 +11,18 @@
 // way. The file of a qcow2 image grows, by whole blocks, and has no such end.
 //
 // Order of waiting: first the range, then a bounce buffer, then the device. Whoever has a bounce buffer waits for
-// the device only, so no circle can form. Main thread only, but for readDirectSync; I/O runs in libuv's pool.
+// the device only, so no circle can form. Main thread only, but for readDirectSync; how the requests get to the device is
+// direct-io.ts's matter.
 
 import { constants } from "node:fs";
 import { CowcatcherError } from "../../errors.js";
 import { beginsPage } from "../../native/pages.js";
-import { KiB, roundDown, roundUp } from "../../units.js";
+import { roundDown, roundUp } from "../../units.js";
+import { BouncePool } from "./bounce-pool.js";
+import { DirectIo } from "./direct-io.js";
 import { cutShortError } from "./file-end.js";
-import {
-  DIRECT_ALIGNMENT_BYTES,
-  closeFile,
-  openFile,
-  pageAlignedMemory,
-  readOnce,
-  readOnceSync,
-  writeFully,
-} from "./fileio.js";
-
-const BOUNCE_BYTES = 256 * KiB;
-/** Some more than libuv has threads by default, so that each thread finds its next request filled already. */
-const BOUNCE_COUNT = 16;
+import { DIRECT_ALIGNMENT_BYTES, closeFile, openFile, readOnceSync, writeFully } from "./fileio.js";
+import { RangeLock } from "./range-lock.js";
 
 /**
  * A file that is open with O_DIRECT, for requests of any alignment, in bytes. Main thread only; rejects
@@ -39,6 +31,8 @@ const BOUNCE_COUNT = 16;
 export class DirectFile {
   private readonly ranges = new RangeLock();
   private readonly bounces = new BouncePool();
+  private inFlightCount = 0;
+  private onIdle: (() => void) | null = null;
   /** Start of the last, incomplete block; sizeBytes where there is none. */
   private readonly tailStart: number;
 
@@ -48,7 +42,7 @@ export class DirectFile {
    */
   private constructor(
     private readonly name: string,
-    private readonly fd: number,
+    private readonly io: DirectIo,
     sizeBytes: number,
     private readonly tailFd: number | null,
     private readonly endOffset: () => number,
@@ -57,19 +51,41 @@ export class DirectFile {
   }
 
   /** @param fd open with O_DIRECT; stays the caller's. @param endOffset asked at each read */
-  static growing(name: string, fd: number, endOffset: () => number): DirectFile {
-    return new DirectFile(name, fd, Infinity, null, endOffset);
+  static growing(
+    name: string,
+    fd: number,
+    endOffset: () => number,
+    io: DirectIo = new DirectIo(name, fd),
+  ): DirectFile {
+    return new DirectFile(name, io, Infinity, null, endOffset);
   }
 
   /** @param fd open with O_DIRECT; stays the caller's. @throws CowcatcherError IO */
   static async open(name: string, fd: number, sizeBytes: number, readOnly: boolean): Promise<DirectFile> {
     const needsTail = !readOnly && sizeBytes % DIRECT_ALIGNMENT_BYTES !== 0;
     const tailFd = needsTail ? await openFile(`/proc/self/fd/${fd}`, constants.O_RDWR) : null;
-    return new DirectFile(name, fd, sizeBytes, tailFd, () => sizeBytes);
+    return new DirectFile(name, new DirectIo(name, fd), sizeBytes, tailFd, () => sizeBytes);
   }
 
+  /** Waits for what is in flight. `fd` stays open. */
   async close(): Promise<void> {
+    if (this.inFlightCount > 0) {
+      await new Promise<void>((resolve) => {
+        this.onIdle = resolve;
+      });
+    }
+    await this.io.close();
     if (this.tailFd !== null) await closeFile(this.tailFd);
+  }
+
+  /** fdatasync. @throws what the system gave */
+  async sync(): Promise<void> {
+    this.inFlightCount++;
+    try {
+      await this.io.syncData();
+    } finally {
+      this.ended();
+    }
   }
 
   async read(
@@ -78,15 +94,35 @@ export class DirectFile {
     lengthBytes: number,
     offsetBytes: number,
   ): Promise<void> {
+    this.inFlightCount++;
+    try {
+      const isStraight = isAlignedRequest(buffer, bufferOffset, lengthBytes, offsetBytes);
+      if (isStraight && (await this.readStraight(buffer, bufferOffset, lengthBytes, offsetBytes))) return;
+      await this.readBounced(buffer, bufferOffset, lengthBytes, offsetBytes);
+    } finally {
+      this.ended();
+    }
+  }
+
+  private ended(): void {
+    this.inFlightCount--;
+    if (this.inFlightCount === 0) this.onIdle?.();
+  }
+
+  private async readBounced(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
     const end = offsetBytes + lengthBytes;
-    const isStraight = isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset);
-    if (isStraight && (await this.readStraight(buffer, bufferOffset, lengthBytes, offsetBytes))) return;
-    const bounce = await this.bounces.take();
+    const taken = this.bounces.take(blockBytesOf(offsetBytes, end));
+    const bounce = taken instanceof Promise ? await taken : taken;
     try {
       let at = offsetBytes;
       while (at < end) {
         const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
-        const until = Math.min(from + BOUNCE_BYTES, roundUp(end, DIRECT_ALIGNMENT_BYTES));
+        const until = Math.min(from + bounce.length, roundUp(end, DIRECT_ALIGNMENT_BYTES));
         await this.readBlocks(bounce, 0, until - from, from);
         const count = Math.min(until, end) - at;
         buffer.set(bounce.subarray(at - from, at - from + count), bufferOffset + (at - offsetBytes));
@@ -99,14 +135,15 @@ export class DirectFile {
 
   /** Holds the range against other writes, those of whole blocks around a part included, while `action` runs. */
   async exclusively(offsetBytes: number, lengthBytes: number, action: () => Promise<void>): Promise<void> {
-    const release = await this.ranges.hold(
-      roundDown(offsetBytes, DIRECT_ALIGNMENT_BYTES),
-      roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES),
-    );
+    const from = roundDown(offsetBytes, DIRECT_ALIGNMENT_BYTES);
+    const end = roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES);
+    this.inFlightCount++;
+    const range = this.ranges.tryHold(from, end) ?? (await this.ranges.hold(from, end));
     try {
       await action();
     } finally {
-      release();
+      this.ranges.release(range);
+      this.ended();
     }
   }
 
@@ -138,19 +175,21 @@ export class DirectFile {
     offsetBytes: number,
   ): Promise<void> {
     const end = offsetBytes + lengthBytes;
-    const isStraight = isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset);
+    const isStraight = isAlignedRequest(buffer, bufferOffset, lengthBytes, offsetBytes);
     if (isStraight && (await this.writeStraight(buffer, bufferOffset, lengthBytes, offsetBytes))) return;
-    const bounce = await this.bounces.take();
+    const taken = this.bounces.take(blockBytesOf(offsetBytes, end));
+    const bounce = taken instanceof Promise ? await taken : taken;
     try {
       let at = offsetBytes;
       while (at < end) {
         const from = roundDown(at, DIRECT_ALIGNMENT_BYTES);
-        const until = Math.min(from + BOUNCE_BYTES, roundUp(end, DIRECT_ALIGNMENT_BYTES));
+        const until = Math.min(from + bounce.length, roundUp(end, DIRECT_ALIGNMENT_BYTES));
         const count = Math.min(until, end) - at;
-        await this.readPartialBlocks(bounce, from, until, at, at + count);
+        if (at > from || at + count < until)
+          await this.readPartialBlocks(bounce, from, until, at, at + count);
         const source = bufferOffset + (at - offsetBytes);
         bounce.set(buffer.subarray(source, source + count), at - from);
-        await writeFully(this.name, this.fd, bounce, 0, until - from, from);
+        await this.io.writeFully(bounce, 0, until - from, from);
         at += count;
       }
     } finally {
@@ -186,7 +225,7 @@ export class DirectFile {
     let done = 0;
     while (done < lengthBytes) {
       const at = placeOffset + done;
-      const count = await readOnce(this.name, this.fd, place, at, lengthBytes - done, offsetBytes + done);
+      const count = await this.io.readOnce(place, at, lengthBytes - done, offsetBytes + done);
       done += count;
       if (count === 0 || !isAligned(count)) break;
     }
@@ -216,7 +255,7 @@ export class DirectFile {
     offsetBytes: number,
   ): Promise<boolean> {
     try {
-      await writeFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+      await this.io.writeFully(buffer, bufferOffset, lengthBytes, offsetBytes);
       return true;
     } catch (error) {
       if (isRefusedAlignment(error)) return false;
@@ -242,7 +281,7 @@ export function readDirectSync(
   offsetBytes: number,
 ): void {
   const end = offsetBytes + lengthBytes;
-  if (isAligned(offsetBytes) && isAligned(end) && isAlignedMemory(buffer, bufferOffset)) {
+  if (isAlignedRequest(buffer, bufferOffset, lengthBytes, offsetBytes)) {
     try {
       readBlocksSync(name, fd, endOffset, buffer, bufferOffset, lengthBytes, offsetBytes);
       return;
@@ -299,65 +338,22 @@ function isAligned(value: number): boolean {
   return value % DIRECT_ALIGNMENT_BYTES === 0;
 }
 
-function isAlignedMemory(buffer: Uint8Array, bufferOffset: number): boolean {
+/** Offset, length and memory are whole blocks. */
+function isAlignedRequest(
+  buffer: Uint8Array,
+  bufferOffset: number,
+  lengthBytes: number,
+  offsetBytes: number,
+): boolean {
+  if (!isAligned(offsetBytes) || !isAligned(lengthBytes)) return false;
   return beginsPage(buffer.buffer, buffer.byteOffset + bufferOffset);
+}
+
+/** Of the blocks that [offsetBytes, end) lies in. */
+function blockBytesOf(offsetBytes: number, end: number): number {
+  return roundUp(end, DIRECT_ALIGNMENT_BYTES) - roundDown(offsetBytes, DIRECT_ALIGNMENT_BYTES);
 }
 
 function isRefusedAlignment(error: unknown): boolean {
   return error instanceof CowcatcherError && error.errno === "EINVAL";
-}
-
-interface HeldRange {
-  from: number;
-  end: number;
-  released: Promise<void>;
-}
-
-/** Overlapping holders follow each other in the order in which they asked, so none starves and none deadlocks. */
-export class RangeLock {
-  private readonly held = new Set<HeldRange>();
-
-  /** Resolves with the function that releases, once every earlier holder of an overlapping range has released. */
-  async hold(from: number, end: number): Promise<() => void> {
-    const earlier: Promise<void>[] = [];
-    for (const range of this.held) {
-      if (range.from < end && from < range.end) earlier.push(range.released);
-    }
-    let markReleased: () => void = () => undefined;
-    const released = new Promise<void>((resolve) => {
-      markReleased = resolve;
-    });
-    const mine: HeldRange = { from, end, released };
-    this.held.add(mine);
-    await Promise.all(earlier);
-    return () => {
-      this.held.delete(mine);
-      markReleased();
-    };
-  }
-}
-
-/** BOUNCE_COUNT page-aligned buffers, made at the first use. */
-class BouncePool {
-  private free: Uint8Array[] | null = null;
-  private readonly waiting: ((bounce: Uint8Array) => void)[] = [];
-
-  take(): Promise<Uint8Array> {
-    this.free ??= carve(pageAlignedMemory(BOUNCE_COUNT * BOUNCE_BYTES));
-    const bounce = this.free.pop();
-    if (bounce !== undefined) return Promise.resolve(bounce);
-    return new Promise((resolve) => this.waiting.push(resolve));
-  }
-
-  giveBack(bounce: Uint8Array): void {
-    const next = this.waiting.shift();
-    if (next === undefined) this.free?.push(bounce);
-    else next(bounce);
-  }
-}
-
-function carve(memory: Uint8Array): Uint8Array[] {
-  return Array.from({ length: BOUNCE_COUNT }, (_, index) =>
-    memory.subarray(index * BOUNCE_BYTES, (index + 1) * BOUNCE_BYTES),
-  );
 }

@@ -89,9 +89,12 @@ export function writeFullySync(
   }
 }
 
+export type TransferAction = "read" | "write";
+export type Transfer = typeof transfer;
+
 /** One pread or pwrite, which may be short. */
 function transferSync(
-  action: "read" | "write",
+  action: TransferAction,
   name: string,
   fd: number,
   buffer: Uint8Array,
@@ -144,19 +147,10 @@ export async function readFully(
   return done;
 }
 
-/** As readOnceSync; on the main thread through libuv's pool. */
-export function readOnce(
-  name: string,
-  fd: number,
-  buffer: Uint8Array,
-  bufferOffset: number,
-  lengthBytes: number,
-  offsetBytes: number,
-): Promise<number> {
-  return transfer("read", name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
-}
-
-/** As writeFullySync; on the main thread through libuv's pool. */
+/**
+ * As writeFullySync; on the main thread through libuv's pool.
+ * @param transferOnce another way than the pool
+ */
 export async function writeFully(
   name: string,
   fd: number,
@@ -164,19 +158,23 @@ export async function writeFully(
   bufferOffset: number,
   lengthBytes: number,
   offsetBytes: number,
+  transferOnce: Transfer = transfer,
 ): Promise<void> {
   let done = 0;
   while (done < lengthBytes) {
     const at = offsetBytes + done;
-    const count = await transfer("write", name, fd, buffer, bufferOffset + done, lengthBytes - done, at);
+    const count = await transferOnce("write", name, fd, buffer, bufferOffset + done, lengthBytes - done, at);
     if (count === 0) throw wroteNothing(name, at);
     done += count;
   }
 }
 
-/** As transferSync; on the main thread through libuv's pool. */
-function transfer(
-  action: "read" | "write",
+/**
+ * One pread or pwrite, which may be short. As transferSync; on the main thread through libuv's pool.
+ * @throws CowcatherError IO or NO_SPACE with the offset.
+ */
+export function transfer(
+  action: TransferAction,
   name: string,
   fd: number,
   buffer: Uint8Array,

@@ -8,6 +8,7 @@ import { ControlServer } from "../../control/server.js";
 import type { KeySource } from "../../repository/format/keys.js";
 import { DiskNode } from "../../cow/disk-node.js";
 import type { Image } from "../../block/device.js";
+import { describeDirectIo } from "../../block/file/direct-io.js";
 import { Qcow2Image } from "../../image/qcow2/image.js";
 import { openAnyImage } from "../../repository/open.js";
 import { type NbdListener, listenTcp, listenUnix, systemdListeners } from "../../nbd/server/listen.js";
@@ -67,6 +68,7 @@ export async function runServe(
       warnOfEmptySource(context.output, served.path, image.sizeBytes);
       if (!settings.readOnly) await warnOfMountedSource(context.output, image, MOUNTED_SERVED);
     }
+    if (settings.direct) context.logger.debug(await describeDirectIo(), "O_DIRECT");
     for (const { image } of images) warnOfBitmaps(image, context.output);
     tracked = await openTrackers(images, settings.tracking, context);
     for (const { image } of images) if (image instanceof Qcow2Image) await image.beginWriting();

@@ -3,7 +3,6 @@ import { tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { CowcatcherError } from "../../../src/errors.js";
-import { RangeLock } from "../../../src/block/file/direct.js";
 import { pageAlignedMemory } from "../../../src/block/file/fileio.js";
 import { type RawImage, openRaw } from "../../../src/image/raw.js";
 import { libc } from "../../../src/native/libc.js";
@@ -319,20 +318,5 @@ describe("O_DIRECT", () => {
     await image.writeZeroes(30_000, 70_001, { mayUnmap: true });
     const expected = Buffer.alloc(100_001, 5).fill(0, 10, 30).fill(0, 30_000);
     expect(Buffer.compare(onDisk(image), expected)).toBe(0);
-  });
-
-  it("keeps earlier holders' order in the range lock, and lets others pass", async () => {
-    const lock = new RangeLock();
-    const order: string[] = [];
-    const releaseA = await lock.hold(0, 10);
-    const b = lock.hold(5, 15).then((release) => (order.push("b"), release));
-    const c = lock.hold(12, 20).then((release) => (order.push("c"), release));
-    const releaseD = await lock.hold(20, 30);
-    order.push("d");
-    releaseA();
-    (await b)();
-    (await c)();
-    releaseD();
-    expect(order).toEqual(["d", "b", "c"]);
   });
 });

@@ -38,4 +38,13 @@ export class DirectQcowFile extends QcowFileBase implements QcowFile {
     // Whole blocks were written; the file's own odd end may be in the last of them, and further out.
     this.grewTo(roundUp(offsetBytes + lengthBytes, DIRECT_ALIGNMENT_BYTES));
   }
+
+  protected override syncData(): Promise<void> {
+    return this.direct.sync();
+  }
+
+  override async close(): Promise<void> {
+    await this.direct.close();
+    await super.close();
+  }
 }

@@ -97,12 +97,16 @@ export abstract class QcowFileBase {
   async sync(): Promise<void> {
     if (this.syncError !== null) throw this.syncError;
     try {
-      await syncFileData(this.fd);
+      await this.syncData();
     } catch (error) {
       this.syncError = ioError("flush", this.name, error);
       throw this.syncError;
     }
     this.assertNotCut();
+  }
+
+  protected syncData(): Promise<void> {
+    return syncFileData(this.fd);
   }
 
   async close(): Promise<void> {

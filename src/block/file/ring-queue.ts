@@ -1,0 +1,199 @@
+// Requests to io_uring (native/io-uring.ts), in the rhythm of the event loop.
+//
+//   start() ──► an entry of the ring ──► end of the turn: one system call for all ──► in flight
+//       └─ no place ─► waiting ─► an entry …                                            │
+//   settle(result) ◄── reaped: at the end of a turn, or when the eventfd wakes the loop ◄┘
+//
+// The end of a turn is setImmediate: whatever the sockets asked for in one turn of the loop goes to the kernel together,
+// as replies do on their way back. While the loop runs, completions are found by a look at memory; when it sleeps the
+// eventfd wakes it (native/loop-event.ts).
+//
+// Bounds: no more requests are in flight than the ring has places for completions. Who comes later waits in line, and
+// the line is bounded by who asks: an NBD connection has a bound of its own, a copy's workers have, and each file's bounce
+// buffers are counted.
+//
+// A request holds its buffer from `start` until `settle`: the kernel may write into it until then. The queue holds the
+// loop as long as anything is in flight, so a process does not end by itself before that. One that is made to end leaves
+// its memory to the kernel, which keeps the pages of each O_DIRECT request until the device is done with them.
+//
+// Main thread only.
+
+import { addressOf } from "../../native/addresses.js";
+import { IoUring, isPassing, type RingOperation } from "../../native/io-uring.js";
+import { LoopEvent } from "../../native/loop-event.js";
+
+/** Requests that one system call hands over at most. */
+const SQ_ENTRIES = 128;
+/** Requests in flight at most. Before Linux 5.12 rings count as locked memory, of which a user may have 64 KiB only. */
+const CQ_ENTRIES = 1024;
+/** After the kernel was short of memory for a request. */
+const RETRY_MS = 1;
+
+export interface RingRequest {
+  readonly operation: RingOperation;
+  readonly fd: number;
+  /** Null: a sync. */
+  readonly buffer: Uint8Array | null;
+  readonly bufferOffset: number;
+  readonly lengthBytes: number;
+  readonly offsetBytes: number;
+  /** Bytes, or minus errno. Null: the ring has failed before the request was begun, and nothing of it is done. */
+  settle(result: number | null): void;
+}
+
+/** What a queue needs of a ring, and of what wakes the loop: others in tests. */
+export type Ring = Pick<
+  IoUring,
+  "maxInFlight" | "hasRoom" | "preparedCount" | "prepare" | "submit" | "withdraw" | "reap" | "close"
+>;
+export type Waker = Pick<LoopEvent, "setAwaited" | "close">;
+
+export class RingQueue {
+  /** The ring has failed: a request that is started now comes back at once, with null. */
+  isBroken = false;
+  /** What the kernel refused it with. */
+  failure = 0;
+  /** By tag: prepared or in flight. */
+  private readonly held: (RingRequest | undefined)[] = [];
+  private readonly freeTags: number[] = [];
+  private readonly waiting: RingRequest[] = [];
+  /** Of the entries that are not handed over yet, in their order. */
+  private readonly preparedTags: number[] = [];
+  private isTurnEndScheduled = false;
+  private onIdle: (() => void) | null = null;
+
+  constructor(
+    private readonly ring: Ring,
+    private readonly waker: Waker,
+  ) {
+    for (let tag = ring.maxInFlight - 1; tag >= 0; tag--) this.freeTags.push(tag);
+  }
+
+  /** @returns minus errno where this system has no ring for us */
+  static open(): RingQueue | number {
+    const ring = IoUring.open(SQ_ENTRIES, CQ_ENTRIES);
+    if (typeof ring === "number") return ring;
+    const opened: { queue?: RingQueue } = {};
+    const event = LoopEvent.open(() => opened.queue?.look());
+    const result = typeof event === "number" ? event : ring.signal(event.fd);
+    if (typeof event === "number" || result < 0) {
+      ring.close();
+      if (typeof event !== "number") event.close();
+      return result;
+    }
+    return (opened.queue = new RingQueue(ring, event));
+  }
+
+  /** Prepared, in flight or waiting. */
+  get isBusy(): boolean {
+    return this.freeTags.length < this.ring.maxInFlight || this.waiting.length > 0;
+  }
+
+  /** The request's buffer is the queue's until `settle`. */
+  start(request: RingRequest): void {
+    const wasBusy = this.isBusy;
+    if (this.waiting.length > 0 || !this.prepare(request)) {
+      // It may have found so just now.
+      if (this.isBroken) return request.settle(null);
+      this.waiting.push(request);
+    }
+    if (!wasBusy) this.waker.setAwaited(true);
+    this.scheduleTurnEnd();
+  }
+
+  /** Takes what is complete. */
+  look(): void {
+    if (this.ring.reap(this.onCompletion) === 0) return;
+    if (this.waiting.length > 0) this.prepareWaiting();
+    if (!this.isBusy) this.becameIdle();
+  }
+
+  /** Waits for what is in flight. Nobody starts anything any more. */
+  async close(): Promise<void> {
+    if (this.isBusy) {
+      await new Promise<void>((resolve) => {
+        this.onIdle = resolve;
+      });
+    }
+    this.ring.close();
+    this.waker.close();
+  }
+
+  /** @returns false where there is no place for it now */
+  private prepare(request: RingRequest): boolean {
+    if (this.freeTags.length === 0) return false;
+    // More than one system call takes are in this turn: the first of them go ahead.
+    if (!this.ring.hasRoom) this.submit();
+    if (this.isBroken || !this.ring.hasRoom) return false;
+    const tag = this.freeTags.pop() as number;
+    const { operation, fd, buffer, bufferOffset, lengthBytes, offsetBytes } = request;
+    const address = buffer === null ? 0 : addressOf(buffer.buffer) + buffer.byteOffset + bufferOffset;
+    this.ring.prepare(operation, fd, address, lengthBytes, offsetBytes, tag);
+    this.held[tag] = request;
+    this.preparedTags.push(tag);
+    return true;
+  }
+
+  private prepareWaiting(): void {
+    let count = 0;
+    for (const request of this.waiting) {
+      if (!this.prepare(request)) break;
+      count++;
+    }
+    this.waiting.splice(0, count);
+    if (count > 0) this.scheduleTurnEnd();
+  }
+
+  private scheduleTurnEnd(): void {
+    if (this.isTurnEndScheduled) return;
+    this.isTurnEndScheduled = true;
+    setImmediate(this.endTurn);
+  }
+
+  private readonly endTurn = (): void => {
+    this.isTurnEndScheduled = false;
+    this.submit();
+    // What the file system could do at once is complete already.
+    this.look();
+    if (this.waiting.length > 0 && !this.isBroken) this.prepareWaiting();
+  };
+
+  private submit(): void {
+    const result = this.ring.submit();
+    const { preparedCount } = this.ring;
+    this.preparedTags.splice(0, this.preparedTags.length - preparedCount);
+    if (result < 0 && !isPassing(result)) return this.breakDown(result);
+    if (preparedCount > 0 && !this.isTurnEndScheduled) {
+      this.isTurnEndScheduled = true;
+      setTimeout(this.endTurn, RETRY_MS);
+    }
+  }
+
+  /** What is in flight goes on; what is not is given back. */
+  private breakDown(minusErrno: number): void {
+    this.isBroken = true;
+    this.failure = minusErrno;
+    this.ring.withdraw();
+    const given = this.preparedTags.splice(0).map((tag) => this.release(tag));
+    given.push(...this.waiting.splice(0));
+    for (const request of given) request.settle(null);
+    if (!this.isBusy) this.becameIdle();
+  }
+
+  private readonly onCompletion = (tag: number, result: number): void => {
+    this.release(tag).settle(result);
+  };
+
+  private release(tag: number): RingRequest {
+    const request = this.held[tag];
+    if (request === undefined) throw new TypeError(`the ring has completed ${tag}, which is not in flight`);
+    this.held[tag] = undefined;
+    this.freeTags.push(tag);
+    return request;
+  }
+
+  private becameIdle(): void {
+    this.waker.setAwaited(false);
+    this.onIdle?.();
+  }
+}
