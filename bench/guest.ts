@@ -15,6 +15,7 @@ import { convertDisk, makeRawDisk } from "./lib/disks.js";
 import {
   aimCells,
   allCells,
+  directMatrix,
   filterCells,
   quickCells,
   timelineCell,
@@ -42,10 +43,12 @@ const HELP = `npm run bench:guest -- [options]
   --dir DIR              where disk and target stand (the temporary folder)
   --cell "WORD WORD"     only cells whose name holds these words; may be repeated
   --aims                 the cells of the project's aims, and whether they are met (5 rounds: 40 minutes)
+  --direct               O_DIRECT on a real file system: depths and sizes, with and without a backup, beside fio on the
+                         file; and whether the aims are met. Name --dir on a disk: on tmpfs it means nothing
   --all                  every combination, not only the usual ones (hours)
   --quick                one round, randwrite 32k on raw
   --whole                instead of cells: the guest over whole buffered backups, against the seconds after them
-  --timeline SECONDS     length of the picture's run (45; with --quick or --aims 0: none)
+  --timeline SECONDS     length of the picture's run (45; with --quick, --aims or --direct 0: none)
   --backup-timeout N     seconds that a backup gets after the guest is done (120)
   --ends N               rounds in which backups run to their end; in later ones they are cancelled (all)
   --list                 names of the cells, and nothing else
@@ -63,6 +66,7 @@ const { values } = parseArgs({
     dir: { type: "string", default: tmpdir() },
     cell: { type: "string", multiple: true, default: [] },
     aims: { type: "boolean", default: false },
+    direct: { type: "boolean", default: false },
     all: { type: "boolean", default: false },
     quick: { type: "boolean", default: false },
     whole: { type: "boolean", default: false },
@@ -113,11 +117,14 @@ async function bench(): Promise<number> {
     }
     results.write("guest.json", { machine, options: values, cells: cellResults });
   }
-  const timelineSeconds = Number(values.timeline ?? (values.quick || values.aims ? 0 : 45));
+  const timelineSeconds = Number(values.timeline ?? (values.quick || values.aims || values.direct ? 0 : 45));
   if (timelineSeconds > 0) await drawTimeline(results, { ...options("raw"), guestSeconds: timelineSeconds });
   const header = `${machineLine(machine)}. ${rounds} interleaved rounds of ${values.seconds} s, disk ${values.size}, medians. A backup that took less than the guest's time weighed on a part of it only.`;
   const table = guestTable(cellResults);
-  const parts = [table, ...(values.aims ? [aimsTable(cellResults)] : [])];
+  const parts = [
+    table,
+    ...(values.aims || values.direct ? [aimsTable(cellResults, { direct: values.direct })] : []),
+  ];
   const path = results.write("guest.md", `${[header, ...parts].join("\n\n")}\n`);
   say(`\n${parts.join("\n\n")}\n\n${path}`);
   return 0;
@@ -126,6 +133,7 @@ async function bench(): Promise<number> {
 function candidates(): Cell[] {
   if (values.quick) return quickCells();
   if (values.aims) return aimCells();
+  if (values.direct) return directMatrix();
   return values.all ? allCells() : usualCells();
 }
 

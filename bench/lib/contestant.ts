@@ -1,6 +1,7 @@
 // What the guest benchmark compares: a server with a disk, and a backup of it to a slow target.
 
 import type { Child } from "./children.js";
+import type { FioPlace } from "./fio.js";
 
 export type DiskFormat = "raw" | "qcow2";
 
@@ -46,11 +47,9 @@ export interface RunningBackup {
 
 export interface RunningServer {
   /** The process that does the guest's requests and the copying. */
-  child: Child;
-  /** Path of the NBD socket; the export's name is "disk". */
-  socket: string;
-  /** What the guest writes instead of the export, by plain pwrite: the server is there and has nothing to do. */
-  plainFile?: string;
+  child: Pick<Child, "cpuSeconds">;
+  /** Where the guest is to work. */
+  place: FioPlace;
   /** Resolves after T0. */
   startBackup(): Promise<RunningBackup>;
   stop(): Promise<void>;

@@ -1,4 +1,4 @@
-// fio as the guest: one job over NBD.
+// fio as the guest: one job over NBD; or on a file, with O_DIRECT, as the measure of what the storage gives.
 
 import { readFileSync } from "node:fs";
 import { Child, childError, scratchFolder } from "./children.js";
@@ -15,6 +15,15 @@ export interface FioPattern {
   /** Requests a second that the guest asks for; as fast as it can without. */
   ratePerSecond?: number;
 }
+
+/** Where it works: path of an NBD socket, whose export is "disk", or a file. */
+export type FioPlace = string | { file: string; by: keyof typeof ENGINE_ARGUMENTS };
+
+const ENGINE_ARGUMENTS = {
+  /** One at a time, through the page cache. */
+  pwrite: ["--ioengine=psync"],
+  direct: ["--ioengine=io_uring", "--direct=1"],
+};
 
 export interface FioResult {
   /** Reads and writes together. */
@@ -38,17 +47,17 @@ const FIO_GRACE_MS = 60_000;
 
 export function fioArguments(
   pattern: FioPattern,
-  socket: string,
+  place: FioPlace,
   seconds: number,
-  { logPrefix, file }: { logPrefix?: string | undefined; file?: string | undefined } = {},
+  logPrefix?: string,
 ): string[] {
-  const place =
-    file === undefined
-      ? ["--ioengine=nbd", `--uri=nbd+unix:///disk?socket=${socket}`]
-      : ["--ioengine=psync", `--filename=${file}`];
+  const engine =
+    typeof place === "string"
+      ? ["--ioengine=nbd", `--uri=nbd+unix:///disk?socket=${place}`]
+      : [...ENGINE_ARGUMENTS[place.by], `--filename=${place.file}`];
   const args = [
     "--name=guest",
-    ...place,
+    ...engine,
     `--rw=${pattern.rw}`,
     `--bs=${pattern.blockSize}`,
     `--iodepth=${pattern.ioDepth}`,
@@ -63,22 +72,17 @@ export function fioArguments(
   return args;
 }
 
-/**
- * Runs fio to its end.
- * @param options.file is written by plain pwrite, one at a time, instead of the export
- * @throws CowcatcherError IO if it fails or hangs.
- */
+/** Runs fio to its end. @throws CowcatcherError IO if it fails or hangs. */
 export async function runFio(
   pattern: FioPattern,
-  socket: string,
+  place: FioPlace,
   seconds: number,
-  { withSeries = false, file }: { withSeries?: boolean; file?: string | undefined } = {},
+  { withSeries = false } = {},
 ): Promise<FioResult> {
   // fio writes its log, and a state file, into its folder.
   const folder = scratchFolder();
   const logPrefix = withSeries ? "guest" : undefined;
-  const args = fioArguments(pattern, socket, seconds, { logPrefix, file });
-  const child = new Child("fio", "fio", args, { cwd: folder });
+  const child = new Child("fio", "fio", fioArguments(pattern, place, seconds, logPrefix), { cwd: folder });
   const timer = setTimeout(() => child.process.kill("SIGKILL"), seconds * 1000 + FIO_GRACE_MS);
   const { code, stdout } = await child.ended;
   clearTimeout(timer);

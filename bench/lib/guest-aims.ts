@@ -4,6 +4,7 @@
 // shown with its worst round as well.
 
 import type { Measurement } from "./measure-guest.js";
+import { THREADS } from "./guest-cells.js";
 import type { CellResult } from "./guest-report.js";
 import { formatFigure, markdownTable, medianOf } from "./statistics.js";
 
@@ -48,6 +49,9 @@ export class Results {
 
 const iops: Pick = (measurement) => measurement.iops;
 const p99: Pick = ({ p99Ms }) => p99Ms;
+/** Processor time of the server for one request of the guest, in microseconds. */
+const cpuPerRequest: Pick = ({ cpuSeconds, iops, guestSeconds }) =>
+  (cpuSeconds / (iops * guestSeconds)) * 1e6;
 const longest: Pick = ({ longestMs }) => longestMs;
 
 const NO_BACKUP = "cowcatcher, no backup";
@@ -68,7 +72,7 @@ function ratio(name: string, pick: Pick, [a, b]: readonly [Place, Place], bound:
   return {
     name,
     bound,
-    isUpper: pick === p99,
+    isUpper: pick === p99 || pick === cpuPerRequest,
     figure: (results) => {
       const median = results.figure(...a, pick).median / results.figure(...b, pick).median;
       return { median, worst: NaN };
@@ -199,10 +203,44 @@ function durationAims(results: Results): Aim[] {
   });
 }
 
+/** Of each cell with O_DIRECT that was measured (`--direct`). */
+function directAims(results: Results): Aim[] {
+  return results.contents.flatMap(({ cell, contestants }) => {
+    if (!cell.includes(", direct, ")) return [];
+    const [qemu] = contestants;
+    if (qemu === undefined) return [];
+    const isBuffered = cell.endsWith(SLOW_BUFFERED);
+    const ours = isBuffered ? BUFFERED : NO_BACKUP;
+    const places = [
+      [cell, ours],
+      [cell, qemu],
+    ] as const;
+    const threads = contestants.find((name) => name.endsWith(THREADS));
+    return [
+      ratio(`${cell}: IOPS against ${qemu}`, iops, places, isBuffered ? 1.3 : 1),
+      atMost(`${cell}: event loop held up, ms`, ({ loopDelayMs }) => loopDelayMs, [cell, ours], 5),
+      ...(threads === undefined
+        ? []
+        : [
+            ratio(
+              `${cell}: processor time a request against that without io_uring`,
+              cpuPerRequest,
+              [
+                [cell, ours],
+                [cell, threads],
+              ],
+              1,
+            ),
+          ]),
+    ];
+  });
+}
+
 /** "–" for what this run did not measure. */
-export function aimsTable(cells: readonly CellResult[]): string {
+export function aimsTable(cells: readonly CellResult[], { direct = false } = {}): string {
   const results = new Results(cells);
-  const rows = [...AIMS, ...durationAims(results)].map(({ name, figure, bound, isUpper }) => {
+  const aims = direct ? directAims(results) : [...AIMS, ...durationAims(results)];
+  const rows = aims.map(({ name, figure, bound, isUpper }) => {
     const { median, worst } = figure(results);
     const isMet = isUpper ? median <= bound : median >= bound;
     const verdict = Number.isFinite(median) ? (isMet ? "yes" : "no") : "–";

@@ -6,6 +6,7 @@ import type { Contestant, DiskFormat, RbdPlace, Throttle } from "./contestant.js
 import type { FioPattern } from "./fio.js";
 import { cowcatcher, plainWrites } from "./ours.js";
 import { BELOW_TARGET, MEMORY_IMAGE, ONE_WORKER, qemu, SMALL_STEPS } from "./qemu.js";
+import { storage } from "./storage.js";
 
 export interface Cell {
   /** What `--cell` filters and the tables show: pattern, format, target, scenario. */
@@ -37,6 +38,13 @@ const FIXED_PATTERN: FioPattern = {
   ioDepth: 32,
   ratePerSecond: 4000,
 };
+
+const DIRECT_PATTERNS: readonly FioPattern[] = ["4k", "32k"].flatMap((blockSize) =>
+  [1, 8, 32].map((ioDepth): FioPattern => {
+    const name = `randwrite ${blockSize} qd${ioDepth}`;
+    return { name, rw: "randwrite", blockSize, ioDepth };
+  }),
+);
 
 export const PATTERNS: readonly FioPattern[] = [
   MAIN_PATTERN,
@@ -89,6 +97,12 @@ const SMALL_BUFFER: Scenario = {
 };
 const BACKUPS = [UNBUFFERED, BUFFERED, SMALL_BUFFER];
 
+export const THREADS = "no backup, without io_uring";
+const DIRECT_NO_BACKUP: Contestant[] = [
+  ...NO_BACKUP.contestants,
+  cowcatcher(THREADS, undefined, [], { COWCATCHER_NO_IO_URING: "1" }),
+];
+
 /** Every combination. */
 export function allCells(): Cell[] {
   return PATTERNS.flatMap((pattern) =>
@@ -106,6 +120,19 @@ function directCells(pattern: FioPattern, format: DiskFormat): Cell[] {
   const of = (throttle: Throttle, scenario: Scenario): Cell =>
     makeCell(pattern, format, throttle, scenario, { direct: true });
   return [of(NO_TARGET, NO_BACKUP), of(SLOW_TARGET, UNBUFFERED), of(SLOW_TARGET, BUFFERED)];
+}
+
+/** What `--direct` measures: a guest with few, some and many requests at a time, small and large. */
+export function directMatrix(): Cell[] {
+  return DIRECT_PATTERNS.flatMap((pattern) =>
+    (["raw", "qcow2"] as const).flatMap((format) => {
+      const contestants = [...DIRECT_NO_BACKUP, ...(format === "raw" ? [storage()] : [])];
+      return [
+        makeCell(pattern, format, NO_TARGET, { ...NO_BACKUP, contestants }, { direct: true }),
+        makeCell(pattern, format, SLOW_TARGET, BUFFERED, { direct: true }),
+      ];
+    }),
+  );
 }
 
 /** Those on which the project's aims are (guest-aims.ts). */

@@ -14,6 +14,8 @@ import { runFio, type FioResult } from "./fio.js";
 import type { Cell } from "./guest-cells.js";
 
 export interface Measurement extends FioResult {
+  /** How long the guest was at work. */
+  guestSeconds: number;
   /** Of the server, and of who copies, while the guest was at work. */
   cpuSeconds: number;
   /** From T0 until the target was complete and synced; undefined: no backup, or cancelled. */
@@ -54,8 +56,7 @@ export async function measure(
   options: MeasureOptions,
 ): Promise<Measurement> {
   return withServer(cell, contestant, options, async (server) => {
-    const file = server.plainFile;
-    await runFio(cell.pattern, server.socket, WARM_UP_SECONDS, { file });
+    await runFio(cell.pattern, server.place, WARM_UP_SECONDS);
     // What is to be cold is so again.
     if (cell.direct) await dropCache(options.disk);
     const fleece = new FleecePeak(() => server.fleeceBytes?.());
@@ -63,13 +64,14 @@ export async function measure(
     const cpuNow = (): number => server.child.cpuSeconds() + (backup?.copier?.cpuSeconds() ?? 0);
     const cpuBefore = cpuNow();
     const startMs = Date.now();
-    const result = await runFio(cell.pattern, server.socket, options.guestSeconds, { file });
+    const result = await runFio(cell.pattern, server.place, options.guestSeconds);
     const endMs = Date.now();
     const cpuSeconds = cpuNow() - cpuBefore;
     const backupSeconds = await backupEnd(backup, options.backupTimeoutSeconds);
     const fleeceBytesMax = fleece.end();
     const loopDelayMs = server.loopDelayMs?.(startMs, endMs);
-    return { ...result, cpuSeconds, backupSeconds, loopDelayMs, fleeceBytesMax, marks: [] };
+    const { guestSeconds } = options;
+    return { ...result, guestSeconds, cpuSeconds, backupSeconds, loopDelayMs, fleeceBytesMax, marks: [] };
   });
 }
 
@@ -101,7 +103,7 @@ export async function measureTimeline(
   return withServer(cell, contestant, options, async (server) => {
     const startMs = performance.now();
     const secondsNow = (): number => (performance.now() - startMs) / 1000;
-    const guest = runFio(cell.pattern, server.socket, options.guestSeconds, { withSeries: true });
+    const guest = runFio(cell.pattern, server.place, options.guestSeconds, { withSeries: true });
     // Awaited below; a failure meanwhile must not count as unhandled.
     guest.catch(() => undefined);
     await sleep(leadSeconds * 1000);
@@ -115,7 +117,14 @@ export async function measureTimeline(
     const result = await guest;
     const cpuSeconds = server.child.cpuSeconds();
     const backupSeconds = await backupEnd({ ...backup, ended }, options.backupTimeoutSeconds);
-    return { ...result, cpuSeconds, backupSeconds, marks: marks.filter((at) => at <= options.guestSeconds) };
+    const { guestSeconds } = options;
+    return {
+      ...result,
+      guestSeconds,
+      cpuSeconds,
+      backupSeconds,
+      marks: marks.filter((at) => at <= guestSeconds),
+    };
   });
 }
 

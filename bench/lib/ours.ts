@@ -18,16 +18,18 @@ const PLAIN_FILE_BYTES = GiB;
 /**
  * @param backupArguments of `backup`, beside target and rate; undefined: no backup.
  * @param moreOfServe arguments of `serve`
+ * @param environment of `serve`, beside the program's own
  */
 export function cowcatcher(
   name: string,
   backupArguments: readonly string[] | undefined,
   moreOfServe: readonly string[] = [],
+  environment: Readonly<Record<string, string>> = {},
 ): Contestant {
   return {
     name: `cowcatcher, ${name}`,
     hasBackup: backupArguments !== undefined,
-    start: (setup) => start(setup, backupArguments ?? [], moreOfServe),
+    start: (setup) => start(setup, backupArguments ?? [], moreOfServe, environment),
   };
 }
 
@@ -40,9 +42,9 @@ export function plainWrites(): Contestant {
     name: "plain pwrite, server idle",
     hasBackup: false,
     start: async (setup) => {
-      const plainFile = join(setup.folder, "plain.raw");
-      makeRawDisk(plainFile, PLAIN_FILE_BYTES);
-      return { ...(await start(setup, [], [])), plainFile };
+      const file = join(setup.folder, "plain.raw");
+      makeRawDisk(file, PLAIN_FILE_BYTES);
+      return { ...(await start(setup, [], [], {})), place: { file, by: "pwrite" } };
     },
   };
 }
@@ -57,13 +59,16 @@ async function start(
   setup: Setup,
   backupArguments: readonly string[],
   moreOfServe: readonly string[],
+  environment: Readonly<Record<string, string>>,
 ): Promise<RunningServer> {
   const { disk, format, folder, throttle, direct } = setup;
   const log = join(folder, "serve.log");
   const [socket, control] = [join(folder, "nbd.sock"), join(folder, "control.sock")];
   const delayMs = throttle.writeDelayMs;
-  const env: Record<string, string> =
-    delayMs === undefined ? {} : { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` };
+  const env: Record<string, string> = {
+    ...environment,
+    ...(delayMs !== undefined && { COWCATCHER_FAULTS: `target-write:delay=${delayMs}ms` }),
+  };
   // The watch over the event loop costs a timer a millisecond, so it is set only where it is asked for.
   const serveArguments = [
     ...(direct ? ["--direct", "--log-level", "debug", "--log-file", log] : []),
@@ -77,7 +82,7 @@ async function start(
   if (throttle.bytesPerSecond !== undefined) args.push("--rate-limit", String(throttle.bytesPerSecond));
   return {
     child,
-    socket,
+    place: socket,
     startBackup: () => startBackup([...args, ...backupArguments]),
     stop: async () => {
       await child.stop();

@@ -159,7 +159,7 @@ async function startContestant(
   const imageFolder = tuning?.isImageInMemory === true ? scratchFolder(MEMORY_FOLDER) : undefined;
   return {
     child,
-    socket,
+    place: socket,
     startBackup: () =>
       kind === "pulled"
         ? startPull(daemon, setup)

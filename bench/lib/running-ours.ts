@@ -36,7 +36,7 @@ async function start(setup: Setup, method: Method): Promise<RunningServer> {
   let status: BackupStatus | undefined;
   return {
     child,
-    socket,
+    place: socket,
     startBackup: async () => {
       const backup = await startBackup(args, (latest) => (status = latest));
       return { ...backup, copier: backup.process };

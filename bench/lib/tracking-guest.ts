@@ -7,7 +7,7 @@ import { MiB } from "../../src/units.js";
 import { removeFolder, runProgram, say, scratchFolder } from "./children.js";
 import type { DiskFormat, RunningServer } from "./contestant.js";
 import { convertDisk, makeRawDisk } from "./disks.js";
-import { type FioPattern, runFio } from "./fio.js";
+import { type FioPattern, runFio, type FioPlace } from "./fio.js";
 import { cowcatcher } from "./ours.js";
 import { formatFigure, markdownTable, median } from "./statistics.js";
 
@@ -77,7 +77,7 @@ export async function measureTrackingCell(
     for (const mode of MODES) rivals.push(await makeRival(folder, mode, cell, sizeBytes));
     await runProgram("sync", ["-f", folder]);
     if (cell.when !== "fresh") {
-      for (const rival of rivals) await runFio(cell.pattern, await socketOf(rival, cell), WARM_UP_SECONDS);
+      for (const rival of rivals) await runFio(cell.pattern, await placeOf(rival, cell), WARM_UP_SECONDS);
     }
     for (let round = 0; round < rounds; round++) {
       for (let turn = 0; turn < rivals.length; turn++) {
@@ -116,7 +116,7 @@ async function makeRival(
 }
 
 /** Of the rival's server, started if need be. */
-async function socketOf(rival: Rival, { format }: TrackingCell): Promise<string> {
+async function placeOf(rival: Rival, { format }: TrackingCell): Promise<FioPlace> {
   if (rival.server === undefined) {
     const { mode, disk, folder } = rival;
     // A T0 without a checkpoint would end no epoch.
@@ -128,7 +128,7 @@ async function socketOf(rival: Rival, { format }: TrackingCell): Promise<string>
     );
     rival.server = await contestant.start({ disk, format, folder, throttle: SLOW_TARGET, direct: false });
   }
-  return rival.server.socket;
+  return rival.server.place;
 }
 
 async function measure(
@@ -141,11 +141,11 @@ async function measure(
     rival.server = undefined;
     rmSync(`${rival.disk}.cowcatcher`, { recursive: true, force: true });
   }
-  const socket = await socketOf(rival, cell);
+  const place = await placeOf(rival, cell);
   const backup = cell.when === "during a backup" ? await rival.server?.startBackup() : undefined;
   backup?.ended.catch(() => undefined);
   const before = rival.server?.child.cpuSeconds() ?? 0;
-  const { iops } = await runFio(cell.pattern, socket, seconds);
+  const { iops } = await runFio(cell.pattern, place, seconds);
   const cpuSeconds = (rival.server?.child.cpuSeconds() ?? 0) - before;
   await backup?.cancel();
   return { iops, cpuMicroseconds: (cpuSeconds * 1e6) / (iops * seconds) };
