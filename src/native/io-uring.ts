@@ -253,7 +253,7 @@ export class IoUring {
    * @returns 0, or minus errno where it took nothing: -EAGAIN and -EBUSY pass
    */
   submit(): number {
-    if (this.preparedCount === 0) return 0;
+    if (this.preparedCount === 0 || this.isClosed) return 0;
     let taken: number;
     do taken = this.system.enter(this.fd, this.preparedCount);
     while (taken === -EINTR);
@@ -270,6 +270,8 @@ export class IoUring {
 
   /** Calls back for each request that is complete. No system call. @returns how many there were */
   reap(onCompletion: OnCompletion): number {
+    // The memory is gone then.
+    if (this.isClosed) return 0;
     const { indexes } = this;
     let head = indexes[this.cqHeadAt];
     let count = 0;

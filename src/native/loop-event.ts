@@ -91,14 +91,15 @@ export class LoopEvent {
         },
       },
     };
-    const socket = new Socket(options);
-    socket.on("error", () => undefined);
-    socket.unref();
-    const result = system.dup3(eventFd, fd, O_CLOEXEC) < 0 ? -system.errno() : 0;
+    const socket = pollable(options);
+    const result = socket === null ? -constants.errno.ENOTSUP : system.dup3(eventFd, fd, O_CLOEXEC);
+    const errno = result === -1 ? -system.errno() : result;
     system.close(eventFd);
     system.close(otherEnd);
-    if (result < 0) socket.destroy();
-    return result < 0 ? result : new LoopEvent(fd, socket, onSignal);
+    if (socket === null) system.close(fd);
+    if (socket !== null && errno >= 0) return new LoopEvent(fd, socket, onSignal);
+    socket?.destroy();
+    return errno;
   }
 
   /** The loop does not end while a signal is awaited. */
@@ -113,5 +114,14 @@ export class LoopEvent {
     this.isClosed = true;
     clearInterval(this.timer);
     this.socket.destroy();
+  }
+}
+
+/** Null where this Node makes no socket of it. */
+function pollable(options: SocketConstructorOpts): Socket | null {
+  try {
+    return new Socket(options).on("error", () => undefined).unref();
+  } catch {
+    return null;
   }
 }

@@ -8,8 +8,8 @@
 // as replies do on their way back. While the loop runs, completions are found by a look at memory; when it sleeps the
 // eventfd wakes it (native/loop-event.ts).
 //
-// Bounds: no more requests are in flight than the ring has places for completions. Who comes later waits in line, and
-// the line is bounded by who asks: an NBD connection has a bound of its own, a copy's workers have, and each file's bounce
+// Bounds: no more requests are handed over in a turn than the submission ring has places for, and no more are in flight
+// than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has a bound of its own, a copy's workers have, and each file's bounce
 // buffers are counted.
 //
 // A request holds its buffer from `start` until `settle`: the kernel may write into it until then. The queue holds the
@@ -22,7 +22,7 @@ import { addressOf } from "../../native/addresses.js";
 import { IoUring, isPassing, type RingOperation } from "../../native/io-uring.js";
 import { LoopEvent } from "../../native/loop-event.js";
 
-/** Requests that one system call hands over at most. */
+/** Requests that one system call hands over at most, and one turn: about a millisecond, in which nobody else is served. */
 const SQ_ENTRIES = 128;
 /** Requests in flight at most. Before Linux 5.12 rings count as locked memory, of which a user may have 64 KiB only. */
 const CQ_ENTRIES = 1024;
@@ -91,13 +91,9 @@ export class RingQueue {
 
   /** The request's buffer is the queue's until `settle`. */
   start(request: RingRequest): void {
-    const wasBusy = this.isBusy;
-    if (this.waiting.length > 0 || !this.prepare(request)) {
-      // It may have found so just now.
-      if (this.isBroken) return request.settle(null);
-      this.waiting.push(request);
-    }
-    if (!wasBusy) this.waker.setAwaited(true);
+    if (this.isBroken) return request.settle(null);
+    if (!this.isBusy) this.waker.setAwaited(true);
+    if (this.waiting.length > 0 || !this.prepare(request)) this.waiting.push(request);
     this.scheduleTurnEnd();
   }
 
@@ -121,10 +117,7 @@ export class RingQueue {
 
   /** @returns false where there is no place for it now */
   private prepare(request: RingRequest): boolean {
-    if (this.freeTags.length === 0) return false;
-    // More than one system call takes are in this turn: the first of them go ahead.
-    if (!this.ring.hasRoom) this.submit();
-    if (this.isBroken || !this.ring.hasRoom) return false;
+    if (this.freeTags.length === 0 || !this.ring.hasRoom) return false;
     const tag = this.freeTags.pop() as number;
     const { operation, fd, buffer, bufferOffset, lengthBytes, offsetBytes } = request;
     const address = buffer === null ? 0 : addressOf(buffer.buffer) + buffer.byteOffset + bufferOffset;
