@@ -1,5 +1,6 @@
 // io_uring and the eventfd in Node's event loop, with this machine's kernel.
 import * as fs from "node:fs";
+import type { Socket } from "node:net";
 import { constants, tmpdir } from "node:os";
 import * as path from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
@@ -124,6 +125,14 @@ describe.skipIf(typeof probe === "number")("io_uring", () => {
     ring.submit();
     // The file is as empty as it was.
     expect(await results(1)).toEqual(new Map([[2, 0]]));
+  });
+
+  it("has the loop look by itself where the eventfd cannot be read any more", async () => {
+    const looked = new Promise<void>((resolve) => (signalled = resolve));
+    (event as unknown as { socket: Socket }).socket.destroy(new Error("read EIO"));
+    // No signal comes: nothing is in flight.
+    await looked;
+    event.setAwaited(false);
   });
 
   it("leaves no descriptor", () => {
