@@ -2,8 +2,9 @@
 // no backup, an unbuffered one, a buffered one, beside QEMU's own ways in the same run; and copies of a whole disk to and from
 // an image, beside qemu-img convert. Needs fio, qemu-utils, qemu-block-extra, ceph-mon, ceph-osd, ceph-common.
 //
-// The cluster is one OSD on this machine's disk, and takes its processors from guest and server alike: what it says of
-// a Ceph of many machines is the order of things, not the figures.
+// The cluster is one OSD on this machine's disk. It stands for other machines, whose processors no guest shares: so its
+// daemons have what guest, server and QEMU leave of this one's (nice 19), whoever is measured. What that says of a Ceph of
+// many machines is the order of things, not the figures.
 
 import { rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -33,6 +34,7 @@ const HELP = `npm run bench:rbd -- [options]
 
 /** A cluster that is filled slows down; images are removed after each measurement. */
 const STORE_BYTES = 16 * 1024 * MiB;
+const CEPH_NICENESS = 19;
 const BACKUP_TIMEOUT_SECONDS = 300;
 
 const { values } = parseArgs({
@@ -67,13 +69,13 @@ async function bench(): Promise<number> {
   const disk = join(folder, "disk.raw");
   makeRawDisk(disk, parseSize(values.size, "--size"));
   await runProgram("sync", ["-f", folder]);
-  const ceph = await startCeph(join(folder, "ceph"), STORE_BYTES);
+  const ceph = await startCeph(join(folder, "ceph"), STORE_BYTES, CEPH_NICENESS);
   try {
     const place: RbdPlace = { conf: ceph.conf, pool: "rbd", image: "target" };
     const cells = values["no-guest"] ? [] : await measureGuest(disk, folder, place);
     const copies = values["no-copy"] ? [] : await measureCopies(disk, folder, place);
     results.write("rbd.json", { machine, options: values, cells, copies });
-    const header = `${machineLine(machine)}. Ceph: one OSD (BlueStore on a file) on the same machine. Disk ${values.size} of random data; ${values.rounds} interleaved rounds, the guest for ${values.seconds} s from T0 on; medians.`;
+    const header = `${machineLine(machine)}. Ceph: one OSD (BlueStore on a file) on the same machine, at nice 19. Disk ${values.size} of random data; ${values.rounds} interleaved rounds, the guest for ${values.seconds} s from T0 on; medians.`;
     const parts = [
       ...(cells.length > 0 ? [guestTable(cells)] : []),
       ...(copies.length > 0 ? [copyTable(copies)] : []),

@@ -3,7 +3,7 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
-import { join, resolve } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 import { formatRbdAddress } from "../../src/rbd/address.js";
 import { runProgram } from "./children.js";
@@ -19,9 +19,9 @@ export interface CephCluster {
   stop(): Promise<void>;
 }
 
-/** Takes some seconds. @param storeBytes of the OSD: a sparse file */
-export async function startCeph(folder: string, storeBytes?: number): Promise<CephCluster> {
-  const child = spawn("bash", [SCRIPT, "run", folder], {
+/** Takes some seconds. @param storeBytes of the OSD: a sparse file. @param niceness of the daemons, 0 to 19 */
+export async function startCeph(folder: string, storeBytes?: number, niceness = 0): Promise<CephCluster> {
+  const child = spawn("nice", ["-n", String(niceness), "bash", SCRIPT, "run", folder], {
     stdio: ["pipe", "pipe", "pipe"],
     env: { ...process.env, ...(storeBytes !== undefined && { COWCATCHER_CEPH_BYTES: String(storeBytes) }) },
   });
@@ -69,9 +69,42 @@ export async function createRbdImage({ conf, pool, image }: RbdPlace, sizeBytes:
   await runProgram("rbd", ["-c", conf, "create", "--size", `${sizeBytes}B`, `${pool}/${image}`]);
 }
 
-/** With its data; one that is not there is no error. */
+const IDLE_LIMIT_MS = 30_000;
+const IDLE_WINDOW_MS = 500;
+/** Of a processor, in the window: what an OSD with nothing to do takes. */
+const IDLE_SHARE_MAX = 0.05;
+/** Of /proc's times: 100 a second on every Linux (USER_HZ). */
+const TICK_MS = 10;
+
+/**
+ * With its data; one that is not there is no error. Waits until the OSD has come to rest: it frees the space of removed objects
+ * behind the answer, and whoever is measured next would pay for it.
+ */
 export async function removeRbdImage({ conf, pool, image }: RbdPlace): Promise<void> {
   const { stdout } = await runProgram("rbd", ["-c", conf, "ls", pool]);
   if (!stdout.split("\n").includes(image)) return;
   await runProgram("rbd", ["-c", conf, "rm", "--no-progress", `${pool}/${image}`]);
+  await osdIsIdle(dirname(conf));
+}
+
+async function osdIsIdle(folder: string): Promise<void> {
+  const pid = cephDaemon(folder, "osd");
+  const deadline = performance.now() + IDLE_LIMIT_MS;
+  for (let before = processorMs(pid); performance.now() < deadline;) {
+    await new Promise((settle) => setTimeout(settle, IDLE_WINDOW_MS));
+    const now = processorMs(pid);
+    if (now - before < IDLE_WINDOW_MS * IDLE_SHARE_MAX) return;
+    before = now;
+  }
+}
+
+/** Of all its threads, in user and system mode. */
+function processorMs(pid: number): number {
+  const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+  // The name before, in parentheses, may hold anything.
+  const [user, system] = stat
+    .slice(stat.lastIndexOf(")") + 2)
+    .split(" ")
+    .slice(11, 13);
+  return (Number(user) + Number(system)) * TICK_MS;
 }

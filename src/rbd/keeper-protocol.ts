@@ -19,6 +19,8 @@ export type KeeperRequest =
       force: boolean;
       /** To be made at the end: it must not be there yet. */
       snapshot: string | undefined;
+      /** Of the keeper and of the threads that librbd starts for it, 0 to 19. */
+      niceness: number;
     })
   | (OpenRequest & {
       kind: "open-source";

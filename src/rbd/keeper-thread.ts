@@ -14,6 +14,7 @@
 
 import { randomBytes } from "node:crypto";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
+import { libc } from "../native/libc.js";
 import {
   check,
   type Cluster,
@@ -79,6 +80,8 @@ export class Keeper {
   #answer(request: KeeperRequest): Omit<Extract<KeeperReply, { kind: "done" }>, "kind"> {
     switch (request.kind) {
       case "open-target":
+        // Before the cluster is: Linux gives a new thread the niceness of the one that makes it.
+        libc?.setThreadNice(request.niceness);
         return { opened: this.#open(request, (cluster) => openTarget(cluster, request)) };
       case "open-source":
         return { opened: this.#open(request, (cluster) => openSource(cluster, request)) };

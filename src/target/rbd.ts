@@ -35,7 +35,7 @@ const LARGEST_CHUNK_BYTES = 4 * MiB;
  *   another client has open, NO_BASIS for an incremental copy into none, UNSUPPORTED, NOT_FOUND for the pool, NO_SPACE, IO; CANCELLED.
  */
 export async function createRbdTarget(options: TargetOptions): Promise<Target> {
-  const { path: name, sizeBytes, force, targetSnapshot, isCancelled } = options;
+  const { path: name, sizeBytes, force, targetSnapshot, niceness = 0, isCancelled } = options;
   const address = parseRbdAddress(name);
   checkOptions(options, address);
   checkAddressFiles(address);
@@ -43,7 +43,7 @@ export async function createRbdTarget(options: TargetOptions): Promise<Target> {
   const keeper = new RbdKeeper(name, door);
   try {
     const { opened } = await keeper.request(
-      { kind: "open-target", address, name, door, sizeBytes, force, snapshot: targetSnapshot },
+      { kind: "open-target", address, name, door, sizeBytes, force, snapshot: targetSnapshot, niceness },
       isCancelled,
     );
     if (opened === undefined) throw new Error("the keeper did not say what it opened");

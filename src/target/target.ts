@@ -31,6 +31,8 @@ export interface TargetOptions {
   targetRetries?: number | undefined;
   /** Of an RBD image: a snapshot to be made of it when all is written. */
   targetSnapshot?: string | undefined;
+  /** Of the threads that work for an RBD image, librbd's own included, 0 to 19: a guest on this machine comes first. */
+  niceness?: number | undefined;
   /** Of the source's files: only who may read all of them may read a new target. */
   sourceAccess?: readonly SourceAccess[] | undefined;
   /** Asked while a server's answer is awaited, and between two steps; true ends either with CANCELLED. */

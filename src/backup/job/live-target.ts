@@ -3,6 +3,7 @@
 import { isRbdAddress } from "../../rbd/address.js";
 import { createTarget } from "../../target/create.js";
 import type { Target, TargetOptions } from "../../target/target.js";
+import { LIVE_WORKER_NICENESS } from "../copy/run.js";
 import { RemoteTarget } from "../storage/remote-target.js";
 import type { RepositoryOutcome } from "../host.js";
 import { type Basis, findBasis } from "./basis.js";
@@ -55,6 +56,7 @@ async function makeTarget(
     direct: options.direct,
     targetRetries: options.targetRetries,
     targetSnapshot: options.targetSnapshot,
+    niceness: LIVE_WORKER_NICENESS,
     sourceAccess: await accessOf(node.image),
   };
   // An RBD image has a thread of its own (rbd/keeper.ts).
