@@ -243,6 +243,10 @@ function optionsFrom(
 
 function formatFrom(args: DriveBackupArguments, disk: DiskInfo): ImageFormat {
   const isRaw = isNbdUri(args.target) || isRbdAddress(args.target);
+  // QEMU looks for a driver where there is an image, and for one that makes images where there is none.
+  if (args.mode === "existing" && args.format !== undefined && !isImageFormat(args.format)) {
+    throw genericError(`Unknown driver '${args.format}'`);
+  }
   return targetFormat(args.format ?? (isRaw ? "raw" : undefined), disk);
 }
 

@@ -9,6 +9,8 @@ import { freezeToWire } from "./job-wire.js";
 import { BITMAP_ACTIONS, isBitmapAction } from "./bitmap-commands.js";
 import { BitmapPlan } from "./bitmap-plan.js";
 import type { JobOptions } from "../backup/options.js";
+import { compressionOf } from "../image/qcow2/format/compression.js";
+import { NULL_TARGET_PATH } from "../target/null.js";
 import { existingTarget } from "./existing-target.js";
 import { backupFromArguments, BACKUP_COMMON, diskOf, DRIVE_BACKUP } from "./backup-arguments.js";
 import type { BackupStart, DriveBackupArguments } from "./backup-arguments.js";
@@ -52,7 +54,24 @@ async function prepareDrive(
 ): Promise<BackupStart> {
   const tool = `cowcatcher ${context.version}`;
   const start = backupFromArguments(args, context.host.disks(), context.jobDefaults, tool, bitmaps);
-  return args.mode === "existing" ? intoExisting(start, args, context) : start;
+  if (args.mode === "existing") return intoExisting(start, args, context);
+  return args.sync === "none" ? ontoDisk(start, args, context) : start;
+}
+
+/** A new image for old data, laid on the disk as QEMU lays it: the two together show T0. */
+function ontoDisk(
+  { request, ...start }: BackupStart,
+  args: Pick<DriveBackupArguments, "device" | "buffer-size">,
+  { host }: CommandContext,
+): BackupStart {
+  const { options } = request;
+  if (options.target === NULL_TARGET_PATH || options.targetFormat !== "qcow2") return { ...start, request };
+  const { path: backingFile, format: backingFormat } = diskOf(args.device, host.disks());
+  const oldData = oldDataInto(args["buffer-size"]);
+  return {
+    ...start,
+    request: { ...request, options: { backingFile, backingFormat, ...options, ...oldData } },
+  };
 }
 
 /** The node is a place that exists. Whatever a backup can write to is drive-backup's target, too. */
@@ -75,14 +94,31 @@ async function prepareBlockdev(
 
 async function intoExisting(
   { request, ...start }: BackupStart,
-  args: Pick<DriveBackupArguments, "sync" | "device" | "buffer-size">,
+  args: Pick<
+    DriveBackupArguments,
+    "sync" | "device" | "buffer-size" | "x-compression-type" | "x-compression-level"
+  >,
   { host }: CommandContext,
 ): Promise<BackupStart> {
   const { target, targetFormat } = request.options;
   const disk = diskOf(args.device, host.disks());
-  const existing = await existingTarget(target, targetFormat, disk, args.sync !== "full");
-  const oldData = args.sync === "none" ? oldDataInto(args["buffer-size"]) : {};
-  return { ...start, request: { ...request, options: { ...request.options, ...existing, ...oldData } } };
+  const { compressionType, ...existing } = await existingTarget(
+    target,
+    targetFormat,
+    disk,
+    args.sync !== "full",
+  );
+  const options = { ...request.options, ...existing };
+  // As the image has it, whoever reads it can read more of it.
+  if (
+    options.compression !== undefined &&
+    compressionType !== undefined &&
+    args["x-compression-type"] === undefined
+  ) {
+    options.compression = compressionOf(compressionType, args["x-compression-level"], "x-compression-level");
+  }
+  if (args.sync === "none") Object.assign(options, oldDataInto(args["buffer-size"]));
+  return { ...start, request: { ...request, options } };
 }
 
 /**

@@ -8,13 +8,18 @@ import type { JobOptions } from "../backup/options.js";
 import type { ImageFormat } from "../block/format.js";
 import type { BlockStatus } from "../block/device.js";
 import { openImage } from "../image/open.js";
+import type { CompressionType } from "../image/qcow2/format/header.js";
 import { Qcow2Image } from "../image/qcow2/image.js";
 import { isNbdUri } from "../nbd/wire/uri.js";
 import { isRbdAddress } from "../rbd/address.js";
 import { genericError } from "../qmp/protocol.js";
+import { requireFile } from "./target-nodes.js";
 
 type Existing = Pick<JobOptions, "force"> &
-  Partial<Pick<JobOptions, "backingFile" | "backingFormat" | "clusterSizeBytes">>;
+  Partial<Pick<JobOptions, "backingFile" | "backingFormat" | "clusterSizeBytes">> & {
+    /** How the image's compressed clusters are compressed, if it has any. */
+    compressionType?: CompressionType;
+  };
 
 /**
  * What a backup into the image at `path` goes by.
@@ -28,6 +33,7 @@ export async function existingTarget(
   isPart: boolean,
 ): Promise<Existing> {
   if (isNbdUri(path) || isRbdAddress(path)) return { force: true };
+  await requireFile(path);
   if (format === "raw") {
     const stats = statSync(path);
     if (stats.isFile() && stats.size !== sizeBytes) throw sizesDiffer();
@@ -40,9 +46,10 @@ export async function existingTarget(
       throw genericError(`'${path}' has data already: only an empty image can take a part of the disk`);
     }
     if (!(image instanceof Qcow2Image)) return { force: true };
-    const { backingFile, backingFormat } = image.header;
+    const { backingFile, backingFormat, compressionType } = image.header;
     return {
       force: true,
+      compressionType,
       clusterSizeBytes: image.clusterSizeBytes,
       ...(backingFile !== null && { backingFile }),
       ...((backingFormat === "raw" || backingFormat === "qcow2") && { backingFormat }),

@@ -79,6 +79,7 @@ async function openAndAdd(
   { exports, host }: { exports: ExportHost; host: JobHost },
 ): Promise<void> {
   if (order.isWritable && place.readOnly) throw genericError("Cannot export read-only node as writable");
+  if (place.hasOtherBacking) throw notSupported("An export of a node with a 'backing'");
   const [bitmap] = bitmaps;
   if (bitmap !== undefined) {
     throw genericError(`Bitmap '${typeof bitmap === "string" ? bitmap : bitmap.name}' is not found`);

@@ -22,6 +22,8 @@ export interface TargetNode {
   format: ImageFormat;
   /** It was added so: nobody may write to it. */
   readOnly: boolean;
+  /** What is to be read below it is not what its header says: a target all the same, but no image to be opened here. */
+  hasOtherBacking: boolean;
 }
 
 const anything: Type<unknown> = { check: (value) => value };
@@ -36,7 +38,7 @@ const COMMON = {
   "detect-zeroes": optional(anything),
 };
 const FILE = { ...COMMON, filename: fileName, aio: optional(anything), locking: optional(anything) };
-const FORMAT = { ...COMMON, file: anything };
+const FORMAT = { ...COMMON, file: anything, backing: optional(anything) };
 const NBD = {
   ...COMMON,
   server: object({
@@ -71,7 +73,13 @@ export class TargetNodes {
     if (this.#nodes.size >= NODE_COUNT_MAX) throw genericError(`There are ${NODE_COUNT_MAX} nodes already`);
     const place = this.#placeOf(options, "");
     const readOnly = options["read-only"] === true;
-    const node = { name, path: place.path, format: place.format ?? "raw", readOnly };
+    const node = {
+      name,
+      path: place.path,
+      format: place.format ?? "raw",
+      readOnly,
+      hasOtherBacking: this.#hasOtherBacking(options, taken),
+    };
     if (place.isFile) await requireFile(node.path);
     this.#nodes.set(name, node);
   }
@@ -88,6 +96,17 @@ export class TargetNodes {
     this.#nodes.delete(name);
   }
 
+  /** Nothing, or a node, in place of what the image's header names: the header stays as it is, as in QEMU. */
+  #hasOtherBacking({ backing }: JsonObject, taken: readonly string[]): boolean {
+    if (backing === undefined) return false;
+    if (backing !== null && typeof backing !== "string")
+      throw notSupported("A 'backing' that is no node's name");
+    if (backing === null || taken.includes(backing) || this.#nodes.has(backing)) return true;
+    throw genericError(
+      `Could not open backing file: Cannot find device='${backing}' nor node-name='${backing}'`,
+    );
+  }
+
   #placeOf(options: JsonObject, path: string): { path: string; format?: ImageFormat; isFile: boolean } {
     const { driver } = options;
     if (driver === "nbd") return { path: uriOf(checkMembers(options, NBD, path)), isFile: false };
@@ -96,7 +115,8 @@ export class TargetNodes {
     }
     if (typeof driver === "string" && !isImageFormat(driver))
       throw genericError(`Unknown driver '${driver}'`);
-    const { driver: format, file } = checkMembers(options, FORMAT, path);
+    const { driver: format, file, backing } = checkMembers(options, FORMAT, path);
+    if (backing !== undefined && format === "raw") throw genericError("Parameter 'backing' is unexpected");
     const below = this.#below(file);
     if (below.format === "qcow2") throw notSupported("A format over qcow2");
     if (format === "qcow2" && !below.isFile) throw notSupported("qcow2 over nbd");
@@ -133,7 +153,8 @@ interface NbdServer {
   path?: string | undefined;
 }
 
-async function requireFile(path: string): Promise<void> {
+/** @throws QmpError GenericError, in QEMU's words, where there is nothing. */
+export async function requireFile(path: string): Promise<void> {
   try {
     await stat(path);
   } catch (error) {

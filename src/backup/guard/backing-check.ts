@@ -6,20 +6,26 @@
 // by any name, what the target replaces, or a disk that a guest writes (target-guard.ts).
 //
 // A job keeps it open, and so locked, until it ends: no one else may write it then.
+//
+// One exception: what holds a disk's old data alone is laid on that very disk, to show both as one (block/replication.c's
+// hidden disk, image fleecing). The server has it open already, and locked.
 
 import { CowcatcherError } from "../../errors.js";
 import type { Image } from "../../block/device.js";
 import { openImage, resolveBackingPath } from "../../image/open.js";
 import type { TargetOptions } from "../../target/target.js";
+import type { JobOptions } from "../options.js";
 import {
   type InUseParts,
+  isSourceImage,
   NOTHING_IN_USE,
   refuseBackingAsTarget,
   refuseChangingBacking,
   refuseChangingBackingFile,
 } from "./target-guard.js";
 
-type BackedTarget = Pick<TargetOptions, "path" | "backingFile" | "backingFormat">;
+type BackedTarget = Pick<TargetOptions, "path" | "backingFile" | "backingFormat"> &
+  Pick<JobOptions, "oldDataOnly">;
 
 /** @throws CowcatcherError as openBacking */
 export async function checkBacking(target: BackedTarget): Promise<void> {
@@ -28,7 +34,8 @@ export async function checkBacking(target: BackedTarget): Promise<void> {
 }
 
 /**
- * @returns the chain that the target builds on, to be closed when the job is over; null if it builds on none
+ * @returns the chain that the target builds on, to be closed when the job is over; null if it builds on none, and if it
+ *   holds the old data of the disk that it builds on
  * @throws CowcatcherError USAGE without a name or a format, for a target that is in its own backing chain, and for a
  *   backing file that a guest may write; what openImage throws.
  */
@@ -50,6 +57,7 @@ export async function openBacking(
     });
   }
   const backingPath = resolveBackingPath(path, backingFile, format);
+  if (target.oldDataOnly === true && (await isSourceImage(backingPath, inUse))) return null;
   await refuseChangingBackingFile(path, backingPath, inUse);
   const backing = await openImage(backingPath, { format, readOnly: true });
   try {

@@ -59,7 +59,7 @@ export class TargetClaims {
    *   job's; what opening the backing file throws; LIMIT. Nothing is held then.
    */
   async claim({ id, options }: BackupRequest, inUse: InUse): Promise<TargetClaim> {
-    const { target, backingFile, backingFormat } = options;
+    const { target, backingFile, backingFormat, oldDataOnly } = options;
     // A repository is any number of backups' at a time (repository/work/claims.ts).
     if (options.repository !== undefined || (target === NULL_TARGET_PATH && backingFile === undefined)) {
       return { hand: null, giveUp: () => {}, release: () => Promise.resolve() };
@@ -71,7 +71,7 @@ export class TargetClaims {
     try {
       const place = await hand.call("lookAtTarget", { target, inUse: parts });
       holder = place === null ? null : await this.#take(id, target, place);
-      const backed = { path: target, backingFile, backingFormat };
+      const backed = { path: target, backingFile, backingFormat, oldDataOnly };
       backing =
         backingFile === undefined ? null : await hand.call("openBacking", { target: backed, inUse: parts });
     } catch (error) {

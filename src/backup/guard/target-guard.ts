@@ -165,6 +165,16 @@ export async function refuseChangingBacking(
   }
 }
 
+/** Whether the path is, by any name, the image of the disk that is backed up: the image itself, nothing below it. */
+export async function isSourceImage(path: string, { images }: InUseParts): Promise<boolean> {
+  const storage = await storageAt(path);
+  if (storage === null) return false;
+  return images.some(({ isSource, parts }) => {
+    const own = parts.find(({ depth, isDataFile }) => depth === 0 && !isDataFile)?.storage ?? null;
+    return isSource && own?.id === storage.id;
+  });
+}
+
 /** The same for a file by its path, before it is opened: the lock of our own server would call it another program's. */
 export async function refuseChangingBackingFile(
   target: string,

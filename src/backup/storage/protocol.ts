@@ -46,6 +46,8 @@ export interface BackedTarget {
   path: string;
   backingFile?: string | undefined;
   backingFormat?: TargetOptions["backingFormat"];
+  /** The target gets what a guest overwrites: it may lie on the very disk that is backed up. */
+  oldDataOnly?: boolean | undefined;
 }
 
 /** Bytes between a place in memory and one in the file. */
