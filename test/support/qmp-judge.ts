@@ -1,6 +1,6 @@
 // The same QMP commands to our server and to a qemu-storage-daemon, over disks with the same content that a guest writes
 // alike: what both answer can be laid side by side.
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
 import { join } from "node:path";
@@ -12,7 +12,35 @@ export interface Peer {
   readonly name: "ours" | "theirs";
   readonly folder: string;
   readonly client: RawQmp;
+  /** Of the disk `disk`. */
   readonly uri: string;
+  uriOf(disk: string): string;
+}
+
+class JudgedPeer implements Peer {
+  #client: RawQmp | undefined;
+
+  constructor(
+    readonly name: "ours" | "theirs",
+    readonly folder: string,
+  ) {}
+
+  get client(): RawQmp {
+    if (this.#client === undefined) throw new Error(`${this.name} was never started`);
+    return this.#client;
+  }
+
+  get uri(): string {
+    return this.uriOf("disk");
+  }
+
+  async connect(control: string): Promise<void> {
+    this.#client = await RawQmp.negotiated(control);
+  }
+
+  uriOf(disk: string): string {
+    return `nbd+unix:///${disk}?socket=${join(this.folder, "nbd.sock")}`;
+  }
 }
 
 interface Bitmap {
@@ -22,51 +50,101 @@ interface Bitmap {
   busy: boolean;
 }
 
+export interface TargetSetup {
+  format?: "raw" | "qcow2";
+  create?: readonly string[];
+  /** As large as the disk unless told otherwise. */
+  sizeBytes?: number;
+  /** As JudgedSetup's. */
+  theirFaults?: readonly object[];
+}
+
+export interface JudgedSetup {
+  format?: "raw" | "qcow2";
+  /** Of either peer; each as large as the others. */
+  disks?: readonly string[];
+  /** A raw file below each disk of either peer, which nobody writes. */
+  backing?: string;
+  /** COWCATCHER_FAULTS of ours. */
+  ourFaults?: string;
+  /** What blkdebug does to each of their disks (inject-error; a sector is 512 bytes of the file). */
+  theirFaults?: readonly object[];
+}
+
 export class Judged {
+  #daemon: ChildProcess | undefined;
+  #server: Server | undefined;
+
   private constructor(
-    readonly ours: Peer,
-    readonly theirs: Peer,
+    readonly ours: JudgedPeer,
+    readonly theirs: JudgedPeer,
     readonly sizeBytes: number,
-    readonly close: () => Promise<void>,
+    private readonly setup: Required<Pick<JudgedSetup, "format" | "disks">> & JudgedSetup,
   ) {}
 
-  /** One empty disk of either, called `disk`. @param folder for the files of both */
-  static async start(folder: string, sizeBytes: number, format: "raw" | "qcow2" = "qcow2"): Promise<Judged> {
-    const [ours, theirs] = await Promise.all(
-      (["ours", "theirs"] as const).map(async (name) => {
-        const own = join(folder, name);
-        await mustRun("mkdir", own);
-        await mustRun("qemu-img", "create", "-q", "-f", format, join(own, "disk"), String(sizeBytes));
-        return own;
-      }),
+  /** Empty disks of either, one called `disk` unless told otherwise. @param folder for the files of both */
+  static async start(folder: string, sizeBytes: number, given: JudgedSetup = {}): Promise<Judged> {
+    const setup = { format: "qcow2", disks: ["disk"], ...given } as const;
+    const [ours, theirs] = (["ours", "theirs"] as const).map(
+      (name) => new JudgedPeer(name, join(folder, name)),
     );
-    if (ours === undefined || theirs === undefined) throw new Error("no folders");
-    const server = await Server.start(ours, [`${join(ours, "disk")}=disk`], { args: ["-f", format] });
-    const daemon = spawn("qemu-storage-daemon", [
-      ...["--blockdev", `file,filename=${join(theirs, "disk")},node-name=file`],
-      ...["--blockdev", `${format},file=file,node-name=disk`],
-      ...["--nbd-server", `addr.type=unix,addr.path=${join(theirs, "nbd.sock")}`],
-      ...["--export", "nbd,id=disk,node-name=disk,name=disk,writable=on"],
-      ...["--chardev", `socket,path=${join(theirs, "qmp.sock")},server=on,wait=off,id=monitor`],
+    if (ours === undefined || theirs === undefined) throw new Error("no peers");
+    const below = setup.backing === undefined ? [] : ["-b", setup.backing, "-F", "raw"];
+    for (const { folder: own } of [ours, theirs]) {
+      await mustRun("mkdir", own);
+      for (const disk of setup.disks) {
+        const size = String(sizeBytes);
+        await mustRun("qemu-img", "create", "-q", "-f", setup.format, ...below, join(own, disk), size);
+      }
+    }
+    const judged = new Judged(ours, theirs, sizeBytes, setup);
+    await Promise.all([judged.startOurs(setup.ourFaults), judged.#startTheirs()]);
+    return judged;
+  }
+
+  /** Ours, or ours again, when it has been stopped. */
+  async startOurs(faults?: string): Promise<void> {
+    const { format, disks } = this.setup;
+    const own = this.ours.folder;
+    const images = disks.map((disk) => `${join(own, disk)}=${disk}`);
+    const env: Record<string, string> = faults === undefined ? {} : { COWCATCHER_FAULTS: faults };
+    this.#server = await Server.start(own, images, { args: ["-f", format], env });
+    await this.ours.connect(this.#server.control);
+  }
+
+  async stopOurs(): Promise<void> {
+    this.ours.client.close();
+    const { code, stderr } = (await this.#server?.stop()) ?? { code: 0 };
+    if (code !== 0) throw new Error(`the server ended with ${code}: ${stderr}`);
+  }
+
+  async #startTheirs(): Promise<void> {
+    const { format, disks, theirFaults } = this.setup;
+    const own = this.theirs.folder;
+    const nodes = disks.flatMap((disk) => {
+      const file = { driver: "file", filename: join(own, disk) };
+      const broken = { driver: "blkdebug", image: file, "inject-error": theirFaults };
+      const node = { driver: format, "node-name": disk, file: theirFaults === undefined ? file : broken };
+      return [
+        ...["--blockdev", JSON.stringify(node)],
+        ...["--export", `nbd,id=${disk},node-name=${disk},name=${disk},writable=on`],
+      ];
+    });
+    this.#daemon = spawn("qemu-storage-daemon", [
+      ...["--nbd-server", `addr.type=unix,addr.path=${join(own, "nbd.sock")}`],
+      ...nodes,
+      ...["--chardev", `socket,path=${join(own, "qmp.sock")},server=on,wait=off,id=monitor`],
       ...["--monitor", "chardev=monitor"],
     ]);
-    await until("the daemon listens", () => existsSync(join(theirs, "qmp.sock")));
-    const peer = async (name: Peer["name"], own: string, control: string, uri: string): Promise<Peer> => ({
-      name,
-      folder: own,
-      client: await RawQmp.negotiated(control),
-      uri,
-    });
-    const ourPeer = await peer("ours", ours, server.control, server.uri());
-    const uri = `nbd+unix:///disk?socket=${join(theirs, "nbd.sock")}`;
-    const theirPeer = await peer("theirs", theirs, join(theirs, "qmp.sock"), uri);
-    return new Judged(ourPeer, theirPeer, sizeBytes, async () => {
-      ourPeer.client.close();
-      theirPeer.client.close();
-      daemon.kill();
-      await once(daemon, "close");
-      await server.stop();
-    });
+    await until("the daemon listens", () => existsSync(join(own, "qmp.sock")));
+    await this.theirs.connect(join(own, "qmp.sock"));
+  }
+
+  async close(): Promise<void> {
+    this.theirs.client.close();
+    this.#daemon?.kill();
+    if (this.#daemon !== undefined) await once(this.#daemon, "close");
+    await this.stopOurs();
   }
 
   get peers(): readonly Peer[] {
@@ -89,30 +167,44 @@ export class Judged {
 
   /** Commands of qemu-io, to both. */
   async write(...commands: string[]): Promise<void> {
-    const args = ["-f", "raw", ...commands.flatMap((command) => ["-c", command])];
-    await Promise.all(this.peers.map(({ uri }) => mustRun("qemu-io", ...args, uri)));
+    await this.writeTo("disk", ...commands);
   }
 
-  /** Our bitmaps of the disk, which are like theirs. */
-  async sameBitmaps(): Promise<Bitmap[]> {
-    const [our, their] = await Promise.all(this.peers.map(bitmapsOf));
+  async writeTo(disk: string, ...commands: string[]): Promise<void> {
+    const args = ["-f", "raw", ...commands.flatMap((command) => ["-c", command])];
+    await Promise.all(this.peers.map((peer) => mustRun("qemu-io", ...args, peer.uriOf(disk))));
+  }
+
+  /** Our bitmaps of a disk, which are like theirs. */
+  async sameBitmaps(disk = "disk"): Promise<Bitmap[]> {
+    const [our, their] = await Promise.all(this.peers.map((peer) => bitmapsOf(peer, disk)));
     expect(our).toEqual(their);
     return our ?? [];
   }
 
-  /** An empty image and a node for it, of both. */
-  async addTarget(node: string, format: "raw" | "qcow2" = "qcow2"): Promise<void> {
-    const size = String(this.sizeBytes);
+  /** An empty image, of both. @param create further arguments of qemu-img create */
+  async makeTarget(
+    name: string,
+    { format = "qcow2", create = [], sizeBytes }: TargetSetup = {},
+  ): Promise<void> {
+    const size = String(sizeBytes ?? this.sizeBytes);
     await Promise.all(
       this.peers.map(({ folder }) =>
-        mustRun("qemu-img", "create", "-q", "-f", format, join(folder, node), size),
+        mustRun("qemu-img", "create", "-q", "-f", format, ...create, join(folder, name), size),
       ),
     );
-    await this.same("blockdev-add", ({ folder }) => ({
-      driver: format,
-      "node-name": node,
-      file: { driver: "file", filename: join(folder, node) },
-    }));
+  }
+
+  /** An empty image and a node for it, of both. */
+  async addTarget(node: string, setup: TargetSetup = {}): Promise<void> {
+    await this.makeTarget(node, setup);
+    const { format = "qcow2", theirFaults } = setup;
+    await this.same("blockdev-add", ({ folder, name }) => {
+      const file = { driver: "file", filename: join(folder, node) };
+      const broken = { driver: "blkdebug", image: file, "inject-error": theirFaults };
+      const isBroken = name === "theirs" && theirFaults !== undefined;
+      return { driver: format, "node-name": node, file: isBroken ? broken : file };
+    });
   }
 
   /** Until a job of both is in that state, `gone` included. */
@@ -145,11 +237,11 @@ export class Judged {
   }
 }
 
-async function bitmapsOf({ client }: Peer): Promise<Bitmap[]> {
+async function bitmapsOf({ client }: Peer, disk: string): Promise<Bitmap[]> {
   const { return: nodes } = await client.ask({ execute: "query-named-block-nodes" });
   const node = (
     nodes as { "node-name": string; "dirty-bitmaps"?: (Bitmap & { persistent?: boolean })[] }[]
-  ).find((candidate) => candidate["node-name"] === "disk");
+  ).find((candidate) => candidate["node-name"] === disk);
   const shown = (node?.["dirty-bitmaps"] ?? []).map((bitmap) => {
     const copy = { ...bitmap };
     // Ours outlive the server whether asked to or not.

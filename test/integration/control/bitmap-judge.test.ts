@@ -148,7 +148,7 @@ describe("sync none with a target", () => {
   ])("has the old data of what was overwritten, %s", async (_how, bufferSize) => {
     const target = `old-${bufferSize ?? 0}`;
     await judged.write("write -P 1 0 8M", "write -P 2 8M 8M");
-    await judged.addTarget(target, "raw");
+    await judged.addTarget(target, { format: "raw" });
     const own = bufferSize === undefined ? {} : { "buffer-size": bufferSize };
     await judged.same("blockdev-backup", (peer) => ({
       ...{ device: "disk", target, "job-id": target, sync: "none" },
