@@ -119,7 +119,8 @@ describe("a live backup into a bucket", () => {
     await makeDisk(disk, noise(12 * MiB));
     const server = await Server.start(folder, [disk], { env });
     const guest = await Guest.start("model", 17, [server.uri("disk")]);
-    const running = server.backup("--repo", repo, "--group", "vm", "--rate-limit", "64K");
+    const limits = ["--rate-limit", "64K", "--target-retries", "0"];
+    const running = server.backup("--repo", repo, "--group", "vm", ...limits);
     await running.started();
     guest.run();
     await bucket.close();
