@@ -334,7 +334,7 @@ class RunningBackup implements QemuBackup {
         // Not both: QEMU 7.2 answers one request twice where a snapshot refuses one of two contexts.
         const contexts = [bitmap === undefined ? NBD_META_BASE_ALLOCATION : dirtyBitmapContext(bitmap)];
         const { isCancelled } = this.#request;
-        const client = await NbdClient.connect(uri, { contexts, isCancelled });
+        const client = await NbdClient.connect(uri, { contexts, isCancelled, staysOpen: true });
         this.#clients.push(client);
         if (bitmap === undefined) copy.begin(uri, await gatherZeroes(client));
         else copy.begin(uri, null, runsOfMap(await gatherDirty(client, bitmap)));

@@ -125,7 +125,8 @@ export class BlockingReader {
     staysOpen = false,
   ): Promise<BlockingReader | null> {
     if (libc === null || !isForBlocking(address)) return null;
-    const connection = await openConnection(address, name, { isCancelled, structured: true, contexts: [] });
+    const negotiation = { isCancelled, staysOpen, structured: true, contexts: [] };
+    const connection = await openConnection(address, name, negotiation);
     const { socket, info } = connection;
     const fd = takeDescriptor(socket as unknown as SocketWithHandle);
     const fits = info.sizeBytes === sizeBytes && info.minimumBlockBytes <= PIECE_BYTES;

@@ -56,6 +56,11 @@ export interface NbdClientOptions {
   contexts?: readonly string[];
   /** Asked a few times a second while an answer is awaited: true ends the connection with CANCELLED. */
   isCancelled?: () => boolean;
+  /**
+   * Cancelled, it makes no more requests but stays connected until `destroy` or the thread's end, and a negotiation is seen to its
+   * end: for a server that does not bear a client that hangs up first.
+   */
+  staysOpen?: boolean;
 }
 
 const DEFAULT_OPTIONS = {
@@ -65,6 +70,7 @@ const DEFAULT_OPTIONS = {
   structured: true,
   contexts: [],
   isCancelled: () => false,
+  staysOpen: false,
 };
 const MAX_IN_FLIGHT_BOUND = 1024;
 /** Payload of the requests in flight; one request of any size is always let through. */
@@ -267,6 +273,7 @@ export class NbdClient {
   /** Hangs up at once; what is in flight rejects. */
   destroy(): void {
     this.#fail(connectionError(this.name, "the connection is closed", "ENOTCONN"));
+    this.#socket.destroy();
   }
 
   #has(flag: number): boolean {
@@ -403,7 +410,8 @@ export class NbdClient {
     if (this.#failure !== undefined) return;
     this.#failure = error;
     clearInterval(this.#watch);
-    this.#socket.destroy();
+    if (error.code === "CANCELLED" && this.#options.staysOpen) this.#socket.unref();
+    else this.#socket.destroy();
     const open = [...this.#slots, ...this.#waiting.splice(0)];
     this.#slots.fill(undefined);
     for (const request of open) request?.reject(error);
@@ -415,7 +423,10 @@ export class NbdClient {
 export async function openConnection(
   address: NbdAddress,
   name: string,
-  options: Pick<NbdClientOptions, "connectTimeoutMs" | "isCancelled" | "structured" | "contexts">,
+  options: Pick<
+    NbdClientOptions,
+    "connectTimeoutMs" | "isCancelled" | "staysOpen" | "structured" | "contexts"
+  >,
 ): Promise<Negotiated> {
   const settings = { ...DEFAULT_OPTIONS, ...options };
   const socket = connect("path" in address ? { path: address.path } : { ...address, noDelay: true });
@@ -423,7 +434,7 @@ export async function openConnection(
   let ended: CowcatcherError | undefined;
   const timer = setInterval(
     () => {
-      if (settings.isCancelled()) ended = cancelled(name);
+      if (!settings.staysOpen && settings.isCancelled()) ended = cancelled(name);
       else if (performance.now() < deadlineMs) return;
       ended ??= connectionError(
         name,

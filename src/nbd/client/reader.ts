@@ -44,7 +44,7 @@ export class NbdSourceReader implements SourceReader {
     this.#uri = uri;
     this.#isCancelled = isCancelled;
     if (!mayBlock) this.#blocking = null;
-    this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled });
+    this.#session = new NbdSession({ uri, retries, sizeBytes, isCancelled, staysOpen });
     this.#zeroes = zeroes === null ? null : new ExtentReader(zeroes, false);
   }
 

@@ -66,6 +66,46 @@ async function failureOf(work: unknown): Promise<CowcatcherError> {
   return error as CowcatcherError;
 }
 
+it.each([true, false])(
+  "a connection that is to stay open (%s) outlives the cancel of what is in flight",
+  async (staysOpen) => {
+    const server = await startScript({ onRequest: () => "silence" });
+    let isCancelled = false;
+    const session = sessionWith(server, { isCancelled: () => isCancelled, staysOpen });
+    const reading = session.run((client) => client.read(new Uint8Array(KiB), 0, KiB, 0));
+    await until(() => server.count(NBD_CMD_READ) === 1);
+    isCancelled = true;
+    expect(await failureOf(reading)).toMatchObject({ code: "CANCELLED" });
+    // By the time that another client has come, the server has noticed who has hung up.
+    const other = await clientOf(server);
+    expect(server.sockets.size).toBe(staysOpen ? 2 : 1);
+    session.destroy();
+    other.destroy();
+    await until(() => server.sockets.size === 0);
+  },
+);
+
+it("who is to stay open sees its negotiation to the end, whatever is cancelled", async () => {
+  const server = await startScript();
+  const held: (() => void)[] = [];
+  server.options.send = (messages, { phase }, socket) => {
+    const send = (): void => void socket.write(Buffer.concat(messages));
+    if (phase === "option") held.push(send);
+    else send();
+  };
+  let asked = 0;
+  const isCancelled = (): boolean => asked++ >= 0;
+  const connecting = NbdClient.connect(server.uri, { isCancelled, staysOpen: true });
+  const letGo = setInterval(() => held.splice(0).forEach((send) => send()), 150);
+  const client = await connecting;
+  clearInterval(letGo);
+  expect(client.sizeBytes).toBe(SIZE);
+  client.destroy();
+  const given = NbdClient.connect(server.uri, { isCancelled });
+  expect(await failureOf(given)).toMatchObject({ code: "CANCELLED" });
+  expect(asked).toBeGreaterThan(0);
+});
+
 /** The first request of this kind meets `verdict`, all others are answered. */
 function once(command: number, verdict: "silence" | "hang up") {
   let isOver = false;

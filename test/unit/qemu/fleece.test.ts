@@ -1,0 +1,65 @@
+// What is seen of a fleecing file from outside: its size, and which chunks QEMU has captured from.
+import { closeSync, ftruncateSync, mkdtempSync, openSync, rmSync, writeSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import type { Geometry } from "../../../src/cow/geometry.js";
+import { libc } from "../../../src/native/libc.js";
+import { Fleece } from "../../../src/qemu/fleece.js";
+import { KiB } from "../../../src/units.js";
+
+const CHUNK = 256 * KiB;
+const COUNT = 8;
+const geometry = { chunkBytes: CHUNK, chunkCount: COUNT } as Geometry;
+
+describe.skipIf(libc === null)("Fleece", () => {
+  let folder = "";
+  let fd = -1;
+  let fleece: Fleece;
+
+  beforeEach(() => {
+    folder = mkdtempSync(join(tmpdir(), "cowcatcher-fleece-"));
+    const path = join(folder, "0.fleece");
+    fd = openSync(path, "w+");
+    ftruncateSync(fd, COUNT * CHUNK);
+    fleece = new Fleece({ path, fd: openSync(path, "r+") });
+  });
+  afterEach(() => {
+    vi.restoreAllMocks();
+    fleece.close();
+    closeSync(fd);
+    rmSync(folder, { recursive: true });
+  });
+
+  const capture = (chunk: number): void =>
+    void writeSync(fd, Buffer.alloc(64 * KiB, 1), 0, 64 * KiB, chunk * CHUNK);
+  function look(): number[] {
+    const told: number[] = [];
+    fleece.look(geometry, (chunk) => told.push(chunk));
+    return told;
+  }
+
+  it("tells of each chunk once, in whatever order they are captured from", () => {
+    expect(look()).toEqual([]);
+    capture(5);
+    capture(2);
+    expect(look()).toEqual([2, 5]);
+    expect(fleece.usedBytes).toBeGreaterThanOrEqual(128 * KiB);
+    capture(0);
+    capture(2);
+    capture(7);
+    expect(look()).toEqual([0, 7]);
+    expect(look()).toEqual([]);
+  });
+
+  it("does not search where it has told of all there is", () => {
+    for (let chunk = 0; chunk < COUNT; chunk++) capture(chunk);
+    const seekData = vi.spyOn(libc as NonNullable<typeof libc>, "seekData");
+    expect(look()).toHaveLength(COUNT);
+    expect(seekData).toHaveBeenCalledTimes(COUNT);
+    capture(3);
+    look();
+    look();
+    expect(seekData).toHaveBeenCalledTimes(COUNT);
+  });
+});
