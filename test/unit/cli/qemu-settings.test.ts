@@ -2,6 +2,10 @@
 import { Command } from "commander";
 import { describe, expect, it } from "vitest";
 import { addBackupOptions, parseBackupSettings } from "../../../src/cli/options/backup-options.js";
+import {
+  addRepositoryBackupOptions,
+  parseRepositoryBackup,
+} from "../../../src/cli/options/repository-backup.js";
 
 function settings(...args: string[]): ReturnType<typeof parseBackupSettings> {
   const command = addBackupOptions(new Command().argument("[ARGUMENTS...]").exitOverride());
@@ -152,5 +156,34 @@ describe("backup --libvirt", () => {
     ]) {
       expect(() => settings("--connect", "u", ...others)).toThrow("needs --libvirt");
     }
+  });
+});
+
+describe.each([
+  ["--qmp", "/run/q.sock"],
+  ["--libvirt", "vm1"],
+])("backup %s --repo", (option, guest) => {
+  function intoRepository(...args: string[]): ReturnType<typeof parseRepositoryBackup> {
+    const command = addRepositoryBackupOptions(
+      addBackupOptions(new Command().argument("[ARGUMENTS...]").exitOverride()),
+    );
+    command.parse([option, guest, "--repo", "/backup", "--group", "vm", ...args], { from: "user" });
+    return parseRepositoryBackup(command.args, command.opts());
+  }
+
+  it.each<[string[], boolean]>([
+    [[], true],
+    [["--bitmap", "auto"], true],
+    [["--bitmap", "none"], false],
+  ])("with %s keeps bitmaps for the next one: %s", (args, keepsBitmaps) => {
+    expect(intoRepository(...args)).toMatchObject({ mode: "repository-qemu", keepsBitmaps, level: "auto" });
+  });
+
+  it.each([
+    [["--bitmap", "theirs"], "--bitmap"],
+    [["--since-or-full"], "--since-or-full"],
+    [["--bitmap", "auto", "--bitmap-replaces", "/b/0.qcow2"], "--bitmap-replaces"],
+  ])("refuses %s by name", (args, object) => {
+    expect(() => intoRepository(...args)).toThrow(expect.objectContaining({ object }));
   });
 });
