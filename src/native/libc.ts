@@ -198,6 +198,14 @@ function bind(): Libc {
     flockView.setInt32(24, 0, true);
   };
 
+  /** Again after an EINTR: io_uring's task work ends some file systems' calls (tmpfs, for one), which then have done nothing. */
+  const fallocateWhole = (fd: number, mode: number, offsetBytes: number, lengthBytes: number): number => {
+    for (;;) {
+      const result = orErrno(fallocate(fd, mode, offsetBytes, lengthBytes));
+      if (result !== -EINTR) return result;
+    }
+  };
+
   return {
     seekEnd: (fd) => orErrno(lseek(fd, 0, SEEK_END)),
     seekData: (fd, offsetBytes) => orErrno(lseek(fd, offsetBytes, SEEK_DATA)),
@@ -218,10 +226,10 @@ function bind(): Libc {
       memcpy(addressOf(target) + targetOffset, addressOf(source) + sourceOffset, lengthBytes);
     },
     punchHole: (fd, offsetBytes, lengthBytes) =>
-      orErrno(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes)),
+      fallocateWhole(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes),
     zeroRange: (fd, offsetBytes, lengthBytes) =>
-      orErrno(fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes)),
-    allocate: (fd, offsetBytes, lengthBytes) => orErrno(fallocate(fd, 0, offsetBytes, lengthBytes)),
+      fallocateWhole(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes),
+    allocate: (fd, offsetBytes, lengthBytes) => fallocateWhole(fd, 0, offsetBytes, lengthBytes),
     fadvise: (fd, offsetBytes, lengthBytes, advice) => -posixFadvise(fd, offsetBytes, lengthBytes, advice),
     ofdLock(fd, type, startByte, lengthBytes) {
       setFlock(type, startByte, lengthBytes);
