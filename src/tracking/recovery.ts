@@ -73,9 +73,9 @@ export async function recover(
   );
   if (!isOurs) return { kind: "new" };
   const list = decodeList((await folder.read(LIST_NAME)) ?? new Uint8Array());
+  // A name may have been lost before, and made again.
   const checkpoints = [
-    ...(list?.checkpoints.map(({ name }) => name) ?? []),
-    ...(list?.loss?.checkpoints ?? []),
+    ...new Set([...(list?.checkpoints.map(({ name }) => name) ?? []), ...(list?.loss?.checkpoints ?? [])]),
   ];
   // Without a name nothing was relied on: no loss (a first start that was cut short looks like that, too).
   const isOfUse = list === undefined || checkpoints.length > 0;

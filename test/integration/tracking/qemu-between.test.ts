@@ -246,6 +246,17 @@ describe("writes between two runs", () => {
     await tracked.close();
   });
 
+  it("a checkpoint that is lost, made again and lost again is told of once", async () => {
+    const image = await trackedImage();
+    for (const byte of [7, 8]) {
+      poke(image, await hostOffset(image, 1 * MiB), new Uint8Array([byte]));
+      const tracked = await TrackedImage.open(image);
+      expect(tracked.tracker.state.loss?.checkpoints).toEqual(["daily"]);
+      await tracked.checkpoint("daily");
+      await tracked.close();
+    }
+  });
+
   it("all of it counts as changed where a backing file was written", async () => {
     const image = await trackedImage({ backing: true });
     await qemuIo(image.replace("disk-", "base-"), "write -P 1 7M 64k");
