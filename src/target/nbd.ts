@@ -70,7 +70,8 @@ export async function createNbdTarget(options: TargetOptions): Promise<Target> {
       sizeBytes,
       exportBytes: client.sizeBytes,
       retries: targetRetries,
-      zeroes: await gatherZeroes(client),
+      // What takes a part of a disk may lie on that disk, and be zero only as long as that is.
+      zeroes: options.isPart === true ? null : await gatherZeroes(client),
       direct: false,
     };
     // A server may end with its last client (nbdkit's exitlast filter); another takes one at a time.
