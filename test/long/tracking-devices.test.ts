@@ -6,14 +6,7 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { cowcatcher } from "../support/cli.js";
 import { noise } from "../support/disks.js";
-import {
-  mustRun,
-  scratchFolder,
-  Server,
-  type ServerOptions,
-  stopAll,
-  ,
-} from "../support/server.js";
+import { mustRun, scratchFolder, Server, type ServerOptions, stopAll } from "../support/server.js";
 
 const MiB = 2 ** 20;
 const SIZE = 16 * MiB;
