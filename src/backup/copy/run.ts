@@ -494,13 +494,13 @@ function neighbourOf(repository: string): string {
   return store.kind === "folder" ? join(store.path, "spill") : NULL_TARGET_PATH;
 }
 
-/** A server that takes one connection at a time makes it one worker. */
 /** A digest for each small cluster would take four times the memory of the usual ones: half a GiB a TiB. */
 function cutFor({ job, live, bufferBytes, sizeBytes }: CopyRunOptions): Cut {
   const isFine = live && bufferBytes === 0 && !job.verify && sizeBytes <= FINE_CUT_MAX_DISK_BYTES;
   return isFine ? FINE_CUT : USUAL_CUT;
 }
 
+/** A server that takes one connection at a time makes it one worker. */
 function withinLimits(options: CopyRunOptions): CopyRunOptions {
   const { job, target, workerLimit } = options;
   const workerCount = Math.min(job.workerCount, workerLimit ?? Infinity, target.workerLimit ?? Infinity);
