@@ -9,8 +9,8 @@
 // eventfd wakes it (native/loop-event.ts).
 //
 // Bounds: no more requests are handed over in a turn than the submission ring has places for, and no more are in flight
-// than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has a bound of its own, a copy's workers have, and each file's bounce
-// buffers are counted.
+// than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has
+// a bound of its own, a copy's workers have, and each file's bounce buffers are counted.
 //
 // A request holds its buffer from `start` until `settle`: the kernel may write into it until then. The queue holds the
 // loop as long as anything is in flight, so a process does not end by itself before that. One that is made to end leaves
