@@ -5,7 +5,8 @@
 //
 // Each phase has a server of its own, so that none finds what another left in memory, and its own T0. The guest writes
 // all the time, so that its timeline shows it before, during and after the backup, which goes on to its end after the
-// runtime, at most `backupTimeoutMs`; what is measured is the runtime alone. Guest and server are two processes, as in life: the guest (guest.ts) has this one, where nothing else happens while it writes but a
+// runtime, at most `backupTimeoutMs`; what is measured is the runtime alone. Guest and server are two processes, as in
+// life: the guest (guest.ts) has this one, where nothing else happens while it writes but a
 // question for progress now and then.
 //
 // Everything lies in one new folder, sockets in a second one under the temporary folder (their paths are short by

@@ -18,7 +18,8 @@
 // and records again, until one of the two is ended by its backup's file (endBitmaps).
 //
 // The first backup of a chain has no old one; one that begins a chain in the place of another ends the bitmaps of the backups
-// that it is told of, in the transaction that names its own. A group of a repository has one chain for each disk. In qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
+// that it is told of, in the transaction that names its own. A group of a repository has one chain for each disk. In
+// qcow2 disks bitmaps are persistent; with others they end with QEMU. After a
 // crash in between, cleanup.ts gives back by the name. A bitmap that QEMU calls inconsistent, or that does not record, has
 // missed writes: it is not used.
 

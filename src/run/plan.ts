@@ -1,7 +1,8 @@
 // What a job's next backup is: full or incremental, what it builds on, and the arguments of `backup` that make it.
 //
 // An incremental file needs three things: somebody who keeps track of the disk (a server at `control`, by checkpoints; the
-// QEMU at `qmp` or of `libvirt`, by bitmaps that are found by the backup's file), a qcow2 target, and a last backup whose chain is whole and of
+// QEMU at `qmp` or of `libvirt`, by bitmaps that are found by the backup's file), a qcow2 target, and a last backup
+// whose chain is whole and of
 // which the other side still knows what has changed since, the same for all disks of the job. What is missing makes it a full
 // one under `level: auto`, with the reason said; under `incremental` it is an error. A chain whose first backup is older than
 // `full-every` is ended: a server's checkpoints are deleted afterwards (aftermath.ts), a bitmap goes with the new chain's start.

@@ -3,7 +3,8 @@
 //   window ─► locks ─► job-init ─► mount, plan, folders, space ─► job-start ─► tries ─► manifests ─► retention ─► job-end
 //                 any failure behind job-init ─► job-abort          always, last ─► log-end
 //
-// A try is backup-start, the backup with t0 and thaw in it, backup-end or backup-abort. Which failures are tried again: those that may go better
+// A try is backup-start, the backup with t0 and thaw in it, backup-end or backup-abort. Which failures are tried again:
+// those that may go better
 // the next time (exit codes 1 and 13). Under `level: auto` a try that says that there is nothing to build upon (12) is made
 // again at once as a full one, and counts as the same try. A server that does not tell its disks yet costs a try. Retention and
 // verification of a repository come after the backup, under the same locks; where they fail, the job has failed, and the backup stays.

@@ -1,5 +1,6 @@
 // What a backup is written to. One thread makes, finishes or abandons a Target: in a server one that serves nobody
-// (backup/storage), else the main thread. Each worker opens a TargetWriter (cow/target-writer.ts) on its description. Nothing else crosses: no message a cluster.
+// (backup/storage), else the main thread. Each worker opens a TargetWriter (cow/target-writer.ts) on its description.
+// Nothing else crosses: no message a cluster.
 
 import type { RbdHandle, SourceDescription } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";

@@ -213,7 +213,8 @@ export class DirectFile {
   }
 
   /**
-   * Whole blocks; what lies past the end of the file reads as zeroes, and an end that comes too soon is an error. A read that ends within a block has met that end:
+   * Whole blocks; what lies past the end of the file reads as zeroes, and an end that comes too soon is an error. A
+   * read that ends within a block has met that end:
    * going on from there would be refused.
    */
   private async readBlocks(

@@ -1,6 +1,7 @@
 // Block devices that are set read-only (`blockdev --setro`, a write-protected medium, an LVM volume with permission r).
 //
-// A kernel may let such a device be opened for writing and refuse the first write, when a guest is at work on it already. sysfs tells at once, and what it tells is what BLKROGET answers. Where it is not mounted nothing is told.
+// A kernel may let such a device be opened for writing and refuse the first write, when a guest is at work on it
+// already. sysfs tells at once, and what it tells is what BLKROGET answers. Where it is not mounted nothing is told.
 
 import { promises as fs, type Stats } from "node:fs";
 import { CowcatcherError } from "../../errors.js";

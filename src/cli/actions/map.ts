@@ -54,7 +54,10 @@ export async function runMap(path: string, flags: MapFlags, context: CommandCont
 
 type MappedImage = Pick<Image, "blockStatus" | "backing" | "sizeBytes" | "files">;
 
-/** Entries of [start, end), up to the end of the last sector at most, with neighbours made one where nothing but the offset changes, and that in step. */
+/**
+ * Entries of [start, end), up to the end of the last sector at most, with neighbours made one where nothing but the
+ * offset changes, and that in step.
+ */
 export async function* mergedEntries(
   image: MappedImage,
   start: number,

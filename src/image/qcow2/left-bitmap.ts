@@ -87,7 +87,8 @@ export function rangesOfBitmaps(header: Qcow2Header, file: QcowFile): HostRange[
 }
 
 /**
- * Leaves the bitmap, whose name is not to be longer than a UUID and a few words; all others are gone. The image must be flushed, and nothing is to be written to it any more.
+ * Leaves the bitmap, whose name is not to be longer than a UUID and a few words; all others are gone. The image must be
+ * flushed, and nothing is to be written to it any more.
  * @param flush makes refcounts durable
  * @returns false where the image cannot have one, or has no room for it: it is as it was
  * @throws CowcatcherError IO, NO_SPACE: what was taken for the bitmap is a leak at worst.

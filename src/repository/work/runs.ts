@@ -100,7 +100,8 @@ export const claimsOf = (run: string): string => `${CLAIMS_PREFIX}${run}/`;
 export type Verdict = "at work" | "ended" | "dead" | "silent";
 
 /**
- * `ended`: its record is gone, which is the first of its objects to come and, but for the draft, the last to go. `dead` by proof: the process is not there any more, seen from where it was. `silent`: it has given no sign of life
+ * `ended`: its record is gone, which is the first of its objects to come and, but for the draft, the last to go. `dead`
+ * by proof: the process is not there any more, seen from where it was. `silent`: it has given no sign of life
  * for so long that it is taken for dead. @param nowMs by the store's clock
  */
 export async function judge(store: Store, run: string, nowMs: number): Promise<Verdict> {

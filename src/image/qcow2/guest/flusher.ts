@@ -3,7 +3,8 @@
 //   refcount blocks ─► [sync ─► refcount table ─► [sync ─► header]] ─► sync ─► L2 tables ─► [sync ─► L1] ─► sync
 //
 // (in brackets: only if changed). The first sync before the L2 tables also makes the guest data durable that they
-// point to; an external data file is synced just before it. A flush writes the state of the instant at which it began; what changes meanwhile is the next flush's.
+// point to; an external data file is synced just before it. A flush writes the state of the instant at which it began;
+// what changes meanwhile is the next flush's.
 //
 // One flush runs at a time. Callers that come while one runs share the next: theirs must begin after their writes.
 // If any step fails, everything that the flush took is dirty again, and the error goes to its callers.

@@ -10,7 +10,8 @@
 // far as QEMU looks by default (overlap-check=cached). A bit that is set is only a suspicion, since tables
 // move and their clusters are used again; then the tables of the moment are asked, and the bit is dropped if they know
 // nothing of it. Not seen: L2
-// tables that snapshots alone refer to and bitmaps' tables and data, as with QEMU, and entries that point to a cluster which the refcounts call free and which a new table takes.
+// tables that snapshots alone refer to and bitmaps' tables and data, as with QEMU, and entries that point to a cluster
+// which the refcounts call free and which a new table takes.
 //
 // Main thread only.
 
