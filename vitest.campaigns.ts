@@ -4,13 +4,15 @@ export const CAMPAIGN_FILES = [
   "test/integration/image/{backing-names,check,check-bitmaps,check-repair,qcow2-subclusters,trim-and-zero}.test.ts",
   "test/integration/nbd/{blocking-reader,image}.test.ts",
   "test/integration/backup/{live-subclusters,real-guest,snapshot-source}.test.ts",
-  "test/integration/cli/launcher.test.ts",
+  "test/model/qcow2-repair.test.ts",
+  "test/integration/cli/{byte-names,launcher}.test.ts",
 ];
 
 /** Of the matrices of these CI takes a part (test/support/campaign.ts). */
 export const SAMPLED_FILES = [
-  "test/integration/backup/{failures,kill-points,live-backup,missing-bytes,since,verify}.test.ts",
-  "test/integration/cli/targets.test.ts",
+  "test/integration/backup/{failures,memory-growth,kill-points,live-backup,missing-bytes,since,verify}.test.ts",
+  "test/integration/block/direct.test.ts",
+  "test/integration/cli/{first-cause,targets}.test.ts",
   "test/integration/nbd/snapshot-export.test.ts",
   "test/integration/qemu/{bitmaps,ring}.test.ts",
   "test/integration/rbd/rbd.test.ts",

@@ -9,7 +9,7 @@ import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 
 /** Of all three fuzzers together. */
-const FUZZ_SECONDS = { usual: "60", long: "900" };
+const FUZZ_SECONDS = { usual: "40", long: "900" };
 
 const isLong = process.argv.includes("--long");
 const args = process.argv.slice(2).filter((argument) => argument !== "--long");

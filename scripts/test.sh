@@ -35,9 +35,10 @@ if [ -n "$long" ]; then
   exec npm run test:long
 fi
 # Side by side, as each keeps one processor busy.
-npm run typecheck &
-typecheck=$!
-npm run lint
-wait "$typecheck"
+npm run lint:code &
+code=$!
+npm run typecheck
+npm run lint:house
+wait "$code"
 # With a smoke of each of the other versions of Node.js that are promised.
 TEST_NODES=1 npm test

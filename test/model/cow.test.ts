@@ -4,7 +4,7 @@ import { expect, test } from "vitest";
 import { IS_CAMPAIGN } from "../support/campaign.js";
 import { type Outcome, Simulation } from "./cow-simulator.js";
 
-const SCHEDULES = Number(process.env["COW_MODEL_SCHEDULES"] ?? (IS_CAMPAIGN ? 20_000 : 1500));
+const SCHEDULES = Number(process.env["COW_MODEL_SCHEDULES"] ?? (IS_CAMPAIGN ? 20_000 : 1000));
 const only = process.env["COW_MODEL_SEED"];
 const first = only === undefined ? 1 : Number(only);
 const last = only === undefined ? SCHEDULES : first;

@@ -3,7 +3,7 @@ import { IS_CAMPAIGN } from "../support/campaign.js";
 import { Random } from "../support/random.js";
 import { TrackingSimulator } from "./tracking-simulator.js";
 
-const SCHEDULES = Number(process.env["TRACKING_MODEL_SCHEDULES"] ?? (IS_CAMPAIGN ? 3000 : 150));
+const SCHEDULES = Number(process.env["TRACKING_MODEL_SCHEDULES"] ?? (IS_CAMPAIGN ? 3000 : 100));
 const SEED = process.env["TRACKING_MODEL_SEED"];
 const STEPS = 250;
 

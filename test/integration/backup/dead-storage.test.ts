@@ -53,9 +53,8 @@ function namesOf(calls: readonly LoggedCall[]): string[] {
 }
 
 describe("storage that does not answer from", () => {
+  // Given its name: test/long has all the others.
   it.concurrent.each([
-    // Claimed, and given its name: test/long has all the others.
-    { scenario: EVERYTHING, call: "stat", nth: 0 },
     { scenario: EVERYTHING, call: "rename", nth: 0 },
     // Given up.
     { scenario: CANCELLED, call: "unlink", nth: 0 },

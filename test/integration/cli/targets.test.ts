@@ -174,18 +174,21 @@ afterAll(() => {
 describe.runIf(device !== null)("a device as TARGET", () => {
   const path = device ?? "";
 
-  it.each(["backup", "restore"])("gets the disk itself by %s, of a qcow2 source, too", async (command) => {
-    await cowcatcher(["create", at("disk.qcow2"), "4M"]);
-    await run("qemu-io", ["-c", "write -P 5 0 1M", at("disk.qcow2")]);
-    expect((await cowcatcher([command, "--force", at("disk.qcow2"), path])).code).toBe(0);
-    execFileSync("sync");
-    expect(fs.readFileSync(deviceFile).subarray(0, 1 * MiB)).toEqual(Buffer.alloc(1 * MiB, 5));
-    const compressed = await cowcatcher(["backup", "--force", "-c", at("disk.qcow2"), path]);
-    expect(compressed.code).toBe(2);
-    const container = await cowcatcher([command, "--force", "-O", "qcow2", at("disk.qcow2"), path]);
-    expect(container.code).toBe(0);
-    expect((await cowcatcher(["info", "--json", path])).stdout).toContain('"format": "qcow2"');
-  });
+  it.each(sampled(["restore", "backup"], 2))(
+    "gets the disk itself by %s, of a qcow2 source, too",
+    async (command) => {
+      await cowcatcher(["create", at("disk.qcow2"), "4M"]);
+      await run("qemu-io", ["-c", "write -P 5 0 1M", at("disk.qcow2")]);
+      expect((await cowcatcher([command, "--force", at("disk.qcow2"), path])).code).toBe(0);
+      execFileSync("sync");
+      expect(fs.readFileSync(deviceFile).subarray(0, 1 * MiB)).toEqual(Buffer.alloc(1 * MiB, 5));
+      const compressed = await cowcatcher(["backup", "--force", "-c", at("disk.qcow2"), path]);
+      expect(compressed.code).toBe(2);
+      const container = await cowcatcher([command, "--force", "-O", "qcow2", at("disk.qcow2"), path]);
+      expect(container.code).toBe(0);
+      expect((await cowcatcher(["info", "--json", path])).stdout).toContain('"format": "qcow2"');
+    },
+  );
 
   it("that is set read-only is refused before anything is written or served", async () => {
     execFileSync("blockdev", ["--setro", path]);
