@@ -82,7 +82,7 @@ export class DirectIo {
     return writeFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes, this.transfer);
   }
 
-  /** fdatasync. @throws what the system gave, without a name */
+  /** fdatasync. @throws what the system gave: by the pool without the file's name, which callers add */
   async syncData(): Promise<void> {
     const { fd } = this;
     const queue = this.use();
