@@ -5,9 +5,10 @@
 // `giveBack` returns the room. Between the two the caller holds the chunk, so nobody else sees half a capture.
 
 import { CowcatcherError } from "../errors.js";
-import type { BlockDevice } from "../block/device.js";
-import { BLOCK_BYTES, BLOCKS_PER_SLOT } from "./geometry.js";
-import { PAGES_FRESH } from "./buffer-pages.js";
+import type { BlockDevice, Completion } from "../block/device.js";
+import { pages } from "../native/pages.js";
+import { BLOCK_BYTES, BLOCKS_PER_SLOT, SLOT_BYTES } from "./geometry.js";
+import { PAGES_READY } from "./buffer-pages.js";
 import { HeldBlocks } from "./held-blocks.js";
 import {
   captureInfoOf,
@@ -19,7 +20,8 @@ import {
   type SharedState,
   SPILLED,
 } from "./shared.js";
-import { SlotAllocator } from "./slots.js";
+import { mappedBytesOf } from "./slot-memory.js";
+import { BufferAllocator } from "./slots.js";
 import type { SpillPlace } from "./spill.js";
 
 export interface CaptureStoreOptions {
@@ -61,13 +63,13 @@ export class CaptureWork {
 export class CaptureStore {
   readonly #options: CaptureStoreOptions;
   readonly #shared: SharedState;
-  readonly #slots: SlotAllocator;
+  readonly #slots: BufferAllocator;
   readonly #heldBlocks: HeldBlocks;
   /** Blocks of the chunk in hand that need no capture; valid within the range that `findMissing` was asked for. */
   readonly #held: Uint8Array;
   readonly #spillBitmap: Uint8Array;
-  /** Scratch of the synchronous way; a read that goes on asynchronously keeps it and a new one is made. */
-  #spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
+  /** For what is read to be written elsewhere: page-aligned, as O_DIRECT reads into such memory straight. */
+  readonly #scratches: Uint8Array[] = [];
   #spill: SpillPlace | null = null;
   #closed = false;
   /** What workers have freed and the allocator does not have back yet: the first capture of a chain, or -1. */
@@ -77,7 +79,12 @@ export class CaptureStore {
     this.#options = options;
     this.#shared = options.shared;
     const { chunkCount, blocksPerChunk } = options.shared.geometry;
-    this.#slots = new SlotAllocator(options.shared.bufferBlockCount / BLOCKS_PER_SLOT);
+    const { buffer, bufferBytes } = options.shared.buffers;
+    const mappedSlotCount = mappedBytesOf(buffer, bufferBytes) / SLOT_BYTES;
+    const marks = new Int32Array(buffer.pages);
+    // Without a file there is nowhere to go but to pages that are not ready.
+    const readySlotCount = () => (buffer.fileFd < 0 ? mappedSlotCount : Atomics.load(marks, PAGES_READY));
+    this.#slots = new BufferAllocator(bufferBytes / SLOT_BYTES, mappedSlotCount, readySlotCount);
     this.#heldBlocks = new HeldBlocks(chunkCount, blocksPerChunk, options.heldChunksMax);
     this.#held = new Uint8Array(blocksPerChunk);
     this.#spillBitmap = new Uint8Array(blocksPerChunk / 8);
@@ -171,27 +178,58 @@ export class CaptureStore {
       while (block + wanted < limit && !this.#held[block + wanted]) wanted++;
       const capture = this.#slots.allocate(wanted);
       const count = this.#slots.allocatedCount;
-      Atomics.store(this.#shared.pageMarks, PAGES_FRESH, this.#slots.freshSlotCount);
       work.captures.push(capture, captureInfoOf(block, count));
-      this.#readBlocks(work, this.#shared.slots, capture * BLOCK_BYTES, count, base + block * BLOCK_BYTES);
+      this.#readRun(work, capture * BLOCK_BYTES, count, base + block * BLOCK_BYTES);
       block += count;
     }
   }
 
+  /** Reads T0 blocks into their slot. */
+  #readRun(work: CaptureWork, slotOffset: number, count: number, offsetBytes: number): void {
+    const { slots } = this.#shared;
+    if (slots.isMapped(slotOffset)) {
+      const pending = this.#readBlocks(slots.mapped, slotOffset, count, offsetBytes);
+      if (pending) work.pending.push(pending);
+      return;
+    }
+    this.#readThrough(work, count, offsetBytes, (scratch) => {
+      slots.write(scratch, 0, count * BLOCK_BYTES, slotOffset);
+      return undefined;
+    });
+  }
+
   /** Reads T0 blocks; those past the disk's end are zeroes. */
-  #readBlocks(
-    work: CaptureWork,
-    buffer: Uint8Array,
-    bufferOffset: number,
-    count: number,
-    offsetBytes: number,
-  ): void {
+  #readBlocks(buffer: Uint8Array, bufferOffset: number, count: number, offsetBytes: number): Completion {
     const { image } = this.#options;
     const wanted = count * BLOCK_BYTES;
     const length = Math.min(wanted, image.sizeBytes - offsetBytes);
     if (length < wanted) buffer.fill(0, bufferOffset + length, bufferOffset + wanted);
-    const pending = image.read(buffer, bufferOffset, length, offsetBytes);
-    if (pending) work.pending.push(pending);
+    return image.read(buffer, bufferOffset, length, offsetBytes);
+  }
+
+  /** Reads T0 blocks into memory that is in the cache, for `write` to take from its beginning, in this turn if it can. */
+  #readThrough(
+    work: CaptureWork,
+    count: number,
+    offsetBytes: number,
+    write: (scratch: Uint8Array) => Completion,
+  ): void {
+    const scratch = this.#scratches.pop() ?? pages(SLOT_BYTES);
+    const reading = this.#readBlocks(scratch, 0, count, offsetBytes);
+    if (!reading) {
+      this.#scratches.push(scratch);
+      const writing = write(scratch);
+      if (writing) work.pending.push(writing);
+      return;
+    }
+    const done = reading.then(() => {
+      // The buffer may be the next job's, and the spill file's descriptor another file's.
+      const writing = this.#closed ? undefined : write(scratch);
+      // `write` has taken what it needs. A read that fails may go on in the scratch for a while, so that is not kept.
+      this.#scratches.push(scratch);
+      return writing;
+    });
+    work.pending.push(done);
   }
 
   /** @throws CowcatcherError BUFFER_FULL at the spill's limit, NO_SPACE or IO; `giveBack` is the caller's then. */
@@ -209,40 +247,16 @@ export class CaptureStore {
       }
       let count = 1;
       while (count < BLOCKS_PER_SLOT && block + count < endBlock && !this.#held[block + count]) count++;
-      this.#spillRun(work, spill, chunk, base, block, count);
+      const first = block;
+      this.#readThrough(work, count, base + first * BLOCK_BYTES, (scratch) =>
+        spill.writeBlocks(scratch, 0, chunk, first, count),
+      );
       for (let i = block; i < block + count; i++) {
         this.#spillBitmap[i >> 3] = this.#spillBitmap[i >> 3] | (1 << (i & 7));
       }
       block += count;
     }
     work.spillBitmap = work.pending.length > 0 ? this.#spillBitmap.slice() : this.#spillBitmap;
-  }
-
-  #spillRun(
-    work: CaptureWork,
-    spill: SpillPlace,
-    chunk: number,
-    base: number,
-    block: number,
-    count: number,
-  ): void {
-    const before = work.pending.length;
-    this.#readBlocks(work, this.#spillScratch, 0, count, base + block * BLOCK_BYTES);
-    const scratch = this.#spillScratch;
-    if (work.pending.length === before) {
-      const writing = spill.writeBlocks(scratch, 0, chunk, block, count);
-      if (writing) work.pending.push(writing);
-      return;
-    }
-    // Cold data: the scratch buffer goes with the read, and the next capture gets a new one.
-    this.#spillScratch = new Uint8Array(BLOCKS_PER_SLOT * BLOCK_BYTES);
-    const read = work.pending.pop() as Promise<void>;
-    work.pending.push(
-      read.then(() =>
-        // With the job, the spill file's descriptor has gone: its number may be another file's.
-        this.#closed ? undefined : spill.writeBlocks(scratch, 0, chunk, block, count),
-      ),
-    );
   }
 
   /** Before anything is read, so that captures which go on at the same time are counted, too. */
@@ -291,11 +305,10 @@ export class CaptureStore {
     Atomics.sub(this.#shared.control, CTL_SPILL_BLOCKS, spilledBlocks);
   }
 
-  /** Takes back what workers have freed, if the capture needs it or half of the buffer is in use. */
+  /** Takes back what workers have freed, if the capture needs it or half of the mapped slots are in use. */
   reclaimIfLow(neededCount: number): void {
     // Blocks come back a chain at a time; taking them early keeps the slots that are in the cache in use.
-    if (this.#slots.freeBlockCount < Math.max(neededCount, this.#slots.blockCount / 2))
-      this.reclaim(neededCount);
+    if (this.#slots.freeBlockCount < neededCount || this.#slots.isMappedLow) this.reclaim(neededCount);
   }
 
   /**

@@ -21,7 +21,6 @@
 // written, so that the target shows what it builds on itself.
 
 import type { SourceReader } from "../block/device.js";
-import { copyBytes } from "../native/libc.js";
 import type { TargetWriter } from "./target-writer.js";
 import { type DrainIo, STEP, type Steps } from "./drain-io.js";
 import { BLOCK_BYTES } from "./geometry.js";
@@ -355,8 +354,7 @@ export class ChunkCopy {
       const info = shared.captureInfo[capture];
       const start = captureStart(info);
       const count = captureLength(info);
-      const from = capture * BLOCK_BYTES;
-      copyBytes(chunkBuffer, start * BLOCK_BYTES, shared.slots, from, count * BLOCK_BYTES);
+      shared.slots.read(capture * BLOCK_BYTES, chunkBuffer, start * BLOCK_BYTES, count * BLOCK_BYTES);
       this.#zero.fill(0, start, start + count);
       blockCount += count;
       last = capture;

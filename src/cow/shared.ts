@@ -40,9 +40,8 @@
 // Memory for 1 TiB of disk: states 16 MiB, chunk words, heads and ring 4 MiB each: 28 MiB; with --verify another
 // 128 MiB for digests (digests.ts).
 
-import type { PageMemory } from "./page-memory.js";
 import { allocateDigests, ClusterDigests } from "./digests.js";
-import { newPageWords } from "./buffer-pages.js";
+import { type BufferMemory, memoryAlone, SlotMemory } from "./slot-memory.js";
 import { BLOCKS_PER_SLOT, BLOCK_BYTES, type Geometry } from "./geometry.js";
 
 export const PENDING = 0;
@@ -102,11 +101,9 @@ export interface SharedBuffers {
   regionStates: SharedArrayBuffer;
   captureNext: SharedArrayBuffer;
   captureInfo: SharedArrayBuffer;
-  /** The copy-before-write buffer itself, page-aligned; may be longer than bufferBytes (it is recycled). */
-  slots: PageMemory;
+  /** The copy-before-write buffer itself. */
+  buffer: BufferMemory;
   bufferBytes: number;
-  /** Which of its pages are ready; see buffer-pages.ts. */
-  pageWords: SharedArrayBuffer;
   /** Only where the target is read back afterwards; see digests.ts. */
   digests?: SharedArrayBuffer | undefined;
   /** Only where a part of the backup is of use, too: a byte for each cluster. */
@@ -129,9 +126,8 @@ export class SharedState {
   readonly captureNext: Int32Array;
   /** First block within the chunk, times 32, plus the number of blocks (1 to 16). */
   readonly captureInfo: Int32Array;
-  readonly slots: Uint8Array;
+  readonly slots: SlotMemory;
   readonly bufferBlockCount: number;
-  readonly pageMarks: Int32Array;
   /** [the worker that took the cluster] null without --verify. */
   readonly digests: ClusterDigests | null;
   /** [the worker that took the cluster] 1: the target has it, or does not need it. Null where nobody asks. */
@@ -150,9 +146,8 @@ export class SharedState {
     this.regionStates = new Int32Array(buffers.regionStates);
     this.captureNext = new Int32Array(buffers.captureNext);
     this.captureInfo = new Int32Array(buffers.captureInfo);
-    this.slots = buffers.slots;
+    this.slots = new SlotMemory(buffers.buffer, buffers.bufferBytes);
     this.bufferBlockCount = buffers.bufferBytes / BLOCK_BYTES;
-    this.pageMarks = new Int32Array(buffers.pageWords);
     this.digests = buffers.digests === undefined ? null : new ClusterDigests(buffers.digests);
     this.written = buffers.written === undefined ? null : new Uint8Array(buffers.written);
   }
@@ -282,18 +277,17 @@ export interface SharedStateOptions {
 const allocateAfresh: AllocateTable = (bytes) => new SharedArrayBuffer(bytes);
 
 /**
- * Main thread. `slots` is at least bufferBytes long; bufferBytes is a multiple of the slot size, or 0. `allocate` gives
+ * Main thread. Memory alone has all slots: it is at least bufferBytes long then; bufferBytes is a multiple of the slot size, or 0. `allocate` gives
  * the tables, all zero. The control words and counters are the job's own for good: its progress is asked for when its
  * tables have become another's.
  * @throws CowcatcherError LIMIT when there is no memory for the digests that `withDigests` asks for.
  */
 export function createSharedState(
   geometry: Geometry,
-  slots: PageMemory | SharedArrayBuffer,
+  buffer: BufferMemory | SharedArrayBuffer,
   bufferBytes: number,
   withDigests = false,
   allocate = allocateAfresh,
-  pageWords = newPageWords(),
   { notesWritten = false, capturedOnly = false }: SharedStateOptions = {},
 ): SharedState {
   const words = (count: number) => allocate(4 * Math.max(1, count));
@@ -309,15 +303,21 @@ export function createSharedState(
     regionStates: words(geometry.regionCount),
     captureNext: words(blockCount),
     captureInfo: words(blockCount),
-    slots: slots instanceof SharedArrayBuffer ? new Uint8Array(slots) : slots,
+    buffer: plainBuffer(buffer),
     bufferBytes,
-    pageWords,
     digests: withDigests ? allocateDigests(geometry, allocate) : undefined,
     written: notesWritten ? allocate(Math.max(1, geometry.clusterCount)) : undefined,
     capturedOnly,
   });
   shared.control[CTL_FREED_HEAD] = -1;
   return shared;
+}
+
+/** What another thread can be sent. */
+function plainBuffer(buffer: BufferMemory | SharedArrayBuffer): BufferMemory {
+  if (buffer instanceof SharedArrayBuffer) return memoryAlone(new Uint8Array(buffer));
+  const { memory, pages, fileFd } = buffer;
+  return { memory, pages, fileFd };
 }
 
 /** Bytes to slots: a buffer holds whole slots. */

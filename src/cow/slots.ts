@@ -4,9 +4,11 @@
 // blocks of one slot: a 4 KiB guest write takes 4 KiB of the buffer, not a slot, so for small writes the buffer is
 // 16 times as deep as with whole slots. Slots are kept in 17 doubly linked classes by the length of their longest
 // free run. A request takes the smallest class that fits, and within a class the slot that was touched last, whose
-// memory is likely still in the cache; slots that were never given out come last, in ascending order, as their pages
-// may not be there yet (buffer-pages.ts). When no slot has a run that long, the caller gets the longest there is and
-// splits its capture: nothing is lost to fragmentation.
+// memory is likely still in the cache; slots that were never given out come last, in ascending order. When no slot has a
+// run that long, the caller gets the longest there is and splits its capture: nothing is lost to fragmentation.
+//
+// A buffer has two kinds of slots (slot-memory.ts), each with an allocator of its own. Mapped ones are given out first, as
+// soon as their pages are ready (buffer-pages.ts); then those of the file; then mapped ones whose pages are not ready.
 
 import { BLOCKS_PER_SLOT } from "./geometry.js";
 
@@ -32,26 +34,43 @@ function prepareTables(): void {
   tablesReady = true;
 }
 
+/** Of the slots of one kind. */
 export class SlotAllocator {
   /** Blocks in the run that `allocate` has just returned. */
   allocatedCount = 0;
   freeBlockCount: number;
-  /** Slots, from the first on, of which a block was ever given out: what lies behind has not been touched. */
-  freshSlotCount = 0;
   readonly blockCount: number;
+  #openCount = 0;
   readonly #freeMask: Uint16Array;
   readonly #next: Int32Array;
   readonly #previous: Int32Array;
   readonly #heads = new Int32Array(BLOCKS_PER_SLOT + 1).fill(NONE);
 
-  constructor(slotCount: number) {
+  /** @param openCount of the slots, from the first on, those that are given out from the start; see `open` */
+  constructor(
+    private readonly slotCount: number,
+    openCount = slotCount,
+  ) {
     prepareTables();
     this.blockCount = slotCount * BLOCKS_PER_SLOT;
     this.freeBlockCount = this.blockCount;
     this.#freeMask = new Uint16Array(slotCount).fill(FULL_MASK);
     this.#next = new Int32Array(slotCount);
     this.#previous = new Int32Array(slotCount);
-    for (let slot = slotCount - 1; slot >= 0; slot--) this.#link(slot, BLOCKS_PER_SLOT);
+    this.open(openCount);
+  }
+
+  /** The slots before this one are given out from now on, too. */
+  open(openCount: number): void {
+    const end = Math.min(openCount, this.slotCount);
+    for (let slot = end - 1; slot >= this.#openCount; slot--) this.#link(slot, BLOCKS_PER_SLOT);
+    this.#openCount = Math.max(this.#openCount, end);
+  }
+
+  /** Whether a run of so many blocks is free, of slots that are open. */
+  hasRun(count: number): boolean {
+    for (let run = count; run <= BLOCKS_PER_SLOT; run++) if (this.#heads[run] !== NONE) return true;
+    return false;
   }
 
   /**
@@ -67,7 +86,6 @@ export class SlotAllocator {
     const count = Math.min(run, wantedCount);
     this.#setMask(slot, mask & ~(((1 << count) - 1) << start));
     this.allocatedCount = count;
-    if (slot >= this.freshSlotCount) this.freshSlotCount = slot + 1;
     this.freeBlockCount -= count;
     return slot * BLOCKS_PER_SLOT + start;
   }
@@ -118,5 +136,60 @@ export class SlotAllocator {
     if (next !== NONE) this.#previous[next] = previous;
     if (previous !== NONE) this.#next[previous] = next;
     else this.#heads[run] = next;
+  }
+}
+
+/** Of a whole buffer: `mappedSlotCount` mapped slots, then those of a file. */
+export class BufferAllocator {
+  /** Blocks in the run that `allocate` has just returned. */
+  allocatedCount = 0;
+  readonly blockCount: number;
+  readonly #mapped: SlotAllocator;
+  readonly #file: SlotAllocator;
+
+  /** @param readySlotCount of the mapped slots, from the first on, those whose pages are ready now */
+  constructor(
+    slotCount: number,
+    mappedSlotCount: number,
+    private readonly readySlotCount: () => number,
+  ) {
+    this.blockCount = slotCount * BLOCKS_PER_SLOT;
+    this.#mapped = new SlotAllocator(mappedSlotCount, 0);
+    this.#file = new SlotAllocator(slotCount - mappedSlotCount);
+  }
+
+  get freeBlockCount(): number {
+    return this.#mapped.freeBlockCount + this.#file.freeBlockCount;
+  }
+
+  /** Half of the mapped slots are in use, or more. */
+  get isMappedLow(): boolean {
+    return this.#mapped.freeBlockCount < this.#mapped.blockCount / 2;
+  }
+
+  /** As SlotAllocator's. */
+  allocate(wantedCount: number): number {
+    if (!this.#mapped.hasRun(wantedCount)) this.#mapped.open(this.readySlotCount());
+    if (this.#mapped.hasRun(wantedCount)) return this.#allocateMapped(wantedCount);
+    const block = this.#file.allocate(wantedCount);
+    if (block !== NONE) {
+      this.allocatedCount = this.#file.allocatedCount;
+      return this.#mapped.blockCount + block;
+    }
+    if (!this.#mapped.hasRun(wantedCount)) this.#mapped.open(this.#mapped.blockCount / BLOCKS_PER_SLOT);
+    return this.#allocateMapped(wantedCount);
+  }
+
+  #allocateMapped(wantedCount: number): number {
+    const block = this.#mapped.allocate(wantedCount);
+    this.allocatedCount = this.#mapped.allocatedCount;
+    return block;
+  }
+
+  /** As SlotAllocator's. */
+  free(firstBlock: number, count: number): void {
+    const fileBlock = firstBlock - this.#mapped.blockCount;
+    if (fileBlock < 0) this.#mapped.free(firstBlock, count);
+    else this.#file.free(fileBlock, count);
   }
 }

@@ -21,13 +21,11 @@
 // A reader takes time from the guest, as both live on one thread: a request is served a chunk (1 MiB) a turn of the
 // event loop. What stands in the spill is read by the thread that the spill has (backup/storage/remote-spill.ts).
 
-import { copyBytes } from "../native/libc.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { BlockDevice, BlockStatus, Completion } from "../block/device.js";
 import { BLOCK_BYTES } from "./geometry.js";
 import { captureLength, captureStart, type SharedState, SPILLED } from "./shared.js";
 import type { SpillPlace } from "./spill.js";
-import { isZero } from "./zero.js";
 
 export interface SnapshotDeviceOptions {
   /** What errors call it. */
@@ -174,7 +172,7 @@ export class SnapshotDevice implements BlockDevice {
       let end = Math.min(to, (block + 1) * BLOCK_BYTES);
       if (place >= 0) {
         const start = place * BLOCK_BYTES + (at - block * BLOCK_BYTES);
-        copyBytes(buffer, bufferOffset + (at - from), slots, start, end - at);
+        slots.read(start, buffer, bufferOffset + (at - from), end - at);
       } else if (place === IN_SPILL) {
         end = this.#spilledEnd(end, to);
         const read = this.#readSpilled(buffer, bufferOffset + (at - from), at, end);
@@ -274,7 +272,7 @@ export class SnapshotDevice implements BlockDevice {
   /** A guest that writes into a hole has zeroes captured, and a hole it remains. In the spill nobody looks. */
   #isHeldZero(block: number): boolean {
     const place = this.#placeOf(block);
-    return place >= 0 && isZero(this.#shared.slots, place * BLOCK_BYTES, (place + 1) * BLOCK_BYTES);
+    return place >= 0 && this.#shared.slots.isZeroBlock(place * BLOCK_BYTES);
   }
 
   /** Bytes from the offset on, at most lengthBytes, before the next held block; at least to the chunk's end if none. */

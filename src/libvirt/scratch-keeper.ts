@@ -6,7 +6,7 @@
 // its file system is nearly full, the backup ends.
 
 import * as fs from "node:fs";
-import { unpreparedMemory } from "../backup/copy/page-preparer.js";
+import { NO_BUFFER } from "../cow/slot-memory.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { CowcatcherError, ioError } from "../errors.js";
@@ -56,7 +56,7 @@ export function checkRoom(folder: string, storage = SCRATCH_STORAGE): void {
 
 export class ScratchKeeper implements Keeper {
   readonly parts = {
-    slots: unpreparedMemory(new Uint8Array(new SharedArrayBuffer(0))),
+    slots: NO_BUFFER,
     bufferBytes: 0,
     hasForeignCaptures: true,
   };

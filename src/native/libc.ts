@@ -27,6 +27,7 @@ const F_OFD_SETLK = 37;
 const PRIO_PROCESS = 0;
 const MADV_DONTNEED = 4;
 const MADV_POPULATE_WRITE = 23;
+const MFD_CLOEXEC = 1;
 /** The largest page of the kernels that Node runs on; on others a multiple of theirs. */
 const PAGE_BYTES = 65_536;
 const SMALLEST_PAGE_BYTES = 4_096;
@@ -111,6 +112,8 @@ export interface Libc {
    * the range as it was or partly zero. No other thread may use the range meanwhile.
    */
   dropPages(buffer: ArrayBufferLike, offset: number, lengthBytes: number): number;
+  /** A file in memory without a name in any folder (memfd_create(2)), empty: its descriptor, or -errno. `name` is for /proc. */
+  createMemoryFile(name: string): number;
   /** Niceness of the calling thread alone, 0 to 19 (Linux keeps it by thread): 0, or -errno. */
   setThreadNice(nice: number): number;
   /** Ends the process without a look at its other threads: no exit handlers, nothing flushed. */
@@ -144,6 +147,10 @@ function bind(): Libc {
   const fallocate = declare("int fallocate64(int fd, int mode, int64_t offset, int64_t length)");
   const posixFadvise = declare("int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)");
   const memcpy = declare("uint64_t memcpy(uint64_t target, uint64_t source, uint64_t count)");
+  const memfdCreate = library.func("int memfd_create(const char *name, unsigned int flags)") as (
+    name: string,
+    flags: number,
+  ) => number;
   const madvise = declare("int madvise(uint64_t address, uint64_t length, int advice)");
   const exit = declare("void _exit(int code)");
   const setpriority = declare("int setpriority(int which, uint32_t who, int priority)");
@@ -254,6 +261,7 @@ function bind(): Libc {
       const afterPages = Math.floor((start + lengthBytes) / SMALLEST_PAGE_BYTES) * SMALLEST_PAGE_BYTES;
       return orErrno(madvise(firstPage, Math.max(0, afterPages - firstPage), MADV_POPULATE_WRITE));
     },
+    createMemoryFile: (name) => orErrno(memfdCreate(name, MFD_CLOEXEC)),
     makeBlocking(fd, timeoutMs) {
       const seconds = Math.floor(timeoutMs / 1000);
       const timeval = new BigInt64Array([BigInt(seconds), BigInt((timeoutMs - seconds * 1000) * 1000)]);

@@ -5,7 +5,7 @@
 // for room in it: when the limit is near, the backup ends.
 
 import type { CopyRun } from "../backup/copy/run.js";
-import { unpreparedMemory } from "../backup/copy/page-preparer.js";
+import { NO_BUFFER } from "../cow/slot-memory.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import { CowcatcherError } from "../errors.js";
@@ -22,7 +22,7 @@ const BROKEN_ERRNOS = new Set(["EACCES", "EPERM", "EINVAL", "EIO"]);
 
 export class FleeceKeeper implements Keeper {
   readonly parts = {
-    slots: unpreparedMemory(new Uint8Array(new SharedArrayBuffer(0))),
+    slots: NO_BUFFER,
     bufferBytes: 0,
     hasForeignCaptures: true,
   };

@@ -18,6 +18,7 @@
 import { closeSync, mkdtempSync, openSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { PAGES_READY } from "../../src/cow/buffer-pages.js";
 import { DiskNode } from "../../src/cow/disk-node.js";
 import { Drainer } from "../../src/cow/drain.js";
 import type { DrainStep } from "../../src/cow/drain-io.js";
@@ -36,6 +37,7 @@ import {
   type SharedState,
   SPILLED,
 } from "../../src/cow/shared.js";
+import { type BufferMemory, closeSlotFile, createSlotFile, memoryAlone } from "../../src/cow/slot-memory.js";
 import { spillBitmapBytes, SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
 import type { Completion, Image, SourceReader } from "../../src/block/device.js";
@@ -105,6 +107,7 @@ export class Simulation {
   /** Blocks that the image's own layer provides at T0, in a copy of that layer alone; null: all are copied. */
   readonly #own: Uint8Array | null;
   readonly #spillFd: number;
+  readonly #buffer: BufferMemory;
   readonly #spillBitmaps: SharedArrayBuffer;
   readonly #policy: OnBufferFull;
   readonly #bufferBytes: number;
@@ -141,11 +144,8 @@ export class Simulation {
     this.#targetSpeed = random.pick([0.02, 0.02, 0.3, 1]);
     this.#policy = random.pick(["spill", "wait", "cancel"] as const);
     this.#bufferBytes = random.pick([0, SLOT_BYTES, SLOT_BYTES, 2 * SLOT_BYTES, 64 * SLOT_BYTES]);
-    this.shared = createSharedState(
-      this.geometry,
-      new SharedArrayBuffer(this.#bufferBytes),
-      this.#bufferBytes,
-    );
+    this.#buffer = this.#makeBuffer();
+    this.shared = createSharedState(this.geometry, this.#buffer, this.#bufferBytes);
     this.disk = new Uint8Array(sizeBytes);
     this.#holes = new Uint8Array(Math.ceil(sizeBytes / BLOCK_BYTES));
     this.#fillDisk();
@@ -157,6 +157,16 @@ export class Simulation {
     this.#spillFd = openSync(join(scratchDirectory, `spill-${spillNumber++}`), "w+");
     this.#spillBitmaps = new SharedArrayBuffer(spillBitmapBytes(this.geometry));
     this.node = new DiskNode("disk", this.#image());
+  }
+
+  /** Mapped as a whole, or a part of it, or nothing; of a part the pages become ready by and by. */
+  #makeBuffer(): BufferMemory {
+    const slotCount = this.#bufferBytes / SLOT_BYTES;
+    const mappedBytes = this.random.below(slotCount + 1) * SLOT_BYTES;
+    if (this.random.chance(0.5)) return memoryAlone(new Uint8Array(new SharedArrayBuffer(this.#bufferBytes)));
+    const fileFd = createSlotFile();
+    if (fileFd < 0) throw new Error("there is no file in memory here");
+    return { ...memoryAlone(new Uint8Array(new SharedArrayBuffer(mappedBytes))), fileFd };
   }
 
   #fillDisk(): void {
@@ -285,7 +295,9 @@ export class Simulation {
       const start = captureStart(info);
       if (inChunk < start || inChunk >= start + captureLength(info)) continue;
       const at = (c + inChunk - start) * BLOCK_BYTES;
-      return this.#isT0(block, shared.slots.subarray(at, at + BLOCK_BYTES));
+      const data = new Uint8Array(BLOCK_BYTES);
+      shared.slots.read(at, data, 0, BLOCK_BYTES);
+      return this.#isT0(block, data);
     }
     return false;
   }
@@ -455,6 +467,7 @@ export class Simulation {
   #guestRequest(): void {
     const { sizeBytes } = this.geometry;
     const lengths = [1, 512, BLOCK_BYTES, 3 * BLOCK_BYTES, CHUNK_BYTES, 20 * CHUNK_BYTES];
+    if (this.random.chance(0.2)) Atomics.add(new Int32Array(this.#buffer.pages), PAGES_READY, 1);
     let from = this.random.below(sizeBytes);
     if (this.random.chance(0.5)) from -= from % BLOCK_BYTES;
     // Some go on where the one before ended.
@@ -487,6 +500,7 @@ export class Simulation {
       return await this.#run();
     } finally {
       closeSync(this.#spillFd);
+      closeSlotFile(this.#buffer.fileFd);
     }
   }
 

@@ -1,9 +1,9 @@
-// The thread that makes a buffer's pages ready while a job runs (workers/pages.ts): its start and its end. Main thread.
+// The thread that makes a buffer's mapped pages ready while a job begins (workers/pages.ts): its start and its end. Main thread.
 
 import type { Piscina } from "piscina";
-import { newPageWords, PAGES_FRESH, PAGES_READY, PAGES_STOP, type PageTask } from "../../cow/buffer-pages.js";
-import type { PageMemory } from "../../cow/page-memory.js";
+import { PAGES_READY, PAGES_STOP, type PageTask } from "../../cow/buffer-pages.js";
 import { slotCountOf } from "../../cow/shared.js";
+import { type BufferMemory, mappedBytesOf } from "../../cow/slot-memory.js";
 import { MiB } from "../../units.js";
 import { PAGES_WORKER } from "../worker-files.js";
 import { endPool } from "./pool.js";
@@ -12,17 +12,9 @@ import type { CopyThreads } from "./threads.js";
 /** A thousand page faults, spread over as many captures: a thread that boots takes more of the processors. */
 const UNPREPARED_BYTES_MAX = 4 * MiB;
 
-export interface PreparedMemory {
-  memory: PageMemory;
-  /** Its marks (buffer-pages.ts). */
-  pages: SharedArrayBuffer;
-}
-
 export interface PreparerOptions {
-  /** Of the memory, how much the job uses. */
+  /** Of the buffer, how much the job uses. */
   bufferBytes: number;
-  /** All of it at once, whatever is captured. */
-  everything?: boolean;
   niceness: number;
 }
 
@@ -35,20 +27,22 @@ export class PagePreparer {
 
   constructor(
     private readonly threads: CopyThreads,
-    { memory, pages }: PreparedMemory,
-    { bufferBytes, everything = false, niceness }: PreparerOptions,
+    buffer: BufferMemory,
+    { bufferBytes, niceness }: PreparerOptions,
   ) {
+    const { memory, pages } = buffer;
     this.#marks = new Int32Array(pages);
-    Atomics.store(this.#marks, PAGES_FRESH, 0);
     Atomics.store(this.#marks, PAGES_STOP, 0);
-    const slotCount = slotCountOf(bufferBytes);
+    const mappedBytes = mappedBytesOf(buffer, bufferBytes);
+    const slotCount = slotCountOf(mappedBytes);
     const isReady = Atomics.load(this.#marks, PAGES_READY) >= slotCount;
-    if (isReady || bufferBytes <= UNPREPARED_BYTES_MAX) {
+    if (isReady || mappedBytes <= UNPREPARED_BYTES_MAX) {
+      if (!isReady) Atomics.store(this.#marks, PAGES_READY, slotCount);
       this.ended = Promise.resolve();
       return;
     }
     this.#pool = threads.take(1);
-    const task: PageTask = { slots: memory, words: pages, slotCount, everything, niceness };
+    const task: PageTask = { memory, words: pages, slotCount, niceness };
     this.ended = this.#run(this.#pool, task);
   }
 
@@ -67,9 +61,4 @@ export class PagePreparer {
       void endPool(pool);
     }
   }
-}
-
-/** Memory of which nothing is ready, for tests and for whoever has none that is kept. */
-export function unpreparedMemory(memory: PageMemory): PreparedMemory {
-  return { memory, pages: newPageWords() };
 }

@@ -42,7 +42,8 @@ import { describeStore } from "../../repository/store/describe-store.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
-import { PagePreparer, type PreparedMemory } from "./page-preparer.js";
+import { PagePreparer } from "./page-preparer.js";
+import type { BufferMemory } from "../../cow/slot-memory.js";
 import { createCopyPool, endPool, poolFailure, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
@@ -70,7 +71,7 @@ export interface CopyRunOptions {
   sizeBytes: number;
   sourceClusterBytes: number;
   /** Memory of the copy-before-write buffer, and how much of it this job uses; 0 for none. */
-  slots: PreparedMemory;
+  slots: BufferMemory;
   bufferBytes: number;
   live: boolean;
   /** Where a live run has its spill; undefined: nothing is captured here. */
@@ -163,8 +164,7 @@ export class CopyRun {
       sourceClusterBytes,
       target.granularityBytes,
     );
-    const { memory, pages } = slots;
-    const shared = createSharedState(geometry, memory, bufferBytes, job.verify, allocateTable, pages, {
+    const shared = createSharedState(geometry, slots, bufferBytes, job.verify, allocateTable, {
       notesWritten: options.notesWritten,
       capturedOnly: job.oldDataOnly,
     });

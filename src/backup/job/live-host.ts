@@ -107,8 +107,8 @@ export class LiveHost implements JobHost {
    * @throws CowcatcherError LIMIT where there is not so much memory
    */
   async preallocate(bufferBytes: number): Promise<void> {
-    const lease = this.#buffers.take(bufferBytes);
-    const preparer = new PagePreparer(this.#threads, lease, { bufferBytes, everything: true, niceness: 0 });
+    const lease = this.#buffers.take(bufferBytes, { mapped: true });
+    const preparer = new PagePreparer(this.#threads, lease, { bufferBytes, niceness: 0 });
     await preparer.ended;
     lease.release();
   }

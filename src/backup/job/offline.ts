@@ -11,7 +11,7 @@ import type { Target } from "../../target/target.js";
 import { createTarget } from "../../target/create.js";
 import { openBacking } from "../guard/backing-check.js";
 import { endPool, takeCopyPool } from "../copy/pool.js";
-import { unpreparedMemory } from "../copy/page-preparer.js";
+import { NO_BUFFER } from "../../cow/slot-memory.js";
 import { CopyRun } from "../copy/run.js";
 import { Finishing } from "./finishing.js";
 import { type DirtyRuns, dirtyRuns } from "../copy/incremental.js";
@@ -102,7 +102,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         target,
         sizeBytes: image.sizeBytes,
         sourceClusterBytes: image.clusterSizeBytes,
-        slots: unpreparedMemory(new Uint8Array(new SharedArrayBuffer(0))),
+        slots: NO_BUFFER,
         bufferBytes: 0,
         live: false,
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,

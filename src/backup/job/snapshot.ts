@@ -117,11 +117,10 @@ export class Snapshot {
     try {
       const shared = createSharedState(
         geometryOf(node.sizeBytes),
-        lease.memory,
+        lease,
         bufferBytes,
         false,
         tables.allocate,
-        lease.pages,
       );
       signal.throwIfAborted();
       const { onBufferFull, spillDir, target } = options;

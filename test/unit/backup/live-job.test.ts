@@ -327,7 +327,7 @@ describe("a start that is cancelled", () => {
     const first = sharedOf(pool);
     const second = sharedOf((await start("a")).pool);
     expect(FakePool.made).toEqual([pool]);
-    expect(second.slots).toBe(first.slots);
+    expect(second.buffer.memory).toBe(first.buffer.memory);
     expect(tablesOf(second).every((table) => tablesOf(first).includes(table))).toBe(true);
   });
 
@@ -342,7 +342,7 @@ describe("a start that is cancelled", () => {
     expect(FakeTarget.made[0]?.calls).toEqual(["abort"]);
     const second = sharedOf(next.pool);
     expect(next.pool).not.toBe(pool);
-    expect(second.slots).not.toBe(first.slots);
+    expect(second.buffer.memory).not.toBe(first.buffer.memory);
     expect(tablesOf(second).some((table) => tablesOf(first).includes(table))).toBe(false);
   });
 
@@ -510,7 +510,7 @@ describe("many jobs", () => {
 
     const second = sharedOf((await start("a")).pool);
     expect(FakePool.made.length).toBe(1);
-    expect(second.slots).toBe(first.slots);
+    expect(second.buffer.memory).toBe(first.buffer.memory);
     expect(tablesOf(second).every((table) => tablesOf(first).includes(table))).toBe(true);
     expect(new Set(tablesOf(second)).size).toBe(tablesOf(second).length);
     for (const table of tablesOf(second))

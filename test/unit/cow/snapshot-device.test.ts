@@ -4,6 +4,7 @@ import { geometryOf } from "../../../src/cow/geometry.js";
 import { Interceptor } from "../../../src/cow/interceptor.js";
 import { allocatePages } from "../../../src/cow/page-memory.js";
 import { createSharedState } from "../../../src/cow/shared.js";
+import { memoryAlone } from "../../../src/cow/slot-memory.js";
 import { SnapshotDevice } from "../../../src/cow/snapshot-device.js";
 import type { BlockDevice, BlockStatus, Completion } from "../../../src/block/device.js";
 import { GiB } from "../../../src/units.js";
@@ -41,7 +42,7 @@ class HoleDisk implements Pick<
 function makeSnapshot(slots = allocatePages(MiB, "test")) {
   const disk = new HoleDisk();
   const image = disk as unknown as BlockDevice;
-  const shared = createSharedState(geometryOf(SIZE_BYTES), slots, MiB);
+  const shared = createSharedState(geometryOf(SIZE_BYTES), memoryAlone(slots), MiB);
   const interceptor = new Interceptor({
     shared,
     image,
