@@ -1,4 +1,5 @@
-// Makes the pages of a copy-before-write buffer ready ahead of the captures (src/cow/buffer-pages.ts). It never touches source or target, so it always ends when it is told to.
+// Makes the pages of a copy-before-write buffer ready ahead of the captures (src/cow/buffer-pages.ts). It never touches
+// source or target, so it always ends when it is told to.
 
 import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { preparePages, type PageTask } from "../src/cow/buffer-pages.js";

@@ -277,7 +277,8 @@ export interface SharedStateOptions {
 const allocateAfresh: AllocateTable = (bytes) => new SharedArrayBuffer(bytes);
 
 /**
- * Main thread. Memory alone has all slots: it is at least bufferBytes long then; bufferBytes is a multiple of the slot size, or 0. `allocate` gives
+ * Main thread. Memory alone has all slots: it is at least bufferBytes long then; bufferBytes is a multiple of the slot
+ * size, or 0. `allocate` gives
  * the tables, all zero. The control words and counters are the job's own for good: its progress is asked for when its
  * tables have become another's.
  * @throws CowcatcherError LIMIT when there is no memory for the digests that `withDigests` asks for.

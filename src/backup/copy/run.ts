@@ -43,7 +43,7 @@ import { NULL_TARGET_PATH } from "../../target/null.js";
 import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer } from "./page-preparer.js";
-import type { BufferMemory } from "../../cow/slot-memory.js";
+import { type BufferMemory, MAPPED_BYTES_MAX } from "../../cow/slot-memory.js";
 import { createCopyPool, endPool, poolFailure, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
@@ -149,7 +149,7 @@ export class CopyRun {
 
   /**
    * Starts the workers; for a live backup the first, and waits until it is ready: that a thread can be had is known
-   * before T0. The buffer's pages are made ready from now on, ahead of the captures. An offline copy has no T0 to be ready
+   * before T0. The buffer's mapped pages are made ready from now on. An offline copy has no T0 to be ready
    * for, and the first worker there begins.
    * @throws CowcatcherError; nothing is left behind but the target, which is the caller's.
    */
@@ -259,7 +259,7 @@ export class CopyRun {
     if (threads === undefined || bufferBytes === 0) return;
     this.#preparer = new PagePreparer(threads, slots, {
       // Captures are of each block at most once.
-      bufferBytes: Math.min(bufferBytes, roundUp(sizeBytes, SLOT_BYTES)),
+      bufferBytes: Math.min(bufferBytes, MAPPED_BYTES_MAX, roundUp(sizeBytes, SLOT_BYTES)),
       niceness: LIVE_WORKER_NICENESS,
     });
     await this.#letGuestGoFirst();

@@ -20,6 +20,7 @@ import { CowcatcherError } from "../../errors.js";
 import type { BlockDevice } from "../../block/device.js";
 import { MiB, roundUp } from "../../units.js";
 import { PagePreparer } from "../copy/page-preparer.js";
+import { MAPPED_BYTES_MAX } from "../../cow/slot-memory.js";
 import { LIVE_WORKER_NICENESS } from "../copy/run.js";
 import type { CopyThreads } from "../copy/threads.js";
 import type { BufferLease, BufferStore } from "../memory/buffer-store.js";
@@ -135,7 +136,7 @@ export class Snapshot {
             )
           : null;
       const preparer = new PagePreparer(parts.threads, lease, {
-        bufferBytes: Math.min(bufferBytes, roundUp(node.sizeBytes, SLOT_BYTES)),
+        bufferBytes: Math.min(bufferBytes, MAPPED_BYTES_MAX, roundUp(node.sizeBytes, SLOT_BYTES)),
         niceness: LIVE_WORKER_NICENESS,
       });
       return new Snapshot(parts, publisher, shared, lease, tables, spill, preparer);
