@@ -117,6 +117,8 @@ stop() {
     # The number may be another's by now.
     if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "ceph-$daemon" ]; then kill -KILL "$pid" || true; fi
   done
+  # Whoever was interrupted may have removed the folder, and the numbers with it.
+  jobs -p | xargs -r kill -KILL 2>/dev/null || true
   wait 2>/dev/null || true
   rm -rf -- "$folder"
 }
