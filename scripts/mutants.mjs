@@ -1,6 +1,6 @@
 // Breaks the copy-before-write engine on purpose, one rule at a time, and shows that the model test notices:
-// npm run test:mutants. Each mutant is a copy of the project's sources with one line changed. An argument chooses
-// those whose rule has it: npm run test:mutants -- spill
+// npm run test:mutants. Each mutant is a copy of the project's sources with one line changed. Arguments choose
+// those whose rule has one of them: npm run test:mutants -- spill
 import { spawnSync } from "node:child_process";
 import { cpSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -125,6 +125,24 @@ const MUTANTS = [
     file: "src/cow/disk-node.ts",
     from: "if (wait) return wait.then(() => this.write(buffer, bufferOffset, lengthBytes, offsetBytes));",
     to: "if (wait) return wait.then(() => this.image.write(buffer, bufferOffset, lengthBytes, offsetBytes));",
+  },
+  {
+    rule: "5: a write that waited for who keeps track asks again",
+    file: "src/cow/disk-node.ts",
+    from: "const tracked = this.tracker?.beforeWrite(offsetBytes, lengthBytes);",
+    to: "const self = this as { asked?: number }; const tracked = self.asked === offsetBytes ? undefined : this.tracker?.beforeWrite(offsetBytes, lengthBytes); self.asked = offsetBytes;",
+  },
+  {
+    rule: "5: a write that waits for T0 is not noted before",
+    file: "src/cow/disk-node.ts",
+    from: "return this.#writes.gate ?? this.#intercept(offsetBytes, lengthBytes);",
+    to: "return this.tracker?.beforeWrite(offsetBytes, lengthBytes) ?? this.#writes.gate ?? this.#intercept(offsetBytes, lengthBytes);",
+  },
+  {
+    rule: "5: an epoch in which anything was written ends at T0",
+    file: "src/tracking/epochs.ts",
+    from: "if (over.isEmpty) return",
+    to: "if (over.bits.count() < 3) return",
   },
   {
     rule: "snapshot: what was captured during a slow read goes over what was read",
@@ -296,6 +314,19 @@ const TRACKING_MUTANTS = [
     test: "test/unit/tracking/hot-set.test.ts",
   },
   {
+    rule: "tracking: bits that take their time are set while their extents are hot",
+    file: "src/tracking/tracker.ts",
+    from: "() => hot?.touchHot(firstExtent, lastExtent) ?? true",
+    to: "() => true",
+  },
+  {
+    rule: "tracking: nor are they where their extents were evicted meanwhile",
+    file: "src/tracking/active-epoch.ts",
+    from: "if (isAllowed()) bits.set(first, last);",
+    to: "bits.set(first, last);",
+    test: "test/unit/tracking/active-epoch.test.ts",
+  },
+  {
     rule: "tracking: writes of others are in the result",
     file: "src/tracking/recovery.ts",
     from: "active.or(others);",
@@ -323,7 +354,7 @@ const TRACKING_MUTANTS = [
 ].map((mutant) => ({ test: "test/model/tracking.test.ts", ...mutant }));
 MUTANTS.push(...TRACKING_MUTANTS);
 
-const chosen = process.argv[2] ?? "";
+const chosen = process.argv.length > 2 ? process.argv.slice(2) : [""];
 const PARTS = [
   "src",
   "workers",
@@ -338,7 +369,7 @@ const PARTS = [
 let survivors = 0;
 /** Test files that pass without a mutant: of one that does not, "caught" would mean nothing. */
 const sound = new Set();
-for (const mutant of MUTANTS.filter(({ rule }) => rule.includes(chosen))) {
+for (const mutant of MUTANTS.filter(({ rule }) => chosen.some((part) => rule.includes(part)))) {
   const test = mutant.test ?? "test/model/cow.test.ts";
   if (!sound.has(test)) {
     const { failed, output } = runIn(undefined, test);

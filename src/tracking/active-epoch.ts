@@ -42,18 +42,21 @@ export class ActiveEpoch {
     this.file.writeNow(this.bits.bytes, firstByte, (last >>> 3) + 1, ACTIVE_HEADER_BYTES + firstByte);
   }
 
-  /** The same for a folder that takes its time. @param isStillWanted asked when it is its turn */
-  setSlowly(first: number, last: number, isStillWanted: () => boolean): Promise<void> {
+  /**
+   * The same for a folder that takes its time. Whoever waits asks again: the bits may be clear when it is fulfilled.
+   * @param isAllowed asked when it is its turn, and again when the file has the bits: whether they may be set in this turn
+   */
+  setSlowly(first: number, last: number, isAllowed: () => boolean): Promise<void> {
     const work = async (): Promise<void> => {
       const { bits } = this;
-      if (!isStillWanted() || bits.hasAll(first, last)) return;
+      if (bits.hasAll(first, last) || !isAllowed()) return;
       const firstByte = first >>> 3;
       const changed = new Bits(bits.sizeBytes, bits.granularityBytes);
       changed.or(bits);
       changed.set(first, last);
       await this.file.write(changed.bytes, firstByte, (last >>> 3) + 1, ACTIVE_HEADER_BYTES + firstByte);
-      // The epoch may be over by now; then whoever waits asks again.
-      bits.set(first, last);
+      // The epoch may be over by now.
+      if (isAllowed()) bits.set(first, last);
     };
     const done = this.#order.then(work);
     this.#order = done.catch(() => undefined);

@@ -75,6 +75,13 @@ export class HotSet {
     for (let extent = first; extent <= last; extent++) this.#touched.set(extent, this.#clock);
   }
 
+  /** As `touch`, where all of them are hot. @returns whether they are */
+  touchHot(first: number, last: number): boolean {
+    if (!this.areHot(first, last)) return false;
+    this.touch(first, last);
+    return true;
+  }
+
   /** Fulfilled when the extents are hot, or when the log has failed. They may be cold again in a later turn. */
   request(first: number, last: number): Promise<void> {
     this.intentCount++;
@@ -101,7 +108,7 @@ export class HotSet {
 
   #start(): void {
     if (this.#failed) this.#letGo();
-    else this.#running ??= this.#run().finally(() => (this.#running = undefined));
+    else this.#running ??= this.#run();
   }
 
   async #run(): Promise<void> {
@@ -117,6 +124,9 @@ export class HotSet {
       this.#failed = true;
       await this.#parts.onFailed(error);
       this.#letGo();
+    } finally {
+      // In the turn that found nothing to do: who asks in the next microtask must not rely on a loop that is over.
+      this.#running = undefined;
     }
   }
 

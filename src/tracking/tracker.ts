@@ -186,16 +186,22 @@ export class DiskTracker {
     const { active } = this.#epochs;
     try {
       if (this.#options.folder.isLocal) active.set(first, last);
-      else return this.#noteSlowly(first, last);
+      else return this.#noteSlowly(first, last, () => hot?.touchHot(firstExtent, lastExtent) ?? true);
       return undefined;
     } catch (error) {
       return this.#giveUp(error);
     }
   }
 
-  #noteSlowly(first: number, last: number): Promise<void> {
-    const isKept = (): boolean => this.#failure === undefined;
-    return this.#epochs.active.setSlowly(first, last, isKept).catch((error: unknown) => this.#giveUp(error));
+  /**
+   * A sync of the bits that began before the file had them does not cover them, and their extents may go with it: they
+   * must be hot before and after.
+   */
+  #noteSlowly(first: number, last: number, areHot: () => boolean): Promise<void> {
+    const isAllowed = (): boolean => this.#failure === undefined && areHot();
+    return this.#epochs.active
+      .setSlowly(first, last, isAllowed)
+      .catch((error: unknown) => this.#giveUp(error));
   }
 
   /** See Epochs: before `freeze`. @throws CowcatherError IO, NO_SPACE; the tracking's failure. */

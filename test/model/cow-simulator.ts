@@ -11,7 +11,7 @@
 //     data in and the policy is to wait);
 //  3. the target has every byte as at T0, and was given each byte once; where the copy is of the top layer alone, every
 //     byte of the clusters that this layer has a block of, and no other byte;
-//  5. at T0 no write is in flight in the image.
+//  5. at T0 no write is in flight in the image; where changes are tracked, a write is in exactly one epoch (cow-epochs.ts).
 // (4, the target's name, is the target's own business: test/integration.) Besides: the disk holds what the guest
 // wrote; nothing of the buffer or the spill is left in use; nobody waits for ever.
 
@@ -44,6 +44,7 @@ import type { Completion, Image, SourceReader } from "../../src/block/device.js"
 import type { TargetWriter } from "../../src/cow/target-writer.js";
 import type { OnBufferFull } from "../../src/cow/policies.js";
 import { Random } from "../support/random.js";
+import { Epochs } from "./cow-epochs.js";
 
 export class InvariantError extends Error {}
 
@@ -53,6 +54,8 @@ export interface Outcome {
   waits: number;
   steps: number;
   ended: "complete" | "broken" | "aborted";
+  /** Of checkpoints that were made while the backup ran; undefined where nothing is tracked. */
+  epochs: number | undefined;
 }
 
 const CLUSTER_BYTES = 2 * BLOCK_BYTES;
@@ -89,6 +92,10 @@ export class Simulation {
   readonly target: Uint8Array;
   readonly targetWritten: Uint8Array;
   readonly node: DiskNode;
+  /** Who keeps track of changes; null: nobody. */
+  readonly #epochs: Epochs | null;
+  #checkpointing: Promise<void> | null = null;
+  #checkpointCount = 0;
   shared: SharedState;
   interceptor: Interceptor | null = null;
   broken: CowcatcherError | null = null;
@@ -156,7 +163,22 @@ export class Simulation {
     this.targetWritten = new Uint8Array(sizeBytes);
     this.#spillFd = openSync(join(scratchDirectory, `spill-${spillNumber++}`), "w+");
     this.#spillBitmaps = new SharedArrayBuffer(spillBitmapBytes(this.geometry));
-    this.node = new DiskNode("disk", this.#image());
+    this.#epochs = this.#newEpochs();
+    this.node = new DiskNode("disk", this.#image(), this.#epochs);
+  }
+
+  /** Whether there is one: by a sequence of its own, too. */
+  #newEpochs(): Epochs | null {
+    const random = new Random(this.seed + 0xe90c);
+    if (random.chance(0.65)) return null;
+    return new Epochs({
+      sizeBytes: this.geometry.sizeBytes,
+      blockBytes: BLOCK_BYTES,
+      extentBytes: CHUNK_BYTES,
+      isLocal: random.chance(0.7),
+      call: (work) =>
+        this.random.chance(0.3) ? Promise.resolve(work()) : this.#later("image", () => work()),
+    });
   }
 
   /** Mapped as a whole, or a part of it, or nothing; of a part the pages become ready by and by. */
@@ -197,6 +219,7 @@ export class Simulation {
     const write = (from: number, to: number, change: () => void): Completion => {
       // Now, not when the write ends: by then a worker may have the captured data in its own buffer.
       this.#checkCaptured(from, to);
+      this.#epochs?.wrote(from, to);
       const apply = () => {
         change();
         for (let block = Math.floor(from / BLOCK_BYTES); block * BLOCK_BYTES < to; block++)
@@ -264,7 +287,7 @@ export class Simulation {
     };
   }
 
-  #later(kind: Pending["kind"], effect: () => void): Promise<void> {
+  #later<T>(kind: Pending["kind"], effect: () => T): Promise<T> {
     return new Promise<void>((resolve) => this.pending.push({ kind, complete: resolve })).then(effect);
   }
 
@@ -505,9 +528,10 @@ export class Simulation {
   }
 
   async #run(): Promise<Outcome> {
+    await this.#epochs?.open();
     for (let i = this.random.below(4); i > 0; i--) this.#guestRequest();
     let failed = false;
-    const starting = DiskNode.quiesceAll([this.node], () => this.#start(), START_LIMIT_MS);
+    const starting = this.#atT0(() => this.#start());
     starting.catch(() => {
       failed = true;
     });
@@ -525,14 +549,34 @@ export class Simulation {
       if (i === stallAt) await this.#stallTarget();
       await this.#someSteps();
       this.#guestRequest();
+      if (this.#epochs !== null && this.random.chance(0.05)) this.#checkpoint();
     }
     await this.#settle(() => this.workers.every((worker) => worker.ended) && this.guestRanges.length === 0);
     return this.#finish();
   }
 
+  /** As a job that starts does it. */
+  #atT0(step: () => void): Promise<void> {
+    const epochs = this.#epochs;
+    const turn = (): void => {
+      if (this.imageWritesInFlight > 0)
+        throw new InvariantError(`5: a write is half done at T0 (seed ${this.seed})`);
+      epochs?.t0();
+      step();
+    };
+    const prepare = epochs === null ? undefined : () => epochs.prepare();
+    return DiskNode.quiesceAll([this.node], turn, START_LIMIT_MS, undefined, prepare);
+  }
+
+  /** A T0 without a job: an epoch ends while guests write, and the backup runs. */
+  #checkpoint(): void {
+    if (this.#checkpointing !== null) return;
+    this.#checkpointing = this.#atT0(() => void this.#checkpointCount++)
+      .catch((error: unknown) => void this.guestFailures.push(error))
+      .finally(() => (this.#checkpointing = null));
+  }
+
   #start(): void {
-    if (this.imageWritesInFlight > 0)
-      throw new InvariantError(`5: a write is half done at T0 (seed ${this.seed})`);
     this.snapshot = this.disk.slice();
     this.interceptor = new Interceptor({
       shared: this.shared,
@@ -561,6 +605,7 @@ export class Simulation {
   }
 
   async #someSteps(): Promise<void> {
+    if (this.random.chance(0.1)) this.#epochs?.sweep();
     for (let i = this.random.below(this.#haste); i > 0; i--) {
       const runnable = this.#runnableWorkers();
       if (runnable.length > 0 && this.random.chance(0.8)) this.#stepWorker(this.random.pick(runnable));
@@ -633,12 +678,12 @@ export class Simulation {
     await this.#settle(() => this.guestRanges.length === 0);
     this.targetStalled = false;
     await this.#settle(() => this.workers.every((worker) => worker.ended));
-    this.#checkDisk();
+    await this.#checkDisk();
     return this.#outcome("aborted");
   }
 
-  #finish(): Outcome {
-    this.#checkDisk();
+  async #finish(): Promise<Outcome> {
+    await this.#checkDisk();
     if (this.broken !== null) return this.#outcome("broken");
     const t0 = this.snapshot as Uint8Array;
     const isWanted = this.#wantedClusters();
@@ -668,11 +713,23 @@ export class Simulation {
     );
   }
 
-  #checkDisk(): void {
+  async #checkDisk(): Promise<void> {
+    await this.#settle(() => this.#checkpointing === null);
     if (this.guestFailures.length > 0) throw this.guestFailures[0] as Error;
     const different = this.disk.findIndex((byte, at) => this.expectedDisk[at] !== byte);
     if (different >= 0)
       throw new InvariantError(`the guest's disk is wrong at ${different} (seed ${this.seed})`);
+    await this.#checkEpochs();
+  }
+
+  async #checkEpochs(): Promise<void> {
+    let isOver = this.#epochs === null;
+    const checked = this.#epochs?.check().finally(() => (isOver = true));
+    checked?.catch(() => undefined);
+    await this.#settle(() => isOver);
+    await checked?.catch((error: unknown) => {
+      throw new InvariantError(`${String(error)} (seed ${this.seed})`);
+    });
   }
 
   #outcome(ended: Outcome["ended"]): Outcome {
@@ -683,6 +740,7 @@ export class Simulation {
       waits: counters?.guestWaitCount ?? 0,
       steps: this.stepCount,
       ended,
+      epochs: this.#epochs === null ? undefined : this.#checkpointCount,
     };
   }
 }

@@ -48,6 +48,12 @@ class Schedule {
     await settle();
   }
 
+  /** A handful of them. */
+  async endSome(): Promise<void> {
+    for (let count = this.random.below(8); count > 0 && this.length > 0; count--) await this.endOne();
+    await settle();
+  }
+
   async endAll(): Promise<void> {
     await settle();
     while (this.length > 0) await this.endOne();
@@ -263,6 +269,8 @@ export class TrackingSimulator {
   readonly #image: SimImage;
   readonly #backups = new Map<string, Backup>();
   readonly #isLocal: boolean;
+  /** How likely an end of the process or of the host comes about that the schedule could have: some go on for long. */
+  readonly #unrest: number;
   readonly #log: string[] = [];
   #schedule: Schedule;
   #tracker: DiskTracker | undefined;
@@ -288,6 +296,7 @@ export class TrackingSimulator {
     this.#schedule = new Schedule(random);
     this.#image = new SimImage(640 + random.below(400));
     this.#isLocal = random.chance(0.7);
+    this.#unrest = random.pick([0.1, 0.3, 1]);
   }
 
   /** @throws Error naming what was not reported, with the schedule that led there */
@@ -313,11 +322,11 @@ export class TrackingSimulator {
     else if (action < 75) this.#flush();
     else if (action < 80) this.#tracker?.sweep();
     else if (action < 90) await this.#backupStep();
-    else if (action < 92) this.#deleteCheckpoint();
+    else if (action < 91) this.#deleteCheckpoint();
+    else if (action < 92 || !this.#random.chance(this.#unrest)) await this.#schedule.endSome();
     else if (action < 94) await this.#kill();
     else if (action < 97) await this.#powerCut();
-    else if (action < 98) await this.#cleanEnd();
-    else await settle();
+    else await this.#cleanEnd();
   }
 
   get #sizeBytes(): number {
@@ -423,11 +432,13 @@ export class TrackingSimulator {
   }
 
   async #follow(tracker: DiskTracker): Promise<void> {
-    const name = this.#random.pick(NAMES);
-    const of = tracker.checkpoint(name)?.uuid;
-    if (of === undefined) return;
+    const { checkpoints } = tracker.state;
+    if (checkpoints.length === 0) return;
+    const { name, uuid: of } = this.#random.pick(checkpoints);
     const followed = (changes: Following): void => {
-      if (tracker !== this.#tracker || this.#following !== undefined) return changes.end();
+      // Another backup may have got the name meanwhile: nobody knows of which of the two this is.
+      const isOfIt = tracker === this.#tracker && tracker.checkpoint(name)?.uuid === of;
+      if (!isOfIt || this.#following !== undefined) return changes.end();
       this.#following = { of, name, changes };
     };
     // The checkpoint may be deleted meanwhile.
@@ -435,7 +446,7 @@ export class TrackingSimulator {
     await settle();
   }
 
-  /** In T0's turn. The checkpoint may have got its name after it was looked up: older ones report more. */
+  /** In T0's turn. */
   #endFollowing(): Kept | undefined {
     if (this.#following === undefined) return undefined;
     const { of, name, changes } = this.#following;
@@ -577,14 +588,14 @@ export class TrackingSimulator {
     for (const { name, uuid } of tracker.state.checkpoints) {
       const backup = this.#backups.get(uuid);
       if (backup === undefined) throw new Error(`${when}: checkpoint ${name} is of no backup`);
-      let changes: Bits | undefined;
-      const asked = tracker.changesSince(name).then((bits) => (changes = bits));
-      while (changes === undefined) {
+      let isAnswered = false;
+      const asked = tracker.changesSince(name).finally(() => (isAnswered = true));
+      asked.catch(() => undefined);
+      while (!isAnswered) {
         await settle();
         if (this.#schedule.length > 0) await this.#schedule.endOne();
       }
-      await asked;
-      this.#compare(`${when}, since ${name} (${uuid})`, changes, backup);
+      this.#compare(`${when}, since ${name} (${uuid})`, await asked, backup);
     }
     this.#mayOverReport = false;
   }

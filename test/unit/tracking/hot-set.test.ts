@@ -50,6 +50,22 @@ it("an extent that got a bit since the sync began stays, and the sync is made ag
   expect(logged()).toEqual([1, 7]);
 });
 
+it("who asks just as the log's last order is done is served", async () => {
+  for (let delay = 0; delay < 8; delay++) {
+    const { hot } = makeSet(64);
+    let isServed = false;
+    const asks = async (): Promise<void> => {
+      await hot.request(0, 0);
+      for (let microtask = 0; microtask < delay; microtask++) await Promise.resolve();
+      await hot.request(1, 1);
+      isServed = true;
+    };
+    void asks();
+    await turn();
+    expect(isServed, `${delay} microtasks later`).toBe(true);
+  }
+});
+
 it("a guest that needs many extents waits for few writes to the log, and all that is hot is in it", async () => {
   const { hot, logged, writes } = makeSet(4096, { extentCount: 256 });
   let waits = 0;
