@@ -162,20 +162,8 @@ describe("a chain", () => {
     const { ours } = judged;
     await mustRun("qemu-io", "-f", "raw", "-c", "write -P 5 64M 64k", ours.uri);
     const target = join(ours.folder, "grown");
-    await mustRun(
-      ...([
-        "qemu-img",
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-b",
-        join(ours.folder, "anchor"),
-        "-F",
-        "qcow2",
-      ] as const),
-      ...[target, String(SIZE + MiB)],
-    );
+    const below = ["-b", join(ours.folder, "anchor"), "-F", "qcow2"];
+    await mustRun("qemu-img", "create", "-q", "-f", "qcow2", ...below, target, String(SIZE + MiB));
     const request = increment("grown")(ours);
     expect((await ours.client.ask({ execute: "drive-backup", arguments: request })).error).toBeUndefined();
     await judged.untilJob("grown", "gone");
@@ -247,7 +235,8 @@ describe("an error of the source", () => {
     "fails a grouped transaction, the other of which has nothing to copy: %s",
     async (isEmpty) => {
       const disks = ["disk", "drive1"];
-      await start({ ...faults, disks, theirFaults: [] });
+      const { format, ourFaults } = faults;
+      await start({ format, ourFaults, disks });
       for (const disk of disks) await bitmap("bitmap0", disk);
       if (!isEmpty) await judged.writeTo("disk", "write -P 1 0 512", "write -P 2 24M 64k");
       await judged.writeTo("drive1", ...BATCHES[0]);

@@ -67,7 +67,7 @@ export interface JudgedSetup {
   backing?: string;
   /** COWCATCHER_FAULTS of ours. */
   ourFaults?: string;
-  /** What blkdebug does to each of their disks (inject-error; a sector is 512 bytes of the file). */
+  /** What blkdebug does to each of their disks, one at least (inject-error; a sector is 512 bytes of the file). */
   theirFaults?: readonly object[];
 }
 
@@ -98,7 +98,12 @@ export class Judged {
       }
     }
     const judged = new Judged(ours, theirs, sizeBytes, setup);
-    await Promise.all([judged.startOurs(setup.ourFaults), judged.#startTheirs()]);
+    try {
+      await Promise.all([judged.startOurs(setup.ourFaults), judged.#startTheirs()]);
+    } catch (error) {
+      judged.#daemon?.kill();
+      throw error;
+    }
     return judged;
   }
 
@@ -122,28 +127,39 @@ export class Judged {
     const { format, disks, theirFaults } = this.setup;
     const own = this.theirs.folder;
     const nodes = disks.flatMap((disk) => {
-      const file = { driver: "file", filename: join(own, disk) };
+      // A guest's trims are ignored unless both nodes are told.
+      const discard = "unmap";
+      const file = { driver: "file", filename: join(own, disk), discard };
       const broken = { driver: "blkdebug", image: file, "inject-error": theirFaults };
-      const node = { driver: format, "node-name": disk, file: theirFaults === undefined ? file : broken };
+      const below = theirFaults === undefined ? file : broken;
+      const node = { driver: format, "node-name": disk, file: below, discard };
       return [
         ...["--blockdev", JSON.stringify(node)],
         ...["--export", `nbd,id=${disk},node-name=${disk},name=${disk},writable=on`],
       ];
     });
-    this.#daemon = spawn("qemu-storage-daemon", [
+    const daemon = spawn("qemu-storage-daemon", [
       ...["--nbd-server", `addr.type=unix,addr.path=${join(own, "nbd.sock")}`],
       ...nodes,
       ...["--chardev", `socket,path=${join(own, "qmp.sock")},server=on,wait=off,id=monitor`],
       ...["--monitor", "chardev=monitor"],
     ]);
-    await until("the daemon listens", () => existsSync(join(own, "qmp.sock")));
+    this.#daemon = daemon;
+    let said = "";
+    daemon.stderr.setEncoding("utf8").on("data", (text: string) => (said += text));
+    await until("the daemon listens", () => {
+      if (daemon.exitCode !== null) throw new Error(`the daemon ended with ${daemon.exitCode}: ${said}`);
+      return existsSync(join(own, "qmp.sock"));
+    });
     await this.theirs.connect(join(own, "qmp.sock"));
   }
 
   async close(): Promise<void> {
     this.theirs.client.close();
-    this.#daemon?.kill();
-    if (this.#daemon !== undefined) await once(this.#daemon, "close");
+    const daemon = this.#daemon;
+    this.#daemon = undefined;
+    daemon?.kill();
+    if (daemon !== undefined && daemon.exitCode === null) await once(daemon, "close");
     await this.stopOurs();
   }
 
