@@ -23,14 +23,29 @@ const isDead = (name: string): boolean => {
   return run !== undefined && !isAlive(run);
 };
 
+const isLive = (name: string): boolean => {
+  const run = runOf(name);
+  return run !== undefined && isAlive(run);
+};
+
 /** @throws CowcatcherError */
 export async function findLeftovers(visit: Visit): Promise<Leftovers> {
+  const { exports, jobs, nodes } = await namesIn(visit);
+  return { exports: exports.filter(isDead), jobs: jobs.filter(isDead), nodes: nodes.filter(isDead) };
+}
+
+/** Whether a backup of ours goes on in this QEMU. @throws CowcatcherError */
+export async function hasLiveRun(visit: Visit): Promise<boolean> {
+  return Object.values(await namesIn(visit)).some((names) => names.some(isLive));
+}
+
+async function namesIn(visit: Visit): Promise<Record<"exports" | "jobs" | "nodes", string[]>> {
   const graph = await readGraph(visit);
   const [exports, jobs] = [await visit.list("query-block-exports"), await visit.list("query-jobs")];
   return {
-    exports: exports.map(({ id }) => String(id)).filter(isDead),
-    jobs: jobs.map(({ id }) => String(id)).filter(isDead),
-    nodes: [...graph.nodes.keys()].filter(isDead),
+    exports: exports.map(({ id }) => String(id)),
+    jobs: jobs.map(({ id }) => String(id)),
+    nodes: [...graph.nodes.keys()],
   };
 }
 

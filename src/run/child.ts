@@ -26,6 +26,8 @@ export interface ChildRequest {
   onLine?: ((line: string) => void) | undefined;
   /** Ends it after that long. */
   timeLimitMs?: number | undefined;
+  /** From being asked to end to being ended, and from there to being left behind (60 s). */
+  graceMs?: number | undefined;
   /** Aborted: it is asked to end. */
   signal?: AbortSignal | undefined;
 }
@@ -54,13 +56,14 @@ const KILLED = SIGNAL_BASE + 9;
 export async function runChild(program: ProgramWords, request: ChildRequest): Promise<ChildResult> {
   const [command, ...words] = program;
   const { args, descriptors = [], environment = {}, onMessage, onLine, timeLimitMs, signal } = request;
+  const { graceMs = GRACE_MS } = request;
   const child = spawn(command, [...words, ...args], {
     stdio: ["ignore", "pipe", "pipe", ...descriptors],
     env: { ...process.env, ...environment },
     detached: true,
   });
   let isOverdue = false;
-  const stopper = new Stopper(child);
+  const stopper = new Stopper(child, graceMs);
   const onAbort = (): void => stopper.stop();
   signal?.addEventListener("abort", onAbort, { once: true });
   if (signal?.aborted === true) onAbort();
@@ -83,6 +86,7 @@ export async function runChild(program: ProgramWords, request: ChildRequest): Pr
     const ended = await new Promise<number | CowcatcherError>((settle) => {
       child.on("error", (error) => settle(ioError("start", command, error)));
       child.on("close", (code, name) => settle(code ?? signalCode(name)));
+      stopper.onLeft = () => settle(leftBehind(args));
     });
     if (typeof ended !== "number") return { exitCode: 1, messages: [], error: ended, isOverdue };
     const messages = readMessages(output());
@@ -94,21 +98,48 @@ export async function runChild(program: ProgramWords, request: ChildRequest): Pr
   }
 }
 
-/** Asks a child to end, and ends it when it does not. */
+/**
+ * Asks a child to end, ends it when it does not, and leaves it behind where the kernel does not let it go: a process that
+ * waits for storage is not killed before the storage answers.
+ */
 class Stopper {
   #timer: NodeJS.Timeout | undefined;
+  onLeft: (() => void) | undefined;
 
-  constructor(private readonly child: ChildProcess) {}
+  constructor(
+    private readonly child: ChildProcess,
+    private readonly graceMs: number,
+  ) {}
 
   stop(): void {
     if (this.#timer !== undefined) return;
     this.child.kill("SIGTERM");
-    this.#timer = setTimeout(() => this.child.kill("SIGKILL"), GRACE_MS);
+    this.#timer = setTimeout(() => {
+      this.child.kill("SIGKILL");
+      this.#timer = setTimeout(() => this.#leave(), this.graceMs);
+    }, this.graceMs);
+  }
+
+  #leave(): void {
+    // Its ends of the pipes may stay open as long as it does.
+    this.child.stdout?.destroy();
+    this.child.stderr?.destroy();
+    this.child.unref();
+    this.onLeft?.();
   }
 
   over(): void {
     clearTimeout(this.#timer);
   }
+}
+
+function leftBehind(args: readonly string[]): CowcatcherError {
+  return new CowcatcherError({
+    code: "IO",
+    object: `cowcatcher ${args[0] ?? ""}`,
+    problem: "does not end, though it was killed",
+    hint: "storage that it waits for does not answer; it goes, and its locks with it, when that does",
+  });
 }
 
 function signalCode(name: NodeJS.Signals | null): number {

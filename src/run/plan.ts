@@ -79,6 +79,12 @@ export async function planBackup(
   return planWith(job, disks, start, limits);
 }
 
+/** Folders of the files that the job is to make. */
+export function targetFolders(job: Job, names: readonly string[] | undefined, start: Date): string[] {
+  if (job.target.kind !== "pattern" || !job.target.pattern.isFile) return [];
+  return [...new Set(bareDisks(job, names, start).map(({ target }) => dirname(target)))];
+}
+
 /** The plan of a job that has made no backup yet; of disks that only the server knows one stands for all. */
 export function planFirst(job: Job): Plan {
   const start = new Date();

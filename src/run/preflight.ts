@@ -8,10 +8,12 @@ import type { ChildResult } from "./child.js";
 import { isOfQemu, type Job } from "./job.js";
 import { isObject } from "./outcome.js";
 import type { Plan, PlannedDisk } from "./plan.js";
+import { REACH_MS, reachFolder } from "./reach.js";
 
-/** @throws CowcatcherError NOT_FOUND where `require-mount` is no mount point. */
-export async function checkMount({ requireMount }: Job): Promise<void> {
+/** @throws CowcatcherError NOT_FOUND where `require-mount` is no mount point; IO (ETIMEDOUT) where it does not answer. */
+export async function checkMount({ requireMount, timeLimitMs }: Job): Promise<void> {
   if (requireMount === undefined) return;
+  await reachFolder(requireMount, { makes: false, timeoutMs: reachMs(timeLimitMs) });
   const folder = await realpath(requireMount).catch((error: unknown) => {
     throw ioError("find the mount point", requireMount, error);
   });
@@ -25,11 +27,19 @@ export async function checkMount({ requireMount }: Job): Promise<void> {
   });
 }
 
-/** @param makesFolders false: only look. @throws CowcatcherError IO, NOT_FOUND. */
+/** @param makesFolders false: only look. @throws CowcatcherError IO, NOT_FOUND; of a repository that this process does not write itself nothing. */
 export async function checkFolders(job: Job, plan: Plan, makesFolders: boolean): Promise<void> {
+  const { source, target } = job;
+  const isWrittenHere = target.kind === "repository" && source.kind !== "control";
+  const own = isWrittenHere && target.repository.startsWith("/") ? [target.repository] : [];
+  for (const folder of own) {
+    await access(folder, constants.W_OK | constants.X_OK).catch((error: unknown) => {
+      throw ioError("write into the repository", folder, error);
+    });
+  }
   for (const folder of foldersOf(job, plan)) {
     try {
-      if (makesFolders) await mkdir(folder, { recursive: true, mode: 0o700 });
+      if (makesFolders && !(await isThere(folder))) await mkdir(folder, { recursive: true, mode: 0o700 });
       await access(await existing(folder), constants.W_OK | constants.X_OK);
     } catch (error) {
       throw ioError("write into the folder", folder, error);
@@ -40,8 +50,35 @@ export async function checkFolders(job: Job, plan: Plan, makesFolders: boolean):
 /** The nearest folder above that is there. */
 async function existing(folder: string): Promise<string> {
   for (let at = folder; ; at = dirname(at)) {
-    if (at === "/" || (await stat(at).catch(() => undefined)) !== undefined) return at;
+    if (at === "/" || (await isThere(at))) return at;
   }
+}
+
+async function isThere(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    () => false,
+  );
+}
+
+/**
+ * Before anything else asks for them: whether the target's storage answers at all.
+ * @param writes the folders are made, and written to; else they are looked at
+ * @throws CowcatcherError IO (ETIMEDOUT)
+ */
+export async function checkReach(
+  { target, timeLimitMs }: Job,
+  folders: readonly string[],
+  writes: boolean,
+): Promise<void> {
+  const timeoutMs = reachMs(timeLimitMs);
+  const isFolder = target.kind === "repository" && target.repository.startsWith("/");
+  if (isFolder) await reachFolder(target.repository, { makes: false, timeoutMs });
+  for (const folder of folders) await reachFolder(folder, { makes: writes, timeoutMs });
+}
+
+function reachMs(timeLimitMs: number | undefined): number {
+  return Math.min(REACH_MS, timeLimitMs ?? REACH_MS);
 }
 
 function foldersOf(job: Job, plan: Plan): string[] {

@@ -12,14 +12,16 @@ import { setTimeout as delay } from "node:timers/promises";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { type ChildRequest, type ChildResult, type ProgramWords, runChild } from "./child.js";
 import { keepBackups, noteBackups, verifyBackups } from "./aftermath.js";
+import { EXIT_IGNORED, EXIT_INTERRUPTED, EXIT_NO_BASIS, exitCodeOf, mayGoBetter } from "./exit-codes.js";
 import { runHook, type Phase, T0_HOOK_MS_MAX } from "./hooks.js";
 import type { Job } from "./job.js";
 import type { Locks } from "./locks.js";
-import { type Plan, planBackup, type PlanLimits } from "./plan.js";
-import { checkFolders, checkMount, checkSpace } from "./preflight.js";
+import { type Plan, planBackup, type PlanLimits, targetFolders } from "./plan.js";
+import { checkFolders, checkMount, checkReach, checkSpace } from "./preflight.js";
 import { diskResults, lockKeys } from "./outcome.js";
 import { type DiskResult, errorMember, type JobResult, type LineLevel } from "./result.js";
 import { diskNames } from "./served-names.js";
+import { awaitFreeSource, refuseBusySource, type SourceCheck } from "./source-check.js";
 import { type GatedBackup, T0Phases } from "./t0-phases.js";
 import { isInWindow } from "./window.js";
 
@@ -34,13 +36,10 @@ export interface RunSettings {
   /** What happens, as it happens: the job's name, and a line. */
   onLine: (job: string, level: LineLevel, line: string) => void;
   now?: (() => Date) | undefined;
+  /** Whether another backup of the source is under way; in tests sources that are not there. */
+  sourceCheck?: SourceCheck | undefined;
 }
 
-export const EXIT_LOCKED = 10;
-const EXIT_NO_BASIS = 12;
-const EXIT_SNAPSHOT = 13;
-const EXIT_INTERRUPTED = 143;
-const EXIT_IGNORED = 3;
 /** Of a job's log, for mail and hooks. */
 const MAX_LOG_LINES = 500;
 
@@ -128,7 +127,7 @@ class JobRun {
     const { job } = this;
     this.#throwIfInterrupted();
     await checkMount(job);
-    const plan = await this.#makePlan(await this.#diskNames());
+    const plan = await this.#nextPlan();
     await checkFolders(job, plan, true);
     await checkSpace(job, plan, (args) => this.#cowcatcher(args));
     return plan;
@@ -136,21 +135,31 @@ class JobRun {
 
   async #makePlan(names: readonly string[] | undefined): Promise<Plan> {
     this.#names = names;
+    await checkReach(this.job, targetFolders(this.job, names, this.#start), true);
     const plan = await planBackup(this.job, names, this.#start, this.#limits);
     this.#plan = plan;
     return plan;
   }
 
-  /** A server that is just starting does not tell its disks yet: asking in vain is a try as well. */
-  async #diskNames(): Promise<readonly string[] | undefined> {
+  /**
+   * Made when no other backup of the source is under way. A server that is just starting does not answer yet, nor may the
+   * target's storage: asking in vain is a try as well.
+   */
+  async #nextPlan(): Promise<Plan> {
+    const { job, settings } = this;
+    const check = settings.sourceCheck ?? refuseBusySource;
     for (;;) {
       try {
-        return await diskNames(this.job.source);
+        const names = await diskNames(job.source);
+        const own = job.source.kind === "images" ? undefined : job.source.disks;
+        await awaitFreeSource(job, own ?? names ?? [], check, this.#signal);
+        return await this.#makePlan(names);
       } catch (cause) {
         this.#throwIfInterrupted();
         this.#tries++;
-        const error = toCowcatcherError(cause, this.job.name);
-        if (!mayGoBetter(exitCodeOf(error)) || this.#tries > this.job.retries) throw error;
+        const error = toCowcatcherError(cause, job.name);
+        const isWorthIt = error.code === "BUSY" || mayGoBetter(exitCodeOf(error));
+        if (!isWorthIt || this.#tries > job.retries) throw error;
         await this.#waitToTryAgain(error);
       }
     }
@@ -173,7 +182,7 @@ class JobRun {
       this.#throwIfInterrupted();
       if (!mayGoBetter(failure.exitCode) || this.#tries > job.retries) throw failure.error;
       await this.#waitToTryAgain(failure.error);
-      plan = await this.#makePlan(await this.#diskNames());
+      plan = await this.#nextPlan();
     }
   }
 
@@ -255,6 +264,7 @@ class JobRun {
   async #after(): Promise<void> {
     const plan = this.#plan;
     if (plan === undefined) return;
+    await checkReach(this.job, targetFolders(this.job, this.#names, this.#start), true);
     const work = {
       job: this.job,
       plan,
@@ -269,7 +279,12 @@ class JobRun {
     // Before the manifest, as it tells of it.
     this.#isVerified = await verifyBackups(work);
     await noteBackups({ ...work, isVerified: this.#isVerified });
-    this.#removed.push(...(await keepBackups(work)));
+    if (this.#exitCode === EXIT_IGNORED && this.job.retention !== undefined)
+      this.#say(
+        "warning",
+        "nothing is removed after a backup with errors: the last good one may be an old one",
+      );
+    else this.#removed.push(...(await keepBackups(work)));
   }
 
   #cowcatcher(
@@ -394,16 +409,4 @@ class JobRun {
       error: this.#error === undefined ? null : errorMember(this.#error),
     };
   }
-}
-
-function mayGoBetter(exitCode: number): boolean {
-  return exitCode === 1 || exitCode === EXIT_SNAPSHOT;
-}
-
-function exitCodeOf({ code }: CowcatcherError): number {
-  if (code === "LOCKED") return EXIT_LOCKED;
-  if (code === "NO_BASIS") return EXIT_NO_BASIS;
-  if (code === "VERIFY") return 4;
-  if (code === "KEY") return 11;
-  return code === "USAGE" ? 2 : 1;
 }

@@ -4,8 +4,8 @@ import { toCowcatcherError } from "../../errors.js";
 import { decideFiles } from "../../run/chain-retention.js";
 import { foreignOverlays } from "../../run/foreign-overlays.js";
 import type { Job } from "../../run/job.js";
-import { planBackup, type Plan } from "../../run/plan.js";
-import { checkFolders, checkMount } from "../../run/preflight.js";
+import { planBackup, type Plan, targetFolders } from "../../run/plan.js";
+import { checkFolders, checkMount, checkReach } from "../../run/preflight.js";
 import { diskNames } from "../../run/served-names.js";
 import { type OutputSettings, printJsonDocument, printLine } from "../output/context.js";
 import { EXIT, exitCodeOfError } from "../output/exit-codes.js";
@@ -43,12 +43,10 @@ export async function printDryRun(
     };
     documents.push(document);
     try {
-      const plan = await planBackup(
-        job,
-        await diskNames(job.source),
-        new Date(),
-        isFull ? { fullBecause: "it was asked for" } : {},
-      );
+      const now = new Date();
+      const names = await diskNames(job.source);
+      await checkReach(job, targetFolders(job, names, now), false);
+      const plan = await planBackup(job, names, now, isFull ? { fullBecause: "it was asked for" } : {});
       document.level = plan.level === "by-repository" ? null : plan.level;
       document.level_reason = plan.reason;
       document.commands = plan.commands.map(({ args }) => ["backup", ...args]);

@@ -12,7 +12,7 @@ export function addRun(program: Command, run: RunCommand): void {
       "not stop the others, and the exit code is the worst of all. A job file that is wrong counts as a failed job; the jobs of\n" +
       "other files are run all the same. A job outside of its window is skipped, which is no failure.\n" +
       "Of plain files old backups are removed by whole chains, and only those that have a manifest (FILE.json) of the job.\n" +
-      "Not supported in this version: sources through libvirt; chains of files of machines that are off.",
+      "Not supported in this version: chains of files of machines that are off.",
     examples: ["cowcatcher run --check", "cowcatcher run --all --parallel 2", "cowcatcher run vm1 --dry-run"],
   }).argument("[JOBS...]", "names of jobs");
   addCommonOptions(addRunOptions(command)).action((names: string[], flags: RunFlags & CommonFlags) =>

@@ -85,8 +85,12 @@ export const JOB_MEMBERS = {
     parsePattern,
   ),
   repository: text("repository that the backup goes into: a folder or s3:https://HOST/BUCKET"),
-  "key-file": text("key of an encrypted repository"),
-  "passphrase-file": text("file with the passphrase of an encrypted repository"),
+  "key-file": parsed("key of an encrypted repository", { pattern: "^/" }, parseAbsolute),
+  "passphrase-file": parsed(
+    "file with the passphrase of an encrypted repository",
+    { pattern: "^/" },
+    parseAbsolute,
+  ),
   level: choice("auto: incremental where it can be, else full", LEVELS),
   "full-every": duration("a full backup is made when the chain's first is older, such as 7d (the default)"),
   keep,
@@ -118,13 +122,15 @@ export const JOB_MEMBERS = {
   ),
   retries: count("how often to try again after a failure (0)", 0, MAX_RETRIES),
   "retry-wait": duration("pause before trying again (60)"),
-  "time-limit": duration("the longest that one try may take; then it is ended, and has failed (none)"),
+  "time-limit": duration("the longest that one try may take; then it is ended, and has failed (none)", {
+    isPositive: true,
+  }),
   "lock-wait": duration("how long to wait for another run that has the disk or the repository (0)"),
   hook: list(text("program to run at each phase, and its arguments")),
-  "hook-timeout": duration("the longest that a hook may take (300)"),
+  "hook-timeout": duration("the longest that a hook may take (300)", { isPositive: true }),
   ping,
   metrics: parsed("folder of node_exporter's text files", { pattern: "^/" }, parseAbsolute),
-  mail: list(text("address to write to, by sendmail")),
+  mail: list(parsed("address to write to, by sendmail", { pattern: "^\\S+$" }, parseMailAddress)),
   "mail-on": choice("failure: of jobs that failed alone (the default)", ["failure", "always"] as const),
   enabled: flag("false: passed over with --all"),
 } satisfies Members;
@@ -167,6 +173,11 @@ function parseUrl(address: string): string {
   const url = URL.canParse(address) ? new URL(address) : undefined;
   if (url?.protocol === "http:" || url?.protocol === "https:") return address;
   throw wrong("is no address of a web server", "give http://… or https://…");
+}
+
+function parseMailAddress(address: string): string {
+  if (/^\S+$/.test(address)) return address;
+  throw wrong(`'${address}' is no address`, "give one, or a list: [root, admin@example.org]");
 }
 
 function parsePercent(share: string): string {

@@ -10,7 +10,7 @@ import { CowcatcherError, ioError, toCowcatcherError } from "../../errors.js";
 import type { Job } from "../job.js";
 import { asFault, resolveJob } from "./resolve.js";
 import type { JobValues } from "./job-shape.js";
-import { type FileFault, MAX_JOB_FILE_BYTES, type ReadFile, readJobFile } from "./parse.js";
+import { type FileFault, MAX_JOB_FILE_BYTES, type ReadFile, type ReadJob, readJobFile } from "./parse.js";
 
 const EXTENSION = /\.ya?ml$/;
 const DEFAULTS_FILE = /^defaults\.ya?ml$/;
@@ -68,7 +68,7 @@ export async function loadJobs(path: string, checkArguments: (job: Job) => void)
       found.set(job.name, file);
       if (!job.isWhole || !isSure) continue;
       const resolved = resolveJob(job, [defaults, shared?.defaults ?? {}] satisfies JobValues[]);
-      const fault = "problem" in resolved ? resolved : faultOf(resolved, checkArguments);
+      const fault = "problem" in resolved ? resolved : faultOf(job, resolved, checkArguments);
       if (fault !== undefined) faults.push(fault);
       else if (!("problem" in resolved)) jobs.set(job.name, resolved);
     }
@@ -77,12 +77,12 @@ export async function loadJobs(path: string, checkArguments: (job: Job) => void)
   return { files, jobs: sorted, names: new Set(found.keys()), faults: faults.sort(byPlace) };
 }
 
-function faultOf(job: Job, checkArguments: (job: Job) => void): FileFault | undefined {
+function faultOf(read: ReadJob, job: Job, checkArguments: (job: Job) => void): FileFault | undefined {
   try {
     checkArguments(job);
     return undefined;
   } catch (error) {
-    return asFault(job, error);
+    return asFault(read, error);
   }
 }
 

@@ -21,6 +21,7 @@ import {
 import {
   type Fault,
   type JsonSchema,
+  keyIn,
   named,
   type NodesOf,
   type Reader,
@@ -44,8 +45,8 @@ export interface ReadJob {
   values: JobValues;
   /** Nothing in it was wrong by itself. */
   isWhole: boolean;
-  /** The place of a key of its own, or of the job. */
-  placeOf(key: keyof JobMembers): Place;
+  /** The place of a key of its own, or of one of the keys below it; undefined: it has none of that name. */
+  placeOf: (key: keyof JobMembers, below?: string) => Place | undefined;
 }
 
 export interface ReadFile {
@@ -93,13 +94,15 @@ class DocumentReader implements Reader {
 /** Never throws: what is wrong is in `faults`, in the order of the file. */
 export function readJobFile(path: string, text: string): ReadFile {
   const lines = new LineCounter();
-  const document = parseDocument(text, { lineCounter: lines, version: "1.2", uniqueKeys: true });
+  const document = parseDocument(text, { lineCounter: lines, version: "1.2", uniqueKeys: false });
   const placeAt = (offset: number): Place => {
     const { line, col } = lines.linePos(offset);
     return { file: path, line: Math.max(line, 1), column: Math.max(col, 1) };
   };
   const result: ReadFile = { file: path, defaults: {}, areDefaultsWhole: false, jobs: [], faults: [] };
-  const fromParser = [...document.errors, ...document.warnings].map((error) => parserFault(error, placeAt));
+  const fromParser = withoutRepeats(
+    [...document.errors, ...document.warnings].map((error) => parserFault(error, placeAt)),
+  );
   if (fromParser.length > 0) return { ...result, faults: fromParser };
   if (document.contents === null) return { ...result, faults: [emptyFault(placeAt(0))] };
   const reader = new DocumentReader(document);
@@ -122,16 +125,18 @@ function readJob(
   placeAt: (offset: number) => Place,
 ): ReadJob {
   const keys: NodesOf<JobMembers> = nodes;
-  const offsets = Object.values(keys).map((node) => node?.range?.[0] ?? 0);
+  const offsets = Object.values(keys).map((node) => node?.key.range?.[0] ?? 0);
   const place = placeAt(offsets.length === 0 ? (root.range?.[0] ?? 0) : Math.min(...offsets));
   return {
     name,
     place,
     values,
     isWhole,
-    placeOf: (key) => {
-      const offset = keys[key]?.range?.[0];
-      return offset === undefined ? place : placeAt(offset);
+    placeOf: (key, below) => {
+      const member = keys[key];
+      const node = below === undefined || member === undefined ? member?.key : keyIn(member.value, below);
+      const offset = node?.range?.[0];
+      return offset === undefined ? undefined : placeAt(offset);
     },
   };
 }
@@ -141,6 +146,11 @@ function parserFault(error: YAMLError, placeAt: (offset: number) => Place): File
   const problem = error.message.replace(/ at line \d+, column \d+:?[^]*$/, "");
   const hint = error.code === "TAB_AS_INDENT" ? "indent with spaces" : undefined;
   return { ...placeAt(error.pos[0]), path: "", problem, hint };
+}
+
+/** The parser says of some mistakes twice that they are there. */
+function withoutRepeats(faults: readonly FileFault[]): FileFault[] {
+  return [...new Map(faults.map((fault) => [faultLine(fault), fault])).values()];
 }
 
 function emptyFault(place: Place): FileFault {

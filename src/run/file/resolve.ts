@@ -38,6 +38,8 @@ const OWN_OPTIONS: Record<string, string> = {
   help: "leave it out",
 };
 
+/** Instead of a socket of the guest agent: libvirt's own channel to it. */
+const LIBVIRT_CHANNEL = "libvirt";
 /** Sources of guests that run. */
 const GUESTS = "'control', 'qmp' and 'libvirt'";
 
@@ -46,6 +48,8 @@ class Refusal extends Error {
     readonly key: keyof JobMembers | undefined,
     readonly problem: string,
     readonly hint: string | undefined,
+    /** A key below that one. */
+    readonly below?: string,
   ) {
     super(problem);
   }
@@ -61,10 +65,10 @@ export function resolveJob(read: ReadJob, defaults: readonly JobValues[]): Job |
     return makeJob(read.name, read.place, values);
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    const { key, problem, hint } = error;
-    const place = key === undefined ? read.place : read.placeOf(key);
+    const { key, problem, hint, below } = error;
+    const found = key === undefined ? undefined : (read.placeOf(key, below) ?? read.placeOf(key));
     const path = `jobs.${read.name}${key === undefined ? "" : `.${key}`}`;
-    return { ...place, path, problem, hint };
+    return { ...(found ?? read.place), path, problem, hint };
   }
 }
 
@@ -129,9 +133,21 @@ function sourceOf(values: JobValues): JobSource {
     throw new Refusal("disks", `goes with ${GUESTS} alone`, "give 'images' to name disks");
   if (images !== undefined) {
     if (images.size === 0) throw new Refusal("images", "has no disk", undefined);
-    return { kind: "images", disks: [...images].map(([disk, path]) => ({ name: disk, image: path })) };
+    return {
+      kind: "images",
+      disks: [...images].map(([disk, path]) => ({ name: disk, image: anImage("images", path, disk) })),
+    };
   }
-  return { kind: "images", disks: [{ name: diskNameOf(image ?? ""), image: image ?? "" }] };
+  return { kind: "images", disks: [{ name: diskNameOf(image ?? ""), image: anImage("image", image ?? "") }] };
+}
+
+/** An address begins with a scheme, or names a backup in a repository. */
+const ADDRESS = /^[a-z][a-z0-9+]*:|::/;
+
+/** The timer's run is in no folder of anybody's. */
+function anImage(key: "image" | "images", text: string, disk?: string): string {
+  if (text.startsWith("/") || ADDRESS.test(text)) return text;
+  throw new Refusal(key, `'${text}' is not absolute`, "begin it with /", disk);
 }
 
 function absolute(key: keyof JobMembers, path: string): string {
@@ -153,7 +169,17 @@ function targetOf({ target, repository, prune }: JobValues): JobTarget {
 }
 
 function checkTogether(source: JobSource, target: JobTarget, values: JobValues): void {
-  const { keep, verify, level, freeze } = values;
+  const { keep, verify, level, freeze, hook } = values;
+  const [program = ""] = hook ?? [];
+  if (program.includes("/") && !program.startsWith("/"))
+    throw new Refusal("hook", `'${program}' is not absolute`, "begin it with /");
+  if (freeze !== undefined && freeze !== LIBVIRT_CHANNEL) absolute("freeze", freeze);
+  if (keep !== undefined && Object.values(keep).every((count) => count === 0))
+    throw new Refusal(
+      "keep",
+      "keeps nothing",
+      "give at least one rule, such as keep: {last: 3}, or leave it out",
+    );
   if (freeze !== undefined && source.kind === "images") {
     throw new Refusal("freeze", `goes with ${GUESTS} alone`, "leave it out");
   }
@@ -193,8 +219,8 @@ function checkTogether(source: JobSource, target: JobTarget, values: JobValues):
 function optionArguments({ options }: JobValues): string[] {
   return [...(options ?? [])].flatMap(([name, value]) => {
     const own = OWN_OPTIONS[name];
-    if (own !== undefined) throw new Refusal("options", `'${name}' is not for here`, own);
-    if (value === false) throw new Refusal("options", `'${name}: false' means nothing`, "leave it out");
+    if (own !== undefined) throw new Refusal("options", `'${name}' is not for here`, own, name);
+    if (value === false) throw new Refusal("options", `'${name}: false' means nothing`, "leave it out", name);
     return [value === true ? `--${name}` : `--${name}=${value}`];
   });
 }
@@ -228,12 +254,14 @@ function withPath(address: string, word: string): string {
 }
 
 /** What `backup` itself has to say of a job's arguments, as a fault of the job file. */
-export function asFault(job: Job, error: unknown): FileFault {
+export function asFault({ name, place, placeOf }: ReadJob, error: unknown): FileFault {
   if (!(error instanceof CowcatcherError)) throw error;
   const { object, problem, hint } = error;
+  // An option's own place; an inherited one is where the job is.
+  const option = object.startsWith("--") ? placeOf("options", object.slice(2)) : undefined;
   return {
-    ...job.place,
-    path: `jobs.${job.name}`,
+    ...(option ?? place),
+    path: `jobs.${name}`,
     problem: `backup refuses it: ${object}: ${problem}`,
     hint,
   };

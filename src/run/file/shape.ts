@@ -110,6 +110,7 @@ export function count(description: string, min: number, max: number): Shape<numb
 }
 
 const DURATION = /^(\d+(?:\.\d+)?)(ms|s|m|h|d|w)?$/;
+const NO_DURATION = "^0+(\\.0+)?[a-z]*$";
 const UNIT_MS: Record<string, number> = {
   ms: 1,
   s: 1000,
@@ -119,12 +120,15 @@ const UNIT_MS: Record<string, number> = {
   w: 604_800_000,
 };
 
-/** In milliseconds: 500ms, 30s, 5m, 8h, 7d, 2w, or plain seconds. */
-export function duration(description: string): Shape<number> {
+/** In milliseconds: 500ms, 30s, 5m, 8h, 7d, 2w, or plain seconds. @param bound isPositive: none is no duration */
+export function duration(description: string, { isPositive = false } = {}): Shape<number> {
+  const none = isPositive ? { exclusiveMinimum: 0, not: { pattern: NO_DURATION } } : {};
   return {
-    schema: { type: ["string", "number"], pattern: DURATION.source, description },
+    schema: { type: ["string", "number"], pattern: DURATION.source, description, ...none },
     read(node, path, reader) {
       const [, digits, unit = "s"] = DURATION.exec(scalarText(node) ?? "") ?? [];
+      if (isPositive && Number(digits) === 0)
+        return reader.fail(node, path, "is no time at all", "give more than 0");
       if (digits !== undefined) return Number(digits) * (UNIT_MS[unit] ?? NaN);
       return reader.fail(
         node,
@@ -180,8 +184,9 @@ export function named<T>(
     },
     read(node, path, reader) {
       const values = new Map<string, T>();
-      let isWhole = true;
-      for (const { key, keyNode, value } of members(node, path, reader) ?? []) {
+      const found = members(node, path, reader);
+      let isWhole = found?.isWhole ?? false;
+      for (const { key, keyNode, value } of found?.members ?? []) {
         const isName = pattern === undefined || new RegExp(pattern).test(key);
         const isKnown = known?.includes(key) ?? true;
         if (!isName) reader.fail(keyNode, path, `'${key}' is no name`, `it must fit ${pattern}`);
@@ -197,12 +202,17 @@ export function named<T>(
 
 export type Members = Record<string, Shape<unknown>>;
 export type ValuesOf<M extends Members> = { [K in keyof M]?: M[K] extends Shape<infer T> ? T : never };
+export interface MemberNodes {
+  key: Node;
+  value: Node;
+}
+
 /** The nodes that values were read from, for what is found out later. */
-export type NodesOf<M extends Members> = { [K in keyof M]?: Node };
+export type NodesOf<M extends Members> = { [K in keyof M]?: MemberNodes };
 
 export interface ReadRecord<M extends Members> {
   values: ValuesOf<M>;
-  /** The key's node of each member that was there, also of one that was wrong. */
+  /** Of each member that was there, also of one that was wrong. */
   nodes: NodesOf<M>;
   /** Nothing in it was wrong. */
   isWhole: boolean;
@@ -225,11 +235,11 @@ export function record<M extends Members>(
       const found = members(node, path, reader);
       if (found === undefined) return undefined;
       const values: Record<string, unknown> = {};
-      const nodes: Record<string, Node> = {};
-      let isWhole = true;
-      for (const { key, keyNode, value } of found) {
+      const nodes: Record<string, MemberNodes> = {};
+      let { isWhole } = found;
+      for (const { key, keyNode, value } of found.members) {
         const shape = shapes[key];
-        nodes[key] = keyNode;
+        nodes[key] = { key: keyNode, value };
         if (shape === undefined) {
           const hint = others.get(key) ?? meant(key, Object.keys(shapes));
           reader.fail(keyNode, path, `'${key}' is not known`, hint);
@@ -275,21 +285,37 @@ interface Member {
   value: Node;
 }
 
-function members(node: Node, path: string, reader: Reader): Member[] | undefined {
+interface FoundMembers {
+  members: Member[];
+  /** None was left out as wrong. */
+  isWhole: boolean;
+}
+
+function members(node: Node, path: string, reader: Reader): FoundMembers | undefined {
   if (!isMap(node)) return reader.fail(node, path, `${shown(node)} is no mapping of keys to values`);
   const found: Member[] = [];
+  const keys = new Set<string>();
   for (const { key: keyNode, value } of node.items as Pair<Node, Node | null>[]) {
     const key = scalarText(keyNode);
     const at = path === "" ? (key ?? "") : `${path}.${key ?? ""}`;
     const target = value === null ? undefined : resolved(value, reader);
+    const isRepeated = key !== undefined && keys.has(key);
+    if (key !== undefined) keys.add(key);
     if (key === undefined) reader.fail(keyNode, path, `${shown(keyNode)} is no key`);
+    else if (isRepeated) reader.fail(keyNode, path, `'${key}' is given twice`, "leave one of them out");
     else if (isAlias(value) && target === undefined) {
       reader.fail(value, at, `*${value.source} names no anchor above it`);
     } else if (target === undefined || (isScalar(target) && target.value === null)) {
       reader.fail(keyNode, at, "has no value");
     } else found.push({ key, keyNode, value: target });
   }
-  return found;
+  return { members: found, isWhole: found.length === node.items.length };
+}
+
+/** A mapping's key itself, where it has it. */
+export function keyIn(node: Node, key: string): Node | undefined {
+  const pairs = isMap(node) ? (node.items as Pair<Node>[]) : [];
+  return pairs.find((pair) => scalarText(pair.key) === key)?.key;
 }
 
 export function shown(node: Node): string {

@@ -33,7 +33,7 @@ describe("manual pages", () => {
   it("hold what --help says: options, exit codes, examples", () => {
     const page = readFileSync(join(MAN, "cowcatcher-run.1"), "utf8");
     expect(page).toContain("\\fB\\-j, \\-\\-parallel <N>\\fR\njobs at a time (1)");
-    expect(page).toContain('.TP\n.B "10"\nanother run has the disk or the repository');
+    expect(page).toContain('.TP\n.B "10"\nanother run has the disk or the repository, or another backup');
     expect(page).toContain("cowcatcher run vm1 \\-\\-dry\\-run\n.EE");
   });
 

@@ -84,7 +84,20 @@ describe("what is wrong by itself", () => {
     ],
     ["defaults:\n  image: x", "2:3: defaults: 'image' is not known"],
     ["jobs:\n  a b: {}", "2:3: jobs: 'a b' is no name (it must fit ^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$)"],
-    ["jobs:\n  a: {level: full, level: auto}", "2:20: Map keys must be unique"],
+    [
+      "jobs:\n  a: {level: full, level: auto}",
+      "2:20: jobs.a: 'level' is given twice (leave one of them out)",
+    ],
+    [
+      'jobs: {a: {image: /x, target: "/t/{date}"',
+      "1:42: Flow map in block collection must be sufficiently indented and end with a }",
+    ],
+    ["jobs:\n  a:\n    time-limit: 0s", "3:17: jobs.a.time-limit: is no time at all (give more than 0)"],
+    [
+      "jobs:\n  a:\n    mail: [a b]",
+      "3:12: jobs.a.mail[0]: 'a b' is no address (give one, or a list: [root, admin@example.org])",
+    ],
+    ["defaults:\n  key-file: key", "2:13: defaults.key-file: 'key' is not absolute (begin it with /)"],
     ["jobs:\n\ta: 1", "2:1: Tabs are not allowed as indentation (indent with spaces)"],
     ["", "1:1: has no job (see docs/jobs.md)"],
     ["jobs: *nothing", "1:7: jobs: *nothing names no anchor above it"],
@@ -148,16 +161,36 @@ describe("what does not go together", () => {
     [`jobs:\n  a:\n    control: c\n${target}`, "3:5: jobs.a.control: 'c' is not absolute (begin it with /)"],
     [
       `jobs:\n  a:\n    image: /x\n    options: {since: x}\n${target}`,
-      "4:5: jobs.a.options: 'since' is not for here (give `level`)",
+      "4:15: jobs.a.options: 'since' is not for here (give `level`)",
     ],
     [
       `jobs:\n  a:\n    image: /x\n    options: {rate-limt: 5M}\n${target}`,
-      "3:5: jobs.a: backup refuses it: --rate-limt: is not an option (did you mean 'rate-limit'?)",
+      "4:15: jobs.a: backup refuses it: --rate-limt: is not an option (did you mean 'rate-limit'?)",
     ],
     [
       `jobs:\n  a:\n    image: /x\n    options: {spill-limit: 5M}\n${target}`,
-      "3:5: jobs.a: backup refuses it: --spill-limit: needs --control (no guest writes to SOURCE, so there is no buffer)",
+      "4:15: jobs.a: backup refuses it: --spill-limit: needs --control (no guest writes to SOURCE, so there is no buffer)",
     ],
+    [
+      `jobs:\n  a:\n    image: x.raw\n${target}`,
+      "3:5: jobs.a.image: 'x.raw' is not absolute (begin it with /)",
+    ],
+    [
+      `jobs:\n  a:\n    images: {r: /x, s: y}\n${target}`,
+      "3:21: jobs.a.images: 'y' is not absolute (begin it with /)",
+    ],
+    [
+      `jobs:\n  a:\n    image: /x\n    hook: [bin/mount, x]\n${target}`,
+      "4:5: jobs.a.hook: 'bin/mount' is not absolute (begin it with /)",
+    ],
+    [
+      `jobs:\n  a:\n    control: /c\n    freeze: agent\n${target}`,
+      "4:5: jobs.a.freeze: 'agent' is not absolute (begin it with /)",
+    ],
+    ...["{}", "{last: 0, daily: 0}"].map((keep): [string, string] => [
+      `jobs:\n  a:\n    image: /x\n    keep: ${keep}\n${target}`,
+      "4:5: jobs.a.keep: keeps nothing (give at least one rule, such as keep: {last: 3}, or leave it out)",
+    ]),
     [
       "jobs:\n  a:\n    image: /x\n    target: nbd://h/x\n    keep: {last: 1}\n",
       "5:5: jobs.a.keep: goes with files and repositories, and the target is written in place (leave it out)",
@@ -184,6 +217,18 @@ it("inherits: the job's own goes before its file's, that before defaults.yaml's,
   expect(b).toMatchObject({ retries: 2, target: { kind: "repository", repository: "/mine" }, group: "web" });
 });
 
+it.each(["require-mount:", "require-mount: *nothing", "require-mount: /a\n  require-mount: /b"])(
+  "runs no job with a key that could not be read: %j",
+  async (line) => {
+    // A job without its mount point would fill the disk below it.
+    write("a.yaml", `jobs:\n a:\n  image: /x\n  target: "/b/{date}"\n  ${line}\n`);
+    write("b.yaml", `defaults:\n  ${line}\njobs: {b: {image: /x, target: "/b/{date}"}}\n`);
+    const { jobs, names, faults: wrong } = await load();
+    expect(wrong.map(({ file }) => file)).toEqual([`${folder}/a.yaml`, `${folder}/b.yaml`]);
+    expect([jobs, [...names]]).toEqual([[], ["a", "b"]]);
+  },
+);
+
 it("runs no job of a file whose defaults are wrong, nor any where defaults.yaml is", async () => {
   const good = "jobs: {NAME: {image: /x, target: '/b/{date}'}}\n";
   write("a.yaml", good.replace("NAME", "a"));
@@ -193,6 +238,18 @@ it("runs no job of a file whose defaults are wrong, nor any where defaults.yaml 
   expect([...one.names]).toEqual(["a", "b"]);
   write("defaults.yaml", "defaults: {require-mount: backup}\n");
   expect((await load()).jobs).toEqual([]);
+});
+
+it("takes addresses for images, and is at home nowhere else", async () => {
+  const images = ["nbd://h/x", "rbd:p/i", "/repo::web/root", "s3:https://h/b::web", "/vm/a b.raw"];
+  const jobs = await jobsOf(
+    images
+      .map((image, n) => `j${n}: {image: "${image}", target: "/b/{date}"}`)
+      .reduce((all, one) => `${all}  ${one}\n`, "jobs:\n"),
+  );
+  expect(jobs.map(({ source }) => (source.kind === "images" ? source.disks[0]?.image : undefined))).toEqual(
+    images,
+  );
 });
 
 it("refuses two jobs of one name, and files that others may write", async () => {
@@ -227,6 +284,9 @@ describe("docs/schema/job-file.json", () => {
       "jobs: {a: {imag: x}}",
       "jobs: {a: {keep: {daly: 1}}}",
       "jobs: {a: {level: x}}",
+      "jobs: {a: {time-limit: 0}}",
+      "jobs: {a: {time-limit: 0.0h}}",
+      "jobs: {a: {mail: a b}}",
     ]) {
       expect(faults(wrong)).not.toEqual([]);
       expect(isValid(wrong), wrong).toBe(false);

@@ -13,6 +13,7 @@ import { createServer, type Server } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { CowcatcherError } from "../../../src/errors.js";
 import { readJobFile } from "../../../src/run/file/parse.js";
 import { resolveJob } from "../../../src/run/file/resolve.js";
 import type { Job } from "../../../src/run/job.js";
@@ -66,6 +67,8 @@ const settings = () => ({
   signal: interruption.signal,
   onLine: () => undefined,
   now: () => clock,
+  // Nobody is at the sockets that these jobs name.
+  sourceCheck: () => Promise.resolve(),
 });
 
 const run = async (one: Job): Promise<JobResult> => (await runJob(one, settings())).result;
@@ -460,6 +463,8 @@ describe("chains", () => {
 });
 
 describe("a repository", () => {
+  beforeEach(() => mkdirSync(at("repo")));
+
   it("is verified, forgotten in by the rules, and pruned where something was forgotten", async () => {
     const target = `${at("repo")}::vm1@2026-11-28T02:00:00.000000000Z`;
     const done = {
@@ -561,6 +566,32 @@ describe("before it starts", () => {
     expect(existsSync(at("locks"))).toBe(false);
   });
 
+  it("a source that another backup has fails it with exit code 10, before any try's hooks", async () => {
+    const busy = new CowcatcherError({ code: "BUSY", object: "root", problem: "another backup is running" });
+    const asked: (readonly string[])[] = [];
+    const sourceCheck = (_: unknown, disks: readonly string[]): Promise<void> => {
+      asked.push(disks);
+      return asked.length === 4 ? Promise.resolve() : Promise.reject(busy);
+    };
+    const source = ["control: /run/c", "disks: [root]", "retry-wait: 1ms", hook()];
+    const once = await runJob(job(...source), { ...settings(), sourceCheck });
+    expect(once.result).toMatchObject({ exit_code: 10, tries: 1, error: { code: "BUSY", object: "root" } });
+    expect(phases()).toEqual(["job-init", "job-abort error", "log-end error"]);
+    fake.answer([{ command: "backup", stdout: [summary()], writesTargets: true }]);
+    const patient = await runJob(job(...source, "retries: 5"), { ...settings(), sourceCheck });
+    expect(patient.result).toMatchObject({ exit_code: 0, tries: 3 });
+    expect(asked).toEqual(Array(4).fill(["root"]));
+  });
+
+  it("a repository that is not there fails it", async () => {
+    expect(await run(job(`repository: ${at("none")}`))).toMatchObject({
+      exit_code: 1,
+      tries: 0,
+      error: { code: "NOT_FOUND", object: at("none") },
+    });
+    expect(fake.calls).toEqual([]);
+  });
+
   it("a disk that another run has fails it with exit code 10", async () => {
     const held = await new Locks(at("locks")).take([`the disk ${at("disk.raw")}`], 0);
     expect(await run(job("lock-wait: 1ms", hook()))).toMatchObject({
@@ -569,6 +600,23 @@ describe("before it starts", () => {
     expect(existsSync(at("phases"))).toBe(false);
     await held.release();
   });
+});
+
+it("nothing is removed after a backup in which errors were ignored", async () => {
+  const made = { command: "backup", writesTargets: true, once: true };
+  const at = [28, 29, 30].map((day) => [summary({ t0: `2026-11-${day}T02:00:00.000Z` })]);
+  fake.answer(at.map((stdout, index) => ({ ...made, stdout, exitCode: index === 1 ? 3 : 0 })));
+  const night = async (): Promise<JobResult> => {
+    const result = await run(job("keep: {last: 1}"));
+    clock = new Date(clock.getTime() + 86_400_000);
+    return result;
+  };
+  expect(await night()).toMatchObject({ exit_code: 0, removed: [] });
+  expect(await night()).toMatchObject({
+    ...{ exit_code: 3, removed: [] },
+    warnings: ["nothing is removed after a backup with errors: the last good one may be an old one"],
+  });
+  expect((await night()).removed).toHaveLength(2);
 });
 
 it("several jobs: one that fails stops no other, those of one disk wait for each other", async () => {
