@@ -53,6 +53,8 @@ export interface HookCall {
   /** On standard input, as JSON. */
   document: unknown;
   onLine: (line: string) => void;
+  /** Aborted: it is ended. Of what cleans up undefined: that runs to its end. */
+  signal?: AbortSignal | undefined;
 }
 
 /** @throws CowcatcherError INTERNAL where it cannot be started, ends with another code than 0, or takes too long. */
@@ -76,27 +78,39 @@ export async function runHook(call: HookCall): Promise<void> {
   child.stdin.end(`${JSON.stringify(document)}\n`);
   forEachLine(child.stdout, onLine);
   forEachLine(child.stderr, onLine);
-  let isOverdue = false;
+  let whyEnded: string | undefined;
   let killer: NodeJS.Timeout | undefined;
+  let leave: () => void = () => undefined;
+  const end = (why: string): void => {
+    if (whyEnded !== undefined) return;
+    whyEnded = why;
+    endGroup(child.pid, "SIGTERM");
+    killer = setTimeout(() => {
+      endGroup(child.pid, "SIGKILL");
+      // What has left the group may hold the pipes.
+      child.stdout.destroy();
+      child.stderr.destroy();
+      // An unmount of storage that does not answer is not ended by any signal.
+      killer = setTimeout(() => leave(), GRACE_MS);
+    }, GRACE_MS);
+  };
   const timer = setTimeout(
-    () => {
-      isOverdue = true;
-      endGroup(child.pid, "SIGTERM");
-      killer = setTimeout(() => {
-        endGroup(child.pid, "SIGKILL");
-        // What has left the group may hold the pipes.
-        child.stdout.destroy();
-        child.stderr.destroy();
-      }, GRACE_MS);
-    },
+    () => end(`took longer than ${formatDuration(timeoutMs)}`),
     Math.min(timeoutMs, TIMER_MS_MAX),
   );
+  const onAbort = (): void => end("was ended, as the run was interrupted");
+  call.signal?.addEventListener("abort", onAbort, { once: true });
+  if (call.signal?.aborted === true) onAbort();
   try {
     const [code, signal] = await new Promise<[number | null, NodeJS.Signals | null]>((settle, reject) => {
       child.on("error", reject);
       child.on("close", (...ended) => settle(ended));
+      leave = () => {
+        child.unref();
+        settle([null, "SIGKILL"]);
+      };
     });
-    if (isOverdue) throw hookError(program, phase, `took longer than ${formatDuration(timeoutMs)}`);
+    if (whyEnded !== undefined) throw hookError(program, phase, whyEnded);
     if (code !== 0) {
       throw hookError(
         program,
@@ -109,6 +123,7 @@ export async function runHook(call: HookCall): Promise<void> {
   } finally {
     clearTimeout(timer);
     clearTimeout(killer);
+    call.signal?.removeEventListener("abort", onAbort);
   }
 }
 

@@ -95,6 +95,8 @@ class JobRun {
       return this.#result("skipped");
     }
     try {
+      // Not even its hooks: job-init mounts, and wakes machines.
+      this.#throwIfInterrupted();
       const locks = await settings.locks.take(lockKeys(job), job.lockWaitMs, this.#signal);
       this.#descriptors = locks.descriptors;
       try {
@@ -308,7 +310,7 @@ class JobRun {
     else this.#note(line);
   }
 
-  #hook(phase: Phase): Promise<void> {
+  #hook(phase: Phase, cleansUp = false): Promise<void> {
     const { hook, hookTimeoutMs, name, group } = this.job;
     if (hook === undefined) return Promise.resolve();
     const disks = this.#plan?.disks ?? [];
@@ -330,13 +332,14 @@ class JobRun {
         ...(phase === "log-end" ? { log: this.log } : {}),
       },
       onLine: (line) => this.#say("info", `hook ${phase}: ${line}`),
+      signal: cleansUp ? undefined : this.#signal,
     });
   }
 
   /** Its failure changes nothing. */
   async #cleaningHook(phase: Phase): Promise<void> {
     try {
-      await this.#hook(phase);
+      await this.#hook(phase, true);
     } catch (error) {
       this.#say("warning", toCowcatcherError(error, this.job.name).message);
     }

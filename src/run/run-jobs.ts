@@ -24,7 +24,7 @@ export async function runJobs(jobs: readonly Job[], settings: RunJobsSettings): 
   const waiting = [...jobs];
   const work = async (): Promise<void> => {
     for (let job = waiting.shift(); job !== undefined; job = waiting.shift()) {
-      await settings.onStarted?.(job);
+      if (!settings.signal.aborted) await settings.onStarted?.(job);
       const one = { job, ...(await runJob(job, settings)) };
       finished.set(job, one);
       await settings.onFinished?.(one);

@@ -3,13 +3,12 @@
 //
 // Needs root, for a file system of its own. Takes the two minutes after which a process is left behind.
 import { spawnSync } from "node:child_process";
-import { createHash } from "node:crypto";
 import { mkdirSync, readdirSync, readFileSync, realpathSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, expect, it } from "vitest";
 import type { RunDocument } from "../../src/cli/actions/run.js";
-import { lockFolder } from "../../src/run/locks.js";
+import { lockFolder, Locks } from "../../src/run/locks.js";
 import { cowcatcherProcess } from "../support/cli.js";
 import { noise } from "../support/disks.js";
 import { mustRun, scratchFolder, stopAll, until } from "../support/server.js";
@@ -35,8 +34,8 @@ beforeAll(async () => {
 afterAll(async () => {
   if (!isRoot) return;
   spawnSync("fsfreeze", ["-u", at("target")]);
-  await stopAll();
   spawnSync("umount", [at("target")]);
+  await stopAll();
 });
 
 async function night(): Promise<RunDocument> {
@@ -68,16 +67,19 @@ it.skipIf(!isRoot)("a target that hangs in the middle of a backup does not hang 
     { job: "a", result: "failed", exit_code: 10, tries: 0, error: { code: "LOCKED" } },
     { job: "b", result: "done" },
   ]);
-  const key = createHash("sha256")
-    .update(`the disk ${realpathSync(at("disk.raw"))}`)
-    .digest("hex");
-  const lock = join(lockFolder(), `${key.slice(0, 32)}.lock`);
-  const isHeld = (): boolean => spawnSync("fuser", [lock]).status === 0;
-  expect(isHeld()).toBe(true);
 
   // The storage answers: what was left behind ends, and leaves no backup.
   await mustRun("fsfreeze", "-u", at("target"));
-  await until("the end of what was left behind", () => !isHeld(), 60_000);
+  const locks = new Locks(lockFolder());
+  const isFree = async (): Promise<boolean> => {
+    try {
+      await (await locks.take([`the disk ${realpathSync(at("disk.raw"))}`], 0)).release();
+      return true;
+    } catch {
+      return false;
+    }
+  };
+  await until("the end of what was left behind", isFree, 60_000);
   expect(readdirSync(at("target", "a")).filter((name) => name.endsWith(".raw"))).toEqual([]);
 
   await mustRun("fsfreeze", "-f", at("target"));

@@ -22,6 +22,7 @@ import type { JobResult } from "../../../src/run/result.js";
 import { worstExitCode } from "../../../src/run/result.js";
 import { runJob } from "../../../src/run/run-job.js";
 import { type FinishedJob, runJobs } from "../../../src/run/run-jobs.js";
+import { until } from "../../support/server.js";
 import { FakeCowcatcher, failure, summary } from "../../support/fake-cowcatcher.js";
 
 let folder: string;
@@ -174,6 +175,36 @@ describe("phases", () => {
     expect(fake.calls).toEqual([]);
   });
 
+  it("that clean up come after one another, also where the hook hangs in each of them", async () => {
+    const hung = ["thaw", "backup-abort", "job-abort", "log-end"];
+    writeFileSync(
+      at("hook.sh"),
+      `echo "$1" >> ${at("phases")}\ncase " ${hung.join(" ")} " in *" $1 "*) sleep 600;; esac\n`,
+    );
+    fake.answer([{ command: "backup", exitCode: 1, stdout: [failure("IO", "is slow")] }]);
+    const lines = [...guest, `hook: [/bin/sh, ${at("hook.sh")}]`, "hook-timeout: 150ms"];
+    const result = await run(job(...lines));
+    expect(result).toMatchObject({ exit_code: 1, error: { message: "disk: is slow" } });
+    expect(phases()).toEqual(["job-init", "job-start", "backup-start", ...hung]);
+    const ends = hung.map((phase) => `/bin/sh: the hook of ${phase} took longer than 150 ms`);
+    expect(result.warnings).toEqual(ends);
+  });
+
+  it("that do not clean up end with an interruption, which those that do outlast", async () => {
+    writeFileSync(
+      at("hook.sh"),
+      `echo "$1" >> ${at("phases")}\n[ "$1" = job-init ] && : > ${at("waiting")} && sleep 600\nexit 0\n`,
+    );
+    const running = run(job(`hook: [/bin/sh, ${at("hook.sh")}]`));
+    await until("job-init", () => existsSync(at("waiting")), 60_000);
+    interruption.abort();
+    expect(await running).toMatchObject({
+      exit_code: 143,
+      error: { problem: "the hook of job-init was ended, as the run was interrupted" },
+    });
+    expect(phases()).toEqual(["job-init", "job-abort", "log-end"]);
+  });
+
   it("of a hook that is not there fail the job", async () => {
     expect(await run(job("hook: /none"))).toMatchObject({ exit_code: 1, error: { object: "/none" } });
   });
@@ -243,6 +274,18 @@ describe("tries", () => {
     expect(await running).toMatchObject({ result: "failed", exit_code: 143, tries: 1 });
     expect(phases().slice(-3)).toEqual(["backup-abort error", "job-abort error", "log-end error"]);
     expect(fake.calls).toHaveLength(1);
+  });
+
+  it("are none after an interruption, and no hook of a job is run that was not begun", async () => {
+    interruption.abort();
+    const started: string[] = [];
+    const [one] = await runJobs([job(hook())], {
+      ...settings(),
+      parallel: 1,
+      onStarted: ({ name }) => Promise.resolve(void started.push(name)),
+    });
+    expect(one?.result).toMatchObject({ result: "failed", exit_code: 143, tries: 0 });
+    expect([existsSync(at("phases")), fake.calls, started]).toEqual([false, [], []]);
   });
 
   it("are made again while the server does not tell its disks yet", async () => {
