@@ -158,6 +158,16 @@ function collect(stream: Readable): () => string {
   return () => pieces.join("");
 }
 
+/** Of a child that was started as the leader of a group, and of all that it has started in it. */
+export function endGroup(pid: number | undefined, signal: NodeJS.Signals): void {
+  if (pid === undefined) return;
+  try {
+    process.kill(-pid, signal);
+  } catch {
+    // It has ended.
+  }
+}
+
 const MAX_LINE_CHARACTERS = 8192;
 
 /** A line that is too long is cut into several. */

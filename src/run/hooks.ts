@@ -22,7 +22,7 @@
 import { spawn } from "node:child_process";
 import { CowcatcherError, ioError } from "../errors.js";
 import { formatDuration } from "../units.js";
-import { forEachLine } from "./child.js";
+import { endGroup, forEachLine } from "./child.js";
 
 export type Phase =
   | "job-init"
@@ -124,15 +124,6 @@ export async function runHook(call: HookCall): Promise<void> {
     clearTimeout(timer);
     clearTimeout(killer);
     call.signal?.removeEventListener("abort", onAbort);
-  }
-}
-
-function endGroup(pid: number | undefined, signal: NodeJS.Signals): void {
-  if (pid === undefined) return;
-  try {
-    process.kill(-pid, signal);
-  } catch {
-    // It has ended.
   }
 }
 

@@ -6,6 +6,7 @@
 // next is refused, too, and says why.
 import { spawn } from "node:child_process";
 import { CowcatcherError } from "../errors.js";
+import { endGroup } from "./child.js";
 
 /** Disks that have to spin up, and NFS servers that change places, are slower than any that is well. */
 export const REACH_MS = 60_000;
@@ -38,7 +39,7 @@ export async function reachFolder(
   });
   if (isBack) return;
   // The shell and what it runs; what the kernel holds goes when the storage answers.
-  if (child.pid !== undefined) endGroup(child.pid);
+  endGroup(child.pid, "SIGKILL");
   child.unref();
   throw new CowcatcherError({
     code: "IO",
@@ -47,12 +48,4 @@ export async function reachFolder(
     hint: "see to the mount and to what it is mounted from",
     errno: "ETIMEDOUT",
   });
-}
-
-function endGroup(pid: number): void {
-  try {
-    process.kill(-pid, "SIGKILL");
-  } catch {
-    // It has come back meanwhile.
-  }
 }
