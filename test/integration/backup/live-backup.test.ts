@@ -6,6 +6,7 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { sampled } from "../../support/campaign.js";
 import { run } from "../../support/cli.js";
 import { contentOf, expectClean, expectSame, formatOf, makeDisk, noise } from "../../support/disks.js";
+import { prefixOf } from "../../support/sequence.js";
 import {
   Guest,
   leftovers,
@@ -151,28 +152,6 @@ async function modelBackup(
 }
 
 describe("T0 is one instant", () => {
-  const COUNT = 64;
-
-  /** The last number of the prefix that the images show; fails unless they show exactly a prefix. */
-  function prefixOf(images: readonly Buffer[], connectionCount: number): number {
-    const sizeBytes = images[0]?.length ?? 0;
-    const stride = Math.floor(sizeBytes / COUNT);
-    const found = Array.from({ length: COUNT * connectionCount }, (_, place) => {
-      const which = place % connectionCount;
-      const block = (Math.floor(place / connectionCount) * 37) % COUNT;
-      const offset = block * stride + which * Math.floor(stride / connectionCount);
-      const image = images[images.length === 1 ? 0 : which];
-      return Number(image?.readBigUInt64LE(offset));
-    });
-    const last = Math.max(...found);
-    const expected = found.map((_, place) => {
-      const number = last - ((last - place) % found.length);
-      return number > 0 ? number : 0;
-    });
-    expect(found).toEqual(expected);
-    return last;
-  }
-
   it.each(sampled(["qcow2", "raw"], 2))(
     "for a %s disk under two connections that write in turn",
     async (format) => {
