@@ -58,7 +58,7 @@ export async function runRun(request: RunRequest, context: CommandContext): Prom
   const say = (job: string, level: LineLevel, line: string): void => {
     // At one level, as at the default one the log goes to standard error, where the line stands already.
     context.logger.info({ job, level }, line);
-    journal.line(level, `${job}: ${line}`);
+    journal.line(level, line.startsWith(`${job}: `) ? line : `${job}: ${line}`);
   };
   const notices = new Notices((job, problem) => say(job, "warning", problem));
   const removeHandlers = onInterrupt(context, { onFirst: () => interruption.abort() });

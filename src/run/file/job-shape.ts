@@ -125,7 +125,9 @@ export const JOB_MEMBERS = {
   "time-limit": duration("the longest that one try may take; then it is ended, and has failed (none)", {
     isPositive: true,
   }),
-  "lock-wait": duration("how long to wait for another run that has the disk or the repository (0)"),
+  "lock-wait": duration(
+    "how long to wait for another run that has the disk or the repository, or another backup of the source (0)",
+  ),
   hook: list(text("program to run at each phase, and its arguments")),
   "hook-timeout": duration("the longest that a hook may take (300)", { isPositive: true }),
   ping,

@@ -101,6 +101,27 @@ describe("phases", () => {
     });
   });
 
+  it("are told of the job in their environment, the plan as soon as there is one", async () => {
+    writeFileSync(
+      at("hook.sh"),
+      `case $1 in job-init|backup-end) env | grep ^COWCATCHER_ | sort > ${at("env")}.$1;; esac\n`,
+    );
+    fake.answer([made]);
+    await run(job("group: web", `hook: [/bin/sh, ${at("hook.sh")}]`));
+    const told = (phase: string): string[] =>
+      readFileSync(at(`env.${phase}`), "utf8").match(
+        /^COWCATCHER_(?:DISKS|ERROR|GROUP|JOB|LEVEL|PHASE|TARGETS)=.*$/gm,
+      ) ?? [];
+    const of = (phase: string, disks: string, level: string, targets: string): string[] =>
+      [
+        ...[`DISKS=${disks}`, "ERROR=", "GROUP=web", "JOB=vm1", `LEVEL=${level}`, `PHASE=${phase}`],
+        `TARGETS=${targets}`,
+      ].map((pair) => `COWCATCHER_${pair}`);
+    expect(told("job-init")).toEqual(of("job-init", "", "", ""));
+    const target = at("b/disk-2026-11-28T020000Z.qcow2");
+    expect(told("backup-end")).toEqual(of("backup-end", "disk", "full", target));
+  });
+
   it.each([
     [["job-init"], ["job-init", "job-abort error", "log-end error"]],
     [["job-start"], ["job-init", "job-start", "job-abort error", "log-end error"]],
