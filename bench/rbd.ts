@@ -33,7 +33,7 @@ const HELP = `npm run bench:rbd -- [options]
   --out DIR              results: rbd.md, rbd.json (bench/results)`;
 
 /** A cluster that is filled slows down; images are removed after each measurement. */
-const STORE_BYTES = 16 * 1024 * MiB;
+const STORE_BYTES = 8 * 1024 * MiB;
 const CEPH_NICENESS = 19;
 const BACKUP_TIMEOUT_SECONDS = 300;
 
@@ -69,7 +69,11 @@ async function bench(): Promise<number> {
   const disk = join(folder, "disk.raw");
   makeRawDisk(disk, parseSize(values.size, "--size"));
   await runProgram("sync", ["-f", folder]);
-  const ceph = await startCeph(join(folder, "ceph"), STORE_BYTES, CEPH_NICENESS);
+  const ceph = await startCeph(join(folder, "ceph"), {
+    storeBytes: STORE_BYTES,
+    isFilled: true,
+    niceness: CEPH_NICENESS,
+  });
   try {
     const place: RbdPlace = { conf: ceph.conf, pool: "rbd", image: "target" };
     const cells = values["no-guest"] ? [] : await measureGuest(disk, folder, place);

@@ -19,11 +19,27 @@ export interface CephCluster {
   stop(): Promise<void>;
 }
 
-/** Takes some seconds. @param storeBytes of the OSD: a sparse file. @param niceness of the daemons, 0 to 19 */
-export async function startCeph(folder: string, storeBytes?: number, niceness = 0): Promise<CephCluster> {
+export interface CephOptions {
+  /** Of the OSD: a file, sparse unless it is filled. */
+  storeBytes?: number;
+  /** Written from end to end first, so that none of it is slow for being new: half a minute. */
+  isFilled?: boolean;
+  /** Of the daemons, 0 to 19. */
+  niceness?: number;
+}
+
+/** Takes some seconds. */
+export async function startCeph(
+  folder: string,
+  { storeBytes, isFilled = false, niceness = 0 }: CephOptions = {},
+): Promise<CephCluster> {
   const child = spawn("nice", ["-n", String(niceness), "bash", SCRIPT, "run", folder], {
     stdio: ["pipe", "pipe", "pipe"],
-    env: { ...process.env, ...(storeBytes !== undefined && { COWCATCHER_CEPH_BYTES: String(storeBytes) }) },
+    env: {
+      ...process.env,
+      ...(storeBytes !== undefined && { COWCATCHER_CEPH_BYTES: String(storeBytes) }),
+      ...(isFilled && { COWCATCHER_CEPH_FILLED: "1" }),
+    },
   });
   let stderr = "";
   child.stderr.setEncoding("utf8").on("data", (text: string) => (stderr += text));
