@@ -12,7 +12,7 @@
 //
 // Peak memory is that of the tool's process (lib/timed-program.ts).
 
-import { closeSync, fsyncSync, openSync, rmSync, writeSync } from "node:fs";
+import { closeSync, fsyncSync, openSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { randomBytes } from "node:crypto";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -33,11 +33,17 @@ const HELP = `npm run bench:repo -- [options]
   --dir DIR    where disk and repositories stand (the temporary folder)
   --quick      one round, 512M; of the large repository a hundredth
   --only PART  beside (restic and borg) or scale (both)
+  --content C  incompressible or half (both)
+  --contestants NAMES
+               some of restic,borg,cowcatcher (all): a table has ratios only with all of them
+  --chunk-size SIZE
+               of our repositories (as repo init has it)
   --out DIR    results: repo.md, repo.json, repo-scale.md (bench/results)`;
 
 const STEPS = ["first", "second", "tracked", "restore"] as const;
 type Step = (typeof STEPS)[number];
 const OURS = "cowcatcher";
+const CONTENTS = ["incompressible", "half compressible"] as const;
 /** The share of the disk that changes, and the unit in which it does. */
 const CHANGED_SHARE = 0.01;
 const CHANGE_BYTES = 64 * 1024;
@@ -61,7 +67,7 @@ interface Contestant {
 
 let backupCount = 0;
 
-const CONTESTANTS: readonly Contestant[] = [
+const OTHERS: readonly Contestant[] = [
   {
     name: "restic",
     env: (folder) => ({
@@ -89,16 +95,35 @@ const CONTESTANTS: readonly Contestant[] = [
     restore: ({ folder }) => ({ program: "borg", args: ["extract", `::b${backupCount}`], cwd: folder }),
     restored: ({ folder, disk }) => join(folder, disk),
   },
-  {
+];
+
+function ourselves(chunkSize: string | undefined): Contestant {
+  return {
     name: OURS,
     env: (folder) => ({ COWCATCHER_KEY_FILE: join(folder, "key") }),
-    init: ({ folder }) =>
-      ours("repo", "init", join(folder, "repo"), "--key-file", join(folder, "key"), "--new-key-file"),
+    init: ({ folder }) => ourInit(folder, chunkSize),
     backup: ({ disk, folder }) => ours("backup", disk, "-q", "--repo", join(folder, "repo"), "--group", "vm"),
     restore: ({ folder, restored }) => ours("restore", "-q", `${join(folder, "repo")}::vm`, restored),
     restored: ({ restored }) => restored,
-  },
-];
+  };
+}
+
+function ourInit(folder: string, chunkSize: string | undefined): Run {
+  const size = chunkSize === undefined ? [] : ["--chunk-size", chunkSize];
+  const key = ["--key-file", join(folder, "key"), "--new-key-file"];
+  return ours("repo", "init", join(folder, "repo"), ...key, ...size);
+}
+
+/** @throws CowcatcherError USAGE */
+function chosen(names: string | undefined, chunkSize: string | undefined): Contestant[] {
+  const all = [...OTHERS, ourselves(chunkSize)];
+  return (names?.split(",") ?? all.map(({ name }) => name)).map((name) => {
+    const found = all.find((contestant) => contestant.name === name);
+    if (found !== undefined) return found;
+    const hint = `give some of ${all.map((contestant) => contestant.name).join(",")}`;
+    throw new CowcatcherError({ code: "USAGE", object: "--contestants", problem: `'${name}' is none`, hint });
+  });
+}
 
 interface Figures {
   seconds: number[];
@@ -118,6 +143,9 @@ async function bench(): Promise<number> {
       dir: { type: "string", default: tmpdir() },
       quick: { type: "boolean", default: false },
       only: { type: "string" },
+      content: { type: "string" },
+      contestants: { type: "string" },
+      "chunk-size": { type: "string" },
       out: { type: "string", default: "bench/results" },
       help: { type: "boolean", default: false },
     },
@@ -141,17 +169,20 @@ async function bench(): Promise<number> {
   if (only === "scale") return 0;
   const rounds = Number(values.rounds ?? (values.quick ? 1 : 3));
   const sizeBytes = parseSize(values.size ?? (values.quick ? "512M" : "4G"), "--size");
+  const contestants = chosen(values.contestants, values["chunk-size"]);
+  const hasOurs = contestants.some(({ name }) => name === OURS);
   const versions = await Promise.all(["restic", "borg"].map(versionOf));
   const cells: Cell[] = [];
-  for (const content of ["incompressible", "half compressible"]) {
+  for (const content of CONTENTS) {
+    if (values.content !== undefined && !content.startsWith(values.content)) continue;
     const cell: Cell = { content, figures: new Map() };
     cells.push(cell);
     for (let round = 0; round < rounds; round++) {
-      for (let turn = 0; turn < CONTESTANTS.length; turn++) {
-        const contestant = CONTESTANTS[(turn + round) % CONTESTANTS.length];
+      for (let turn = 0; turn < contestants.length; turn++) {
+        const contestant = contestants[(turn + round) % contestants.length];
         if (contestant !== undefined) await measure(cell, contestant, sizeBytes, values.dir);
       }
-      await measureTracked(cell, sizeBytes, values.dir);
+      if (hasOurs) await measureTracked(cell, sizeBytes, values.dir, values["chunk-size"]);
       const title = `${sizeBytes / MiB} MiB, ${round + 1} of ${rounds} rounds. ${machine}, ${versions.join(", ")}`;
       results.write("repo.md", `${title}\n\n${cells.map(table).join("\n\n")}`);
       results.write("repo.json", { machine, versions, sizeBytes, cells: cells.map(toJson) });
@@ -182,17 +213,25 @@ async function measure(cell: Cell, contestant: Contestant, sizeBytes: number, di
 }
 
 /** What a server knows to have changed: written to by a guest, between two live backups. */
-async function measureTracked(cell: Cell, sizeBytes: number, dir: string): Promise<void> {
+async function measureTracked(
+  cell: Cell,
+  sizeBytes: number,
+  dir: string,
+  chunkSize: string | undefined,
+): Promise<void> {
   const folder = scratchFolder(dir);
   const [disk, socket, control] = ["disk.img", "nbd.sock", "control.sock"].map((name) => join(folder, name));
   const key = { COWCATCHER_KEY_FILE: join(folder, "key") };
-  const init = ["repo", "init", join(folder, "repo"), "--key-file", join(folder, "key"), "--new-key-file"];
   makeDisk(disk, cell.content, sizeBytes);
-  await timed(ours(...init), {});
+  await timed(ourInit(folder, chunkSize), {});
   const server = await startServe({ image: disk, format: "raw", socket, control, env: key });
   const backup = ours("backup", "-q", "--control", control, "--repo", join(folder, "repo"), "--group", "vm");
   await timed(backup, key);
-  const writes = [...places(sizeBytes)].map((at) => `write -q -P ${1 + (at % 255)} ${at} ${CHANGE_BYTES}`);
+  const writes = [...places(sizeBytes)].map((at) => {
+    const content = join(folder, `change-${at}`);
+    writeFileSync(content, randomBytes(CHANGE_BYTES));
+    return `write -q -s ${content} ${at} ${CHANGE_BYTES}`;
+  });
   // One argument list holds them: 1 % of 4 GiB are 655 places.
   const commands = [...writes, "flush"].flatMap((command) => ["-c", command]);
   await runProgram("qemu-io", ["-f", "raw", ...commands, `nbd+unix:///disk?socket=${socket}`]);
@@ -238,13 +277,13 @@ function table({ content, figures }: Cell): string {
   const secondsOf = (name: string, step: Step): number => median(figures.get(name)?.get(step)?.seconds ?? []);
   const peaksOf = (name: string): number =>
     Math.max(0, ...[...(figures.get(name)?.values() ?? [])].map(({ peakBytes }) => peakBytes)) / MiB;
-  const names = CONTESTANTS.map(({ name }) => name);
+  const others = OTHERS.map(({ name }) => name);
+  const names = [...others, OURS];
   const rows = STEPS.map((step) => {
     // What is tracked is the others' second backup, too.
-    const theirs = step === "tracked" ? "second" : step;
-    const taken = names.map((name) => secondsOf(name, name === OURS ? step : theirs));
-    const fastest = Math.min(...taken.slice(0, -1));
-    return [`${step}, s`, ...taken.map(formatFigure), formatFigure(fastest / (taken.at(-1) ?? NaN))];
+    const theirs = others.map((name) => secondsOf(name, step === "tracked" ? "second" : step));
+    const own = secondsOf(OURS, step);
+    return [`${step}, s`, ...[...theirs, own].map(formatFigure), formatFigure(Math.min(...theirs) / own)];
   });
   const memory = names.map((name) => formatFigure(peaksOf(name)));
   return markdownTable(
