@@ -8,6 +8,9 @@ Needs Python 3.8 and, for compressed chunks, the program zstd."""
 import glob, hashlib, json, os, struct, subprocess, sys, zlib
 
 
+PATCH = b"cwpatch1\0"
+
+
 def fail(text):
     sys.exit("read-repository: " + text)
 
@@ -31,20 +34,35 @@ def metadata(repo, repository_id, name):
     return zlib.decompress(body)
 
 
-def chunk(repo, chunk_id):
+def chunk(repo, chunk_id, kind=b"cwchunk1\0"):
     name = chunk_id.hex()
+    salt = b"cowcatcher patch" if kind == PATCH else b""
     # A name with a number behind it is as good as one without.
     for path in sorted(glob.glob(os.path.join(repo, "chunks", name[:2], name + "*"))):
         data = open(path, "rb").read()
-        if data[:9] != b"cwchunk1\0":
+        if data[:9] != kind:
             continue
         method, length, stored = struct.unpack_from("<B3xII", data, 32)
         content = data[48:48 + stored]
         if method == 1:
             content = subprocess.run(["zstd", "-dcq"], input=content, stdout=subprocess.PIPE).stdout
-        if len(content) == length and hashlib.sha256(content).digest() == chunk_id:
+        if len(content) == length and hashlib.sha256(salt + content).digest() == chunk_id:
             return content
     fail("chunk " + name + " is missing or damaged")
+
+
+def patched(repo, patch_id, base_id, block_bytes):
+    patch = chunk(repo, patch_id, PATCH)
+    content = bytearray(chunk(repo, base_id))
+    if patch[:32] != base_id or struct.unpack_from("<I", patch, 32)[0] != len(content):
+        fail("a patch is one of another chunk")
+    data = patch[48:]
+    for block in range(64):
+        if patch[40 + block // 8] >> block % 8 & 1:
+            start = block * block_bytes
+            length = min(block_bytes, len(content) - start)
+            content[start:start + length], data = data[:length], data[length:]
+    return content
 
 
 def restore(repo, group, time, disk, out):
@@ -56,15 +74,23 @@ def restore(repo, group, time, disk, out):
     if expected != [hashlib.sha256(index).hexdigest()]:
         fail("the index is not the one of its manifest")
     magic, size, chunk_bytes, count = struct.unpack_from("<8sQII", index)
-    if magic != b"cwindex1" or len(index) != 24 + 32 * count:
+    start, patches = (24, 0) if magic == b"cwindex1" else (32, struct.unpack_from("<I", index, 24)[0])
+    table = start + 32 * count
+    if magic not in (b"cwindex1", b"cwindex2") or len(index) != table + 80 * patches:
         fail("the index is damaged")
+    bases = {}
+    for at in range(table, len(index), 80):
+        bases[struct.unpack_from("<I", index, at)[0]] = index[at + 16:at + 48]
     with open(out, "wb") as file:
         file.truncate(size)
         for number in range(count):
-            chunk_id = index[24 + 32 * number:56 + 32 * number]
+            chunk_id = index[start + 32 * number:start + 32 * number + 32]
             if any(chunk_id):
                 file.seek(number * chunk_bytes)
-                file.write(chunk(repo, chunk_id))
+                if number in bases:
+                    file.write(patched(repo, chunk_id, bases[number], chunk_bytes // 64))
+                else:
+                    file.write(chunk(repo, chunk_id))
 
 
 if len(sys.argv) == 2:

@@ -8,6 +8,7 @@ import { dirname, join } from "node:path";
 import { ChunkEncoder } from "../../src/repository/format/chunk.js";
 import { DEFAULT_CHUNK_BYTES } from "../../src/repository/format/config.js";
 import { encodeIndex } from "../../src/repository/format/index.js";
+import { PatchTable } from "../../src/repository/format/patch-table.js";
 import { encodeManifest } from "../../src/repository/format/manifest.js";
 import { sealMetadata } from "../../src/repository/format/metadata.js";
 import { backupTime, chunkName, indexName, manifestName } from "../../src/repository/format/names.js";
@@ -141,7 +142,7 @@ class MadeRepository {
     const backup = { group, time: backupTime(FIRST_NS + BigInt(number) * DAY_NS) };
     const chunkCount = ids.length / ID_BYTES;
     const sizeBytes = chunkCount * config.chunkBytes;
-    const content = encodeIndex({ sizeBytes, chunkBytes: config.chunkBytes, ids });
+    const content = encodeIndex({ sizeBytes, chunkBytes: config.chunkBytes, ids, patches: PatchTable.EMPTY });
     const disk = {
       name: "disk",
       size_bytes: sizeBytes,

@@ -195,6 +195,8 @@ export interface RepositorySourceDescription {
   chunkBytes: number;
   /** 32 bytes a chunk: its id, or zeroes for a hole. */
   ids: SharedArrayBuffer;
+  /** Which of them are patches (src/repository/format/patch-table.ts). */
+  patches: SharedArrayBuffer;
   /** Where the chunks are, and the keys to them: plain data that the repository's room makes and reads. */
   store: unknown;
   secrets: unknown;

@@ -71,9 +71,11 @@ export class ChunkCopy {
   /** Of the chunk in hand: which clusters are ours, which of these are copied (the same array where all are), */
   readonly #taken: Uint8Array;
   readonly #copied: Uint8Array;
-  /** which blocks captures cover, which blocks are known zero. */
+  /** which blocks captures cover or nobody needs, which blocks are known zero. */
   readonly #covered: Uint8Array;
   readonly #zero: Uint8Array;
+  /** Of how many bytes the target has use; undefined: of all. Else covered blocks may have no content at all. */
+  #neededBytes: number | undefined;
   /** Whether #zero may have any. */
   #hasNotedZeroes = false;
   readonly #spillBitmap: Uint8Array;
@@ -99,7 +101,12 @@ export class ChunkCopy {
     const shared = this.#shared;
     if (!(yield* this.#claim(chunk))) return;
     const takenBytes = this.#takeClusters(chunk, capturedOnly);
-    if (takenBytes > 0) this.#findCovered(chunk);
+    if (takenBytes > 0) {
+      this.#findCovered(chunk);
+      const { writer } = this.#options;
+      const base = chunk * shared.geometry.chunkBytes;
+      this.#neededBytes = writer.noteUnneeded?.(base, this.#covered, BLOCK_BYTES);
+    }
     // Captures made from here on find QUEUED clear when they come, and queue the chunk again.
     shared.release(chunk, QUEUED, 0);
     if (takenBytes === 0) return;
@@ -424,6 +431,12 @@ export class ChunkCopy {
     let position = from;
     while (position < to) {
       const start = position;
+      if (this.#neededBytes !== undefined) {
+        this.#clearNotedZeroes(start, to);
+        position = to;
+        yield* this.#write(chunk, start, to, this.#neededBytes);
+        continue;
+      }
       const dataEnd = this.#hasNotedZeroes ? start : endOfData(chunkBuffer, start, to, zeroUnitBytes);
       const zero = dataEnd === start && this.#unitIsZero(start, Math.min(start + zeroUnitBytes, to));
       position = Math.max(dataEnd, Math.min(start + zeroUnitBytes, to));
@@ -434,13 +447,19 @@ export class ChunkCopy {
       if (zero) {
         yield* this.#io.toTarget(() => writer.writeZeroes(base + start, length));
       } else {
-        yield* this.#io.waitForRate(length);
-        yield* this.settle();
-        yield* this.#io.toTarget(() => writer.write(chunkBuffer, start, length, base + start));
-        Atomics.add(this.#shared.counters, CNT_WRITTEN_BYTES, BigInt(length));
+        yield* this.#write(chunk, start, position, length);
       }
       yield STEP;
     }
+  }
+
+  *#write(chunk: number, from: number, to: number, dataBytes: number): Steps<void> {
+    const { writer, chunkBuffer } = this.#options;
+    const base = chunk * this.#shared.geometry.chunkBytes;
+    yield* this.#io.waitForRate(dataBytes);
+    yield* this.settle();
+    yield* this.#io.toTarget(() => writer.write(chunkBuffer, from, to - from, base + from));
+    Atomics.add(this.#shared.counters, CNT_WRITTEN_BYTES, BigInt(dataBytes));
   }
 
   /** What the writer has put off goes to the target: before the worker waits, and at its end. */
@@ -461,13 +480,18 @@ export class ChunkCopy {
       }
     }
     if (allZero) return true;
+    this.#clearNotedZeroes(from, to);
+    return false;
+  }
+
+  #clearNotedZeroes(from: number, to: number): void {
+    const { chunkBuffer } = this.#options;
     for (let position = from; position < to; position += BLOCK_BYTES) {
       if (this.#zero[position / BLOCK_BYTES]) {
         chunkBuffer.fill(0, position, Math.min(position + BLOCK_BYTES, to));
         this.#zero[position / BLOCK_BYTES] = 0;
       }
     }
-    return false;
   }
 
   #spillFile(): SpillFile {

@@ -7,6 +7,14 @@ import type { Completion } from "../block/device.js";
  * and each byte of the disk is written at most once, by one worker.
  */
 export interface TargetWriter {
+  /**
+   * Of a chunk of the disk that is to be written whole: sets the flags of units that write() will not look at, so that they
+   * need not be read.
+   * @param unneeded one flag for each unit of the chunk at offsetBytes
+   * @returns how many bytes write() will look at, which is then called for the chunk even if what was read of it is zeroes;
+   *   undefined where it is all of it, and no flag was set
+   */
+  noteUnneeded?(offsetBytes: number, unneeded: Uint8Array, unitBytes: number): number | undefined;
   /** Writes buffer[bufferOffset, +lengthBytes). @throws CowcatcherError IO or NO_SPACE with the guest offset. */
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   /** The range reads as zeroes afterwards. Costs nothing where it does already. */

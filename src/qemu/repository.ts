@@ -95,8 +95,7 @@ export class GuestSession {
       target: new RepositoryTarget(disk, "side-by-side"),
       chain,
       decided,
-      dirtyOf: (runs: DirtyRuns) =>
-        "index" in basis ? byChunks(runs, basis.isThere, disk.chunkBytes, disk.sizeBytes) : runs,
+      dirtyOf: (runs: DirtyRuns) => ("index" in basis ? byChunks(runs, basis.isThere, disk) : runs),
     };
   }
 

@@ -4,7 +4,13 @@ import { createHash, randomBytes } from "node:crypto";
 import { CowcatcherError } from "../errors.js";
 import type { BackupAddress } from "./address.js";
 import { type ChunkCompression, ChunkEncoder } from "./format/chunk.js";
-import { decodeConfig, encodeConfig, MAX_CONFIG_BYTES, type RepositoryConfig } from "./format/config.js";
+import {
+  decodeConfig,
+  encodeConfig,
+  FORMAT_VERSION,
+  MAX_CONFIG_BYTES,
+  type RepositoryConfig,
+} from "./format/config.js";
 import { damagedError, keyError } from "./format/errors.js";
 import { decodeIndex, type DiskIndex, MAX_INDEX_BYTES } from "./format/index.js";
 import { type KeyInfo, type KeySource, wrapMaster } from "./format/keys.js";
@@ -82,6 +88,7 @@ export class Repository {
     const master = key === undefined ? null : randomBytes(MASTER_BYTES);
     const secrets = new Secrets({ repositoryId: id, master });
     const config: RepositoryConfig = {
+      version: FORMAT_VERSION,
       id,
       created: new Date().toISOString(),
       chunkBytes,

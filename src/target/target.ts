@@ -4,6 +4,7 @@
 
 import type { RbdHandle, SourceDescription } from "../block/device.js";
 import type { ImageFormat } from "../block/format.js";
+import type { PatchingDescription } from "../repository/backup/disk-chunks.js";
 import type { ChunkWriterDescription } from "../repository/backup/chunk-writer.js";
 import type { SourceAccess } from "./file/attributes.js";
 import type { Compression } from "../image/qcow2/format/compression.js";
@@ -157,9 +158,10 @@ export interface RepositoryTargetDescription {
   name: string;
   sizeBytes: number;
   chunkBytes: number;
-  /** 32 bytes a chunk: its id, or zeroes for a hole; and a byte: whether it is known (repository/backup/session.ts). */
+  /** 32 bytes a chunk: its id, or zeroes for a hole; and a byte: where it stands (repository/backup/disk-chunks.ts). */
   ids: SharedArrayBuffer;
   states: SharedArrayBuffer;
+  patching: PatchingDescription | null;
   writer: ChunkWriterDescription;
   /** Answers take their time whatever the processor does. */
   isRemote: boolean;

@@ -87,10 +87,19 @@ describe("without this program", () => {
     const repo = path("repo");
     expect((await cowcatcher(["repo", "init", repo, "--chunk-size", "1M"])).code).toBe(0);
     const made = await cowcatcher(["backup", path("disk.img"), "--repo", repo, "--group", "vm1", "--json"]);
-    const { t0: time } = JSON.parse(made.stdout.trim().split("\n").at(-1) ?? "") as { t0: string };
+    const { t0: first } = JSON.parse(made.stdout.trim().split("\n").at(-1) ?? "") as { t0: string };
+    const before = Buffer.from(content);
+    // One chunk becomes a patch, one that was a hole a whole chunk.
+    content[3 * MiB + 5] ^= 1;
+    content[content.length - 1] ^= 1;
+    fs.writeFileSync(path("disk.img"), content);
+    const again = await cowcatcher(["backup", path("disk.img"), "--repo", repo, "--group", "vm1", "--json"]);
+    const { t0: time } = JSON.parse(again.stdout.trim().split("\n").at(-1) ?? "") as { t0: string };
     const script = "docs/read-repository.py";
     const listed = await run("python3", [script, repo]);
-    expect(listed.stdout.trim()).toBe(`vm1 ${time} disk`);
+    expect(listed.stdout.trim()).toBe(`vm1 ${first} disk\nvm1 ${time} disk`);
+    await run("python3", [script, repo, "vm1", first, "disk", path("out.img")]);
+    expect(fs.readFileSync(path("out.img")).equals(before)).toBe(true);
     const read = await run("python3", [script, repo, "vm1", time, "disk", path("out.img")]);
     expect(read, read.stderr).toMatchObject({ code: 0 });
     expect(fs.readFileSync(path("out.img")).equals(content)).toBe(true);

@@ -24,6 +24,8 @@ export interface Basis {
   readonly held?: Following | undefined;
   /** What is copied, where that is not just what `changes` knows. */
   readonly dirty?: DirtyRuns | undefined;
+  /** Whoever goes by `dirty` is to know what has come to `changes` by T0, too. */
+  readonly noteLate?: ((late: Bits) => void) | undefined;
   /** The name under which T0 is remembered though nobody asked for it: without it the backup is as good. */
   readonly checkpoint?: string | undefined;
 }

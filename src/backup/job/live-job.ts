@@ -210,7 +210,11 @@ export class LiveJob extends JobState implements HostedJob {
     const { node, tracker } = this.parts;
     if (tracker !== undefined && this.#needsEpoch) this.#epoch = tracker.freeze();
     const { changes, held } = this.#basis;
-    if (changes !== undefined) markLate(this.#run.shared, changes.late());
+    if (changes !== undefined) {
+      const late = changes.late();
+      markLate(this.#run.shared, late);
+      this.#basis.noteLate?.(late);
+    }
     const { bitmapUse } = this.options;
     if (bitmapUse !== undefined && held !== undefined && tracker !== undefined && this.#epoch !== null) {
       this.#bitmapEnd = new BitmapEnd({ use: bitmapUse, tracker, epoch: this.#epoch, held, t0Ms });

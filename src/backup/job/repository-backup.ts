@@ -4,6 +4,8 @@
 import type { Image } from "../../block/device.js";
 import type { ImageFormat } from "../../block/format.js";
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
+import { DirtyBlocks } from "../../repository/backup/dirty-blocks.js";
+import type { PatchingDescription } from "../../repository/backup/disk-chunks.js";
 import { BackupSession, type SessionDisk, takeable } from "../../repository/backup/session.js";
 import type { BackupLevel } from "../../repository/format/manifest.js";
 import type { KeySource } from "../../repository/format/keys.js";
@@ -178,7 +180,7 @@ export function decideLevel(
   return {
     level: "incremental",
     reason: `what has changed since ${basis.time}`,
-    dirty: byChunks(runs, basis.isThere, disk.chunkBytes, sizeBytes),
+    dirty: byChunks(runs, basis.isThere, { ...disk, sizeBytes }),
   };
 }
 
@@ -200,22 +202,42 @@ export function notIncremental(object: string, reason: string): CowcatcherError 
   return new CowcatcherError({ code: "NO_BASIS", object, problem, hint: AUTO_HINT });
 }
 
-/** A chunk is dirty if a byte of it is, or if the store has lost it: then the disk heals it. */
+export interface ChunkedDisk {
+  chunkBytes: number;
+  sizeBytes: number;
+  patching: Pick<PatchingDescription, "dirty"> | null;
+}
+
+/**
+ * A chunk is dirty if a byte of it is, or if the store has lost it: then the disk heals it. Which of a chunk's blocks are
+ * dirty is noted for those who store it.
+ */
 export function byChunks(
   runs: DirtyRuns,
   isThere: (chunk: number) => boolean,
-  chunkBytes: number,
-  sizeBytes: number,
+  { chunkBytes, sizeBytes, patching }: ChunkedDisk,
 ): DirtyRuns {
+  const blocks = patching === null ? undefined : new DirtyBlocks(patching.dirty, chunkBytes);
+  blocks?.setKnown();
   const isDirty = (chunk: number): boolean => {
-    if (!isThere(chunk)) return true;
-    const end = Math.min((chunk + 1) * chunkBytes, sizeBytes);
-    for (let at = chunk * chunkBytes; at < end;) {
+    const start = chunk * chunkBytes;
+    const end = Math.min(start + chunkBytes, sizeBytes);
+    if (!isThere(chunk)) {
+      // All of it is stored anew.
+      blocks?.note(start, end - start);
+      return true;
+    }
+    let dirty = false;
+    for (let at = start; at < end;) {
       const run = runs(at, end - at);
-      if (run.dirty) return true;
+      if (run.dirty) {
+        dirty = true;
+        if (blocks === undefined) break;
+        blocks.note(at, run.lengthBytes);
+      }
       at += run.lengthBytes;
     }
-    return false;
+    return dirty;
   };
   return (offsetBytes, lengthBytes) => {
     const end = offsetBytes + lengthBytes;

@@ -11,6 +11,8 @@ import type { BitmapAction } from "../host.js";
 import type { LevelChoice } from "../options.js";
 import type { BegunSession } from "../storage/protocol.js";
 import { type Basis, noBasis } from "./basis.js";
+import { DirtyBlocks } from "../../repository/backup/dirty-blocks.js";
+import type { PatchingDescription } from "../../repository/backup/disk-chunks.js";
 import { byChunks } from "./repository-backup.js";
 
 export interface BasisRequest {
@@ -20,6 +22,8 @@ export interface BasisRequest {
   sizeBytes: number;
   /** As in MadeSessionDisk. */
   takeable: Uint8Array | null;
+  /** Of the target's description. */
+  patching: PatchingDescription | null;
 }
 
 /** The checkpoint's name in the tracking. */
@@ -33,7 +37,7 @@ export async function repositoryBasis(
   { repositoryId, chunkBytes, parent }: BegunSession,
   tracker: DiskTracker | undefined,
 ): Promise<Basis> {
-  const { disk, level, group, sizeBytes, takeable } = request;
+  const { disk, level, group, sizeBytes, takeable, patching } = request;
   const isTracked = tracker?.state.state === "tracking";
   const checkpoint = isTracked ? repositoryCheckpoint(repositoryId, group) : undefined;
   const full = (bitmapAction: BitmapAction, reason: string): Basis => {
@@ -61,11 +65,17 @@ export async function repositoryBasis(
   const dirty = byChunks(
     (at, count) => changes.known.run(at, count),
     (chunk) => takeable[chunk] === 1,
-    chunkBytes,
-    sizeBytes,
+    { chunkBytes, sizeBytes, patching },
   );
   const reason = `what has changed since ${parent.time}`;
-  return { info: { level: "incremental", bitmapAction: "used", reason }, changes, dirty, checkpoint };
+  const blocks = patching === null ? undefined : new DirtyBlocks(patching.dirty, chunkBytes);
+  return {
+    info: { level: "incremental", bitmapAction: "used", reason },
+    changes,
+    dirty,
+    checkpoint,
+    noteLate: (late) => blocks?.noteRuns((at, count) => late.run(at, count), 0, sizeBytes),
+  };
 }
 
 function lossOf(tracker: DiskTracker): string {

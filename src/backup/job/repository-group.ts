@@ -6,6 +6,7 @@
 // The session lives on a storage thread of its own (storage/sessions.ts): nothing here waits for the store but promises.
 
 import { nowNs } from "../../repository/backup/clock.js";
+import type { PatchingDescription } from "../../repository/backup/disk-chunks.js";
 import { CNT_NEW_BYTES, CNT_NEW_CHUNKS, CNT_READ_BYTES } from "../../repository/backup/chunk-writer.js";
 import type { DiskTracker } from "../../tracking/tracker.js";
 import type { Target } from "../../target/target.js";
@@ -55,7 +56,14 @@ export class RepositoryGroup {
     const made = hand.call("addSessionDisk", { session: begun.id, disk, sizeBytes, format });
     const { takeable, ...target } = await orAborted(made, signal);
     const basis = await repositoryBasis(
-      { disk, level, group: this.#place.group, sizeBytes, takeable },
+      {
+        disk,
+        level,
+        group: this.#place.group,
+        sizeBytes,
+        takeable,
+        patching: patchingOf(target.description),
+      },
       begun,
       tracker,
     );
@@ -144,6 +152,10 @@ export class RepositoryGroup {
       this.#hand?.release();
     }
   }
+}
+
+function patchingOf(description: Target["description"]): PatchingDescription | null {
+  return description.format === "repository" ? description.patching : null;
 }
 
 /** By disk: the group of each request that goes into a repository. */

@@ -3,7 +3,14 @@
 import { toCowcatcherError } from "../../errors.js";
 import type { DiskIndex } from "../format/index.js";
 import type { Manifest } from "../format/manifest.js";
-import { type BackupName, CHUNKS_PREFIX, isHole, parseChunkName } from "../format/names.js";
+import {
+  type BackupName,
+  chunkName,
+  CHUNKS_PREFIX,
+  DAMAGED_PREFIX,
+  isHole,
+  parseChunkName,
+} from "../format/names.js";
 import { ID_BYTES } from "../format/secrets.js";
 import type { Repository } from "../repository.js";
 import { Claimer, type Condemned } from "../work/claims.js";
@@ -31,7 +38,7 @@ export async function readParent(repository: Repository, last: BackupName): Prom
 
 export function chunksOf({ indexes }: Parent): number {
   let count = 0;
-  for (const { ids } of indexes.values()) count += ids.length / ID_BYTES;
+  for (const { ids, patches } of indexes.values()) count += ids.length / ID_BYTES + patches.count;
   return count;
 }
 
@@ -43,7 +50,8 @@ export async function addKnown(
   run: string,
 ): Promise<void> {
   const wanted = new IdSet();
-  for (const { ids } of parent.indexes.values()) {
+  for (const { ids, patches } of parent.indexes.values()) {
+    for (const base of patches.bases()) wanted.add(base);
     for (let chunk = 0; chunk * ID_BYTES < ids.length; chunk++)
       if (!isHole(ids, chunk)) wanted.add(ids, chunk * ID_BYTES);
   }
@@ -54,6 +62,19 @@ export async function addKnown(
       const chunk = parseChunkName(name);
       if (chunk === undefined || !wanted.has(chunk.id)) continue;
       if (!condemned.isCondemned(chunk.id, chunk.generation)) known.add(chunk.id);
+    }
+  }
+}
+
+/**
+ * Chunks that verify has found to be missing or bad, and that are not there again: whoever has the content of one stores it
+ * whole, which heals the backups that refer to it.
+ */
+export async function addWanted(wanted: SharedIdSet, { store }: Repository): Promise<void> {
+  for await (const batch of store.list(DAMAGED_PREFIX)) {
+    for (const { name } of batch) {
+      const chunk = parseChunkName(name.replace(DAMAGED_PREFIX, CHUNKS_PREFIX));
+      if (chunk !== undefined && (await store.head(chunkName(chunk.id))) === undefined) wanted.add(chunk.id);
     }
   }
 }

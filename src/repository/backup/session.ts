@@ -9,7 +9,7 @@
 import { createHash } from "node:crypto";
 import { hostname } from "node:os";
 import { CowcatcherError, toCowcatcherError } from "../../errors.js";
-import { checkDiskSize, chunkCountOf, type DiskIndex, encodeIndex } from "../format/index.js";
+import { checkDiskSize, chunkCountOf, type ChunkMap, type DiskIndex, encodeIndex } from "../format/index.js";
 import { type BackupLevel, encodeManifest, type Manifest, type ManifestDisk } from "../format/manifest.js";
 import { sealMetadata } from "../format/metadata.js";
 import {
@@ -24,13 +24,16 @@ import {
   isHole,
   manifestName,
 } from "../format/names.js";
+import { PATCH_RECORD_BYTES, patchOfRecord, PatchTable } from "../format/patch-table.js";
 import { ID_BYTES } from "../format/secrets.js";
 import type { Repository } from "../repository.js";
 import { isRevoked, putDraft } from "../work/condemned.js";
 import { SharedIdSet } from "../work/id-set.js";
 import { Run } from "../work/runs.js";
 import { nowNs } from "./clock.js";
-import { addKnown, chunksOf, type Parent, readParent } from "./parent.js";
+import { dirtyBlocksMemory } from "./dirty-blocks.js";
+import { CHUNK_DONE, CHUNK_PENDING, type PatchingDescription } from "./disk-chunks.js";
+import { addKnown, addWanted, chunksOf, type Parent, readParent } from "./parent.js";
 import {
   type ChunkWriterDescription,
   CNT_NEW_BYTES,
@@ -52,14 +55,12 @@ export interface SessionRequest {
   heartbeatMs?: number | undefined;
 }
 
-/** Where a chunk of a disk stands: not seen yet, or its id is in place (zeroes for a hole). */
-export const CHUNK_PENDING = 0;
-export const CHUNK_DONE = 1;
-
 /** Of a process's sessions: no two backups that it begins within one tick of the clock have the same time. */
 let lastTimeNs = 0n;
 const SAME_TIME_NS = 1_000_000n;
 const MAX_KNOWN = 2 ** 23;
+/** With more damage than that the rest is healed by the backups after the next. */
+const MAX_WANTED = 2 ** 10;
 
 export class BackupSession {
   readonly repository: Repository;
@@ -67,6 +68,7 @@ export class BackupSession {
   readonly #request: SessionRequest;
   readonly #run: Run;
   readonly #known: SharedIdSet;
+  readonly #wanted: SharedIdSet;
   readonly #disks: SessionDisk[] = [];
   readonly #finished: ManifestDisk[] = [];
   /** What this session has put under groups/, or may have. */
@@ -92,7 +94,9 @@ export class BackupSession {
     lastTime: string | undefined,
     parent: Parent | null,
     known: SharedIdSet,
+    wanted: SharedIdSet,
   ) {
+    this.#wanted = wanted;
     this.#lastTime = lastTime;
     this.repository = repository;
     this.parent = parent;
@@ -116,8 +120,12 @@ export class BackupSession {
       const parentChunks = parent === null ? 0 : chunksOf(parent);
       const own = chunkCountOf(request.totalBytes, config.chunkBytes);
       const known = SharedIdSet.create(Math.min(MAX_KNOWN, own + parentChunks));
-      if (parent !== null) await addKnown(known, parent, repository, run.id);
-      return new BackupSession(repository, request, run, last?.time, parent, known);
+      const wanted = SharedIdSet.create(MAX_WANTED);
+      if (parent !== null) {
+        await addKnown(known, parent, repository, run.id);
+        await addWanted(wanted, repository);
+      }
+      return new BackupSession(repository, request, run, last?.time, parent, known, wanted);
     } catch (error) {
       await run.end().catch(() => {});
       throw error;
@@ -181,6 +189,7 @@ export class BackupSession {
       compression: config.compression,
       run: this.#run.id,
       known: this.#known.buffers,
+      wanted: this.#wanted.buffers,
       counters,
     };
   }
@@ -189,11 +198,8 @@ export class BackupSession {
   async putIndex(disk: SessionDisk): Promise<void> {
     this.#throwIfFailed();
     const { store, secrets } = this.repository;
-    const content = encodeIndex({
-      sizeBytes: disk.sizeBytes,
-      chunkBytes: disk.chunkBytes,
-      ids: disk.takeIds(),
-    });
+    const { sizeBytes, chunkBytes } = disk;
+    const content = encodeIndex({ sizeBytes, chunkBytes, ...disk.takeMap() });
     const { backup } = this;
     if (!this.#hasDraft) {
       this.#hasDraft = true;
@@ -306,10 +312,12 @@ export class BackupSession {
 /** One disk of a session. */
 export class SessionDisk {
   readonly ids: SharedArrayBuffer;
-  /** One byte a chunk: CHUNK_PENDING or CHUNK_DONE. */
+  /** One byte a chunk: CHUNK_PENDING, CHUNK_DONE or CHUNK_PATCHED. */
   readonly states: SharedArrayBuffer;
   readonly counters = new SharedArrayBuffer(COUNTER_WORDS * 8);
   readonly chunkCount: number;
+  /** Null where chunks are stored whole: nothing to build on, or a repository of version 1. */
+  readonly patching: PatchingDescription | null;
   #parentIndex: DiskIndex | undefined;
 
   constructor(
@@ -322,6 +330,20 @@ export class SessionDisk {
     this.chunkCount = chunkCountOf(sizeBytes, chunkBytes);
     this.ids = new SharedArrayBuffer(Math.max(1, this.chunkCount * ID_BYTES));
     this.states = new SharedArrayBuffer(Math.max(1, this.chunkCount));
+    this.patching = this.#describePatching();
+  }
+
+  #describePatching(): PatchingDescription | null {
+    const { repository } = this.session;
+    const index = takeable(this.session, this)?.index;
+    if (index === undefined || repository.config.version === 1) return null;
+    return {
+      parentIds: sharedCopy(index.ids),
+      parentPatches: sharedCopy(index.patches.bytes),
+      records: new SharedArrayBuffer(this.chunkCount * PATCH_RECORD_BYTES),
+      dirty: dirtyBlocksMemory(this.chunkCount),
+      comparesBases: repository.storeDescription.kind === "folder",
+    };
   }
 
   /** Chunks that nobody has written are those of the parent's disk: only what changed is read. */
@@ -338,17 +360,27 @@ export class SessionDisk {
     };
   }
 
-  /** The finished list. @throws CowcatcherError INTERNAL where a chunk was passed over. */
-  takeIds(): Uint8Array {
+  /** The finished lists. @throws CowcatcherError INTERNAL where a chunk was passed over. */
+  takeMap(): ChunkMap {
     const ids = new Uint8Array(this.ids, 0, this.chunkCount * ID_BYTES);
     const states = new Uint8Array(this.states, 0, this.chunkCount);
+    const records = this.patching === null ? undefined : new Uint8Array(this.patching.records);
+    const patches: { chunk: number; record: Uint8Array }[] = [];
     for (let chunk = 0; chunk < this.chunkCount; chunk++) {
       if (states[chunk] === CHUNK_DONE) continue;
-      const old = this.#parentIndex?.ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES);
-      if (old === undefined) throw gapError(this.name, chunk * this.chunkBytes);
-      ids.set(old, chunk * ID_BYTES);
+      let record: Uint8Array | undefined = records?.subarray(
+        chunk * PATCH_RECORD_BYTES,
+        (chunk + 1) * PATCH_RECORD_BYTES,
+      );
+      if (states[chunk] === CHUNK_PENDING) {
+        const old = this.#parentIndex?.ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES);
+        if (old === undefined) throw gapError(this.name, chunk * this.chunkBytes);
+        ids.set(old, chunk * ID_BYTES);
+        record = this.#parentIndex?.patches.find(chunk);
+      }
+      if (record !== undefined) patches.push({ chunk, record });
     }
-    return ids;
+    return { ids, patches: PatchTable.from(patches) };
   }
 
   manifestEntry(indexSum: string): ManifestDisk {
@@ -379,7 +411,19 @@ export function takeable(
   if (index === undefined || index.sizeBytes !== disk.sizeBytes || index.chunkBytes !== disk.chunkBytes)
     return undefined;
   const known = new SharedIdSet(session.writerDescription(disk.counters).known);
-  return { index, isThere: (chunk) => isHole(index.ids, chunk) || known.has(index.ids, chunk * ID_BYTES) };
+  const isThere = (chunk: number): boolean => {
+    if (isHole(index.ids, chunk)) return true;
+    const record = index.patches.find(chunk);
+    const isBaseThere = record === undefined || known.has(patchOfRecord(record).base);
+    return isBaseThere && known.has(index.ids, chunk * ID_BYTES);
+  };
+  return { index, isThere };
+}
+
+function sharedCopy(bytes: Uint8Array): SharedArrayBuffer {
+  const memory = new SharedArrayBuffer(bytes.length);
+  new Uint8Array(memory).set(bytes);
+  return memory;
 }
 
 function gapError(disk: string, offsetBytes: number): CowcatcherError {

@@ -1,7 +1,7 @@
 // A chunk as an object: a header, and the content, compressed and encrypted as the repository has it.
 //
 //   offset  bytes
-//        0      8  magic "cwchunk1"
+//        0      8  magic "cwchunk1"; of a patch (patch.ts) "cwpatch1"
 //        8      1  encryption: 0 none, 1 AES-256-GCM
 //        9      7  0
 //       16     12  nonce; 0 without encryption
@@ -21,6 +21,8 @@
 // The zeroes: how well each chunk compresses, to the byte, would be a fingerprint by which somebody who sees two stores
 // could tell that they hold the same disk. In steps of 64 KiB most chunks look alike.
 //
+// A patch is stored in the same way, as if it were the chunk; its id is another hash, so that none passes for a chunk.
+//
 // A codec belongs to one thread, and one call at a time: it keeps its compressor and its buffer. Memory: the chunk size.
 
 import { Compressor } from "../../image/qcow2/format/compress.js";
@@ -28,9 +30,13 @@ import { Decompressor } from "../../image/qcow2/format/decompress.js";
 import { messageOf } from "../../errors.js";
 import { KiB, roundUp } from "../../units.js";
 import { damagedError } from "./errors.js";
+import { blockBytesOf, isPatch, maxPatchBytes } from "./patch.js";
 import { decryptInPlace, encryptInPlace, NONCE_BYTES, newNonce, type Secrets, TAG_BYTES } from "./secrets.js";
 
-const MAGIC = Buffer.from("cwchunk1");
+/** What an object holds. */
+export type ChunkKind = "chunk" | "patch";
+const MAGIC = { chunk: Buffer.from("cwchunk1"), patch: Buffer.from("cwpatch1") } as const;
+const MAGIC_BYTES = 8;
 const ENCRYPTION_AT = 8;
 const NONCE_AT = 16;
 export const CHUNK_HEADER_BYTES = 32;
@@ -65,12 +71,12 @@ export class ChunkEncoder {
    * The object for this content, which is 1 to chunkBytes long.
    * @returns memory of the encoder, valid until its next call.
    */
-  encode(id: Uint8Array, content: Uint8Array): Uint8Array {
+  encode(id: Uint8Array, content: Uint8Array, kind: ChunkKind = "chunk"): Uint8Array {
     const object = this.#object;
     const key = this.#secrets.keyOfChunk(id);
     const bodyEnd = this.#fillBody(content, key !== null);
     object.fill(0, 0, CHUNK_HEADER_BYTES);
-    MAGIC.copy(object);
+    MAGIC[kind].copy(object);
     if (key === null) return object.subarray(0, bodyEnd);
     object[ENCRYPTION_AT] = 1;
     const nonce = newNonce();
@@ -122,39 +128,77 @@ export class ChunkDecoder {
   }
 
   #ownMemory(): Buffer {
-    return (this.#content ??= Buffer.allocUnsafeSlow(this.#chunkBytes));
+    const bytes = Math.max(this.#chunkBytes, maxPatchBytes(this.#chunkBytes));
+    return (this.#content ??= Buffer.allocUnsafeSlow(bytes));
   }
 
   /**
    * The content of the object that stands under this id, checked against it.
+   * @param kind what it has to be
    * @param object is overwritten
    * @param into where the content goes; undefined: memory of the decoder, valid until its next call
    * @throws CowcatcherError FORMAT where a single bit is not as it was written, or the content does not fit `into`.
    */
-  decode(objectName: string, id: Uint8Array, object: Buffer, into?: Uint8Array): Uint8Array {
+  decode(
+    objectName: string,
+    id: Uint8Array,
+    object: Buffer,
+    into?: Uint8Array,
+    kind: ChunkKind = "chunk",
+  ): Buffer {
     const fail = (problem: string): never => {
       throw damagedError(this.#storeName, objectName, problem);
     };
-    const body = this.#openBody(id, object, fail);
+    const body = this.#openBody(id, object, kind, fail);
     const contentBytes = body.readUInt32LE(4);
     const storedBytes = body.readUInt32LE(8);
     const data = body.subarray(BODY_HEADER_BYTES, BODY_HEADER_BYTES + storedBytes);
-    if (contentBytes === 0 || contentBytes > this.#chunkBytes)
-      fail(`it claims ${contentBytes} bytes of content`);
+    const maxBytes = kind === "chunk" ? this.#chunkBytes : maxPatchBytes(this.#chunkBytes);
+    if (contentBytes === 0 || contentBytes > maxBytes) fail(`it claims ${contentBytes} bytes of content`);
     if (into !== undefined && into.length !== contentBytes) {
       fail(`it has ${contentBytes} bytes of content where the disk has ${into.length}`);
     }
-    const content = into ?? this.#ownMemory().subarray(0, contentBytes);
+    const content =
+      into === undefined
+        ? this.#ownMemory().subarray(0, contentBytes)
+        : Buffer.from(into.buffer, into.byteOffset, into.length);
     this.#unpack(body[0], data, content, fail);
-    if (!this.#secrets.chunkId(content).equals(id)) fail("its content has another id");
+    const found = kind === "chunk" ? this.#secrets.chunkId(content) : this.#secrets.patchId(content);
+    if (!found.equals(id)) fail("its content has another id");
+    if (kind === "patch" && !isPatch(content, blockBytesOf(this.#chunkBytes))) fail("it is no patch");
     return content;
   }
 
-  #openBody(id: Uint8Array, object: Buffer, fail: (problem: string) => never): Buffer {
+  /**
+   * As decode, without the look whether the content has this id: where it has not, whoever reads it finds out.
+   * @returns a part of `object`, or memory of the decoder
+   */
+  peek(objectName: string, id: Uint8Array, object: Buffer): Buffer {
+    const fail = (problem: string): never => {
+      throw damagedError(this.#storeName, objectName, problem);
+    };
+    const body = this.#openBody(id, object, "chunk", fail);
+    const contentBytes = body.readUInt32LE(4);
+    const data = body.subarray(BODY_HEADER_BYTES, BODY_HEADER_BYTES + body.readUInt32LE(8));
+    if (contentBytes === 0 || contentBytes > this.#chunkBytes)
+      fail(`it claims ${contentBytes} bytes of content`);
+    if (body[0] === PLAIN && data.length === contentBytes) return data;
+    const content = this.#ownMemory().subarray(0, contentBytes);
+    this.#unpack(body[0], data, content, fail);
+    return content;
+  }
+
+  /** Checks an object of either kind. @throws as decode */
+  check(objectName: string, id: Uint8Array, object: Buffer): void {
+    const isPatchObject = object.subarray(0, MAGIC_BYTES).equals(MAGIC.patch);
+    this.decode(objectName, id, object, undefined, isPatchObject ? "patch" : "chunk");
+  }
+
+  #openBody(id: Uint8Array, object: Buffer, kind: ChunkKind, fail: (problem: string) => never): Buffer {
     const header = object.subarray(0, CHUNK_HEADER_BYTES);
     if (object.length < CHUNK_HEADER_BYTES + BODY_HEADER_BYTES)
       return fail(`it is ${object.length} bytes long`);
-    if (!header.subarray(0, 8).equals(MAGIC)) return fail("it does not begin like a chunk");
+    if (!header.subarray(0, MAGIC_BYTES).equals(MAGIC[kind])) return fail(`it does not begin like a ${kind}`);
     const key = this.#secrets.keyOfChunk(id);
     if (header[ENCRYPTION_AT] !== (key === null ? 0 : 1))
       return fail("its encryption is not the repository's");

@@ -1,8 +1,10 @@
 // The repository's `config`: two or three lines of text, written once at `repo init`, the last thing there.
 //
-//   {"version":1,"id":"32 hex digits","created":"…","chunk_bytes":4194304,"compression":"zstd:1","encryption":"aes-256-gcm"}
+//   {"version":2,"id":"32 hex digits","created":"…","chunk_bytes":4194304,"compression":"zstd:1","encryption":"aes-256-gcm"}
 //   sha256 HEX          of the first line
 //   hmac-sha256 HEX     of the first line with the config key: only with encryption
+//
+// Version 1 knows no patches (patch.ts); such a repository is read and written as ever, without them.
 //
 // The last line keeps a store from turning encryption off, or from passing another repository for this one.
 
@@ -21,9 +23,12 @@ export const DEFAULT_CHUNK_BYTES = 4 * MiB;
 /** Of zstd. Incompressible data passes at memory speed, and level 3 costs half again as much time for 2 % less. */
 export const DEFAULT_COMPRESSION: ChunkCompression = { type: "zstd", level: 1 };
 export const MAX_CONFIG_BYTES = 64 * 1024;
-const VERSION = 1;
+/** Of new repositories. */
+export const FORMAT_VERSION = 2;
+export type FormatVersion = 1 | 2;
 
 export interface RepositoryConfig {
+  version: FormatVersion;
   id: string;
   created: string;
   chunkBytes: number;
@@ -32,9 +37,9 @@ export interface RepositoryConfig {
 }
 
 export function encodeConfig(config: RepositoryConfig, secrets: Secrets): Buffer {
-  const { id, created, chunkBytes, compression, encryption } = config;
+  const { version, id, created, chunkBytes, compression, encryption } = config;
   const text = textWithSum({
-    version: VERSION,
+    version,
     id,
     created,
     chunk_bytes: chunkBytes,
@@ -57,11 +62,12 @@ export function decodeConfig(storeName: string, object: Buffer): ReadConfig {
   const fail = (problem: string): never => {
     throw damagedError(storeName, CONFIG_NAME, problem);
   };
-  if (json["version"] !== VERSION) {
+  const { version } = json;
+  if (version !== 1 && version !== 2) {
     throw new CowcatcherError({
       code: "UNSUPPORTED",
       object: storeName,
-      problem: `the repository is of version ${String(json["version"])}`,
+      problem: `the repository is of version ${String(version)}`,
       hint: "use the cowcatcher that made it, or a later one",
     });
   }
@@ -71,7 +77,7 @@ export function decodeConfig(storeName: string, object: Buffer): ReadConfig {
     return fail("its chunk size is none");
   if (encryption !== "none" && encryption !== "aes-256-gcm") return fail("its encryption is not known");
   const compression = parseChunkCompression(String(json["compression"]), `${storeName}: ${CONFIG_NAME}`);
-  const config = { id, created: String(created), chunkBytes, compression, encryption } as const;
+  const config = { version, id, created: String(created), chunkBytes, compression, encryption } as const;
   return {
     config,
     isOf: (secrets) => {

@@ -3,6 +3,7 @@
 //   master            32 random bytes, made at `repo init`; wrapped in keys/ID (keys.ts), never stored otherwise
 //   HKDF-SHA-256(master, salt = repository id, info):
 //     "cowcatcher chunk id"     HMAC key of chunk ids
+//     "cowcatcher patch id"     the same of patches (patch.ts)
 //     "cowcatcher chunk"        from which each chunk has a key of its own: HMAC-SHA-256(it, id)
 //     "cowcatcher metadata"     the same for indexes and manifests: HMAC-SHA-256(it, name)
 //     "cowcatcher config"       HMAC key of `config`
@@ -42,6 +43,7 @@ export interface SecretsDescription {
 export class Secrets {
   readonly description: SecretsDescription;
   readonly #chunkIdKey: Buffer | null;
+  readonly #patchIdKey: Buffer | null;
   readonly #chunkKey: Buffer | null;
   readonly #metadataKey: Buffer | null;
   readonly #configKey: Buffer | null;
@@ -56,6 +58,7 @@ export class Secrets {
             hkdfSync("sha256", master, Buffer.from(repositoryId, "hex"), `cowcatcher ${purpose}`, 32),
           );
     this.#chunkIdKey = derive("chunk id");
+    this.#patchIdKey = derive("patch id");
     this.#chunkKey = derive("chunk");
     this.#metadataKey = derive("metadata");
     this.#configKey = derive("config");
@@ -69,6 +72,14 @@ export class Secrets {
   chunkId(content: Uint8Array): Buffer {
     const key = this.#chunkIdKey;
     return (key === null ? createHash("sha256") : createHmac("sha256", key)).update(content).digest();
+  }
+
+  /** The id of a patch with this content (patch.ts). No chunk's content has it for its id but by a search for one. */
+  patchId(patch: Uint8Array): Buffer {
+    const key = this.#patchIdKey;
+    return (key === null ? createHash("sha256").update("cowcatcher patch") : createHmac("sha256", key))
+      .update(patch)
+      .digest();
   }
 
   /** Of an object that only the repository's owner can make: null without encryption. */

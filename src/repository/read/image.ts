@@ -14,7 +14,6 @@ import { CowcatcherError } from "../../errors.js";
 import type { DiskIndex } from "../format/index.js";
 import type { Manifest } from "../format/manifest.js";
 import { isHole } from "../format/names.js";
-import { ID_BYTES } from "../format/secrets.js";
 import type { Repository } from "../repository.js";
 import { ChunkReader } from "./chunk-reader.js";
 
@@ -81,10 +80,10 @@ export class RepositoryImage implements Image {
   }
 
   async #load(chunk: number): Promise<Uint8Array> {
-    const { chunkBytes, ids } = this.#index;
+    const { chunkBytes } = this.#index;
     const content = Buffer.allocUnsafeSlow(Math.min(chunkBytes, this.sizeBytes - chunk * chunkBytes));
     try {
-      await this.#reader.read(ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES), content);
+      await this.#reader.readChunk(this.#index, chunk, content);
       return content;
     } catch (error) {
       throw atOffset(error, chunk * chunkBytes);
@@ -113,16 +112,15 @@ export class RepositoryImage implements Image {
   }
 
   freeze(): FrozenSource {
-    const { ids, chunkBytes } = this.#index;
-    const shared = new SharedArrayBuffer(Math.max(1, ids.length));
-    new Uint8Array(shared).set(ids);
+    const { ids, patches, chunkBytes } = this.#index;
     const { storeDescription, secrets } = this.repository;
     const description: RepositorySourceDescription = {
       format: "repository",
       name: this.name,
       sizeBytes: this.sizeBytes,
       chunkBytes,
-      ids: shared,
+      ids: shared(ids),
+      patches: shared(patches.bytes),
       store: storeDescription,
       secrets: secrets.description,
       isRemote: storeDescription.kind === "s3",
@@ -145,6 +143,12 @@ export class RepositoryImage implements Image {
       errno: "EROFS",
     });
   }
+}
+
+function shared(bytes: Uint8Array): SharedArrayBuffer {
+  const memory = new SharedArrayBuffer(bytes.length);
+  new Uint8Array(memory).set(bytes);
+  return memory;
 }
 
 /** The longest run from offsetBytes on of chunks that are all holes, or all are not. */

@@ -2,8 +2,10 @@
 // part keeps the chunk, as its next part is the next read as a rule.
 
 import type { RepositorySourceDescription, SourceReader } from "../../block/device.js";
+import type { ChunkMap } from "../format/index.js";
 import { isHole } from "../format/names.js";
-import { ID_BYTES, Secrets, type SecretsDescription } from "../format/secrets.js";
+import { PatchTable } from "../format/patch-table.js";
+import { Secrets, type SecretsDescription } from "../format/secrets.js";
 import { openStore } from "../store/open-store.js";
 import type { Store, StoreDescription } from "../store/store.js";
 import { ChunkReader } from "./chunk-reader.js";
@@ -15,16 +17,16 @@ const CACHED_CHUNKS = 8;
 export class RepositorySourceReader implements SourceReader {
   readonly sizeBytes: number;
   readonly #chunkBytes: number;
-  readonly #ids: Uint8Array;
+  readonly #map: ChunkMap;
   readonly #store: Store;
   readonly #reader: ChunkReader;
   readonly #cache = new Map<number, Promise<Uint8Array>>();
 
   constructor(description: RepositorySourceDescription) {
-    const { sizeBytes, chunkBytes, ids, store, secrets } = description;
+    const { sizeBytes, chunkBytes, ids, patches, store, secrets } = description;
     this.sizeBytes = sizeBytes;
     this.#chunkBytes = chunkBytes;
-    this.#ids = new Uint8Array(ids);
+    this.#map = { ids: new Uint8Array(ids), patches: new PatchTable(new Uint8Array(patches)) };
     // The descriptions are what RepositoryImage.freeze has put there; the interface below this room knows no more of them.
     this.#store = openStore(store as StoreDescription, true);
     this.#reader = new ChunkReader(this.#store, new Secrets(secrets as SecretsDescription), chunkBytes);
@@ -48,7 +50,7 @@ export class RepositorySourceReader implements SourceReader {
         bufferOffset + (at - offsetBytes),
         bufferOffset + (at - offsetBytes) + count,
       );
-      if (isHole(this.#ids, chunk)) into.fill(0);
+      if (isHole(this.#map.ids, chunk)) into.fill(0);
       else if (count === wholeBytes) await this.#load(chunk, into);
       else into.set((await this.#cached(chunk, wholeBytes)).subarray(from, from + count));
       at += count;
@@ -70,7 +72,7 @@ export class RepositorySourceReader implements SourceReader {
 
   async #load(chunk: number, into: Uint8Array): Promise<Uint8Array> {
     try {
-      await this.#reader.read(this.#ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES), into);
+      await this.#reader.readChunk(this.#map, chunk, into);
       return into;
     } catch (error) {
       throw atOffset(error, chunk * this.#chunkBytes);
@@ -78,7 +80,7 @@ export class RepositorySourceReader implements SourceReader {
   }
 
   extent(offsetBytes: number, lengthBytes: number): { lengthBytes: number; zero: boolean } {
-    return extentOf({ chunkBytes: this.#chunkBytes, ids: this.#ids }, offsetBytes, lengthBytes);
+    return extentOf({ chunkBytes: this.#chunkBytes, ids: this.#map.ids }, offsetBytes, lengthBytes);
   }
 
   close(): void {

@@ -202,10 +202,11 @@ class Prune {
     try {
       const manifest = await repository.readManifest(entry);
       for (const { name } of manifest.disks) {
-        const { ids } = await repository.readIndex(manifest, name);
+        const { ids, patches } = await repository.readIndex(manifest, name);
         for (let at = 0; at < ids.length; at += ID_BYTES) {
           if (this.#inRange(ids[at] ?? 0) && !isHole(ids, at / ID_BYTES)) this.#marks.add(ids, at);
         }
+        for (const base of patches.bases()) if (this.#inRange(base[0] ?? 0)) this.#marks.add(base);
       }
     } catch (error) {
       // Forgotten since it was listed: then nothing of it counts.

@@ -19,6 +19,7 @@ import {
   parseChunkName,
   VERIFIED,
 } from "../format/names.js";
+import { patchOfRecord } from "../format/patch-table.js";
 import { ID_BYTES } from "../format/secrets.js";
 import { ObjectMemory } from "../read/object-memory.js";
 import type { Repository } from "../repository.js";
@@ -57,6 +58,9 @@ export interface VerifyResult {
   /** Of the bad ones those that could be set aside. */
   setAside: number;
 }
+
+/** As many as one backup looks for. */
+const MAX_NOTED_MISSING = 1000;
 
 /** What is wrong with a chunk, by its id in latin1. */
 type Faults = Map<string, string>;
@@ -102,7 +106,8 @@ async function addIds(repository: Repository, backup: BackupName, wanted: IdSet)
     const manifest = await repository.readManifest(backup);
     for (const { name } of manifest.disks) {
       try {
-        const { ids } = await repository.readIndex(manifest, name);
+        const { ids, patches } = await repository.readIndex(manifest, name);
+        for (const base of patches.bases()) wanted.add(base);
         for (let at = 0; at < ids.length; at += ID_BYTES)
           if (!isHole(ids, at / ID_BYTES)) wanted.add(ids, at);
       } catch (error) {
@@ -147,7 +152,7 @@ async function checkChunks(
       try {
         await objects.with(async (memory) => {
           const object = await store.get(name, maxBytes, { memory });
-          decoder.decode(name, chunk.id, object);
+          decoder.check(name, chunk.id, object);
           result.checkedBytes += object.length;
         });
         found.add(chunk.id);
@@ -164,14 +169,30 @@ async function checkChunks(
   if (options.isCancelled?.() === true) return new Map();
   // A chunk of which another object is whole harms nobody, but the bad object goes.
   for (const { id } of bad) if (found.has(id)) faults.delete(keyOf(id));
+  const missing: Uint8Array[] = [];
   for (const id of wanted.values()) {
     if (found.has(id) || faults.has(keyOf(id))) continue;
     faults.set(keyOf(id), `the chunk ${chunkName(id)} is missing`);
     result.missingChunks++;
+    if (missing.length < MAX_NOTED_MISSING) missing.push(Uint8Array.from(id));
   }
   result.badChunks = bad.length;
   if (bad.length > 0) result.setAside = await setAside(repository, bad, options);
+  await noteMissing(repository, missing);
   return faults;
+}
+
+/** So that a backup that has the content of one stores it whole, and not as a patch (backup/parent.ts). */
+async function noteMissing({ store }: Repository, missing: readonly Uint8Array[]): Promise<void> {
+  try {
+    for (const id of missing) {
+      const name = chunkName(id).replace(CHUNKS_PREFIX, DAMAGED_PREFIX);
+      await store.put(name, new Uint8Array(0), { durable: true });
+    }
+    if (missing.length > 0) await store.flush();
+  } catch {
+    // A store that may only be read, or is full.
+  }
 }
 
 /**
@@ -239,7 +260,7 @@ async function isCopiedAside(
   try {
     const object = await store.get(name, maxChunkObjectBytes(config.chunkBytes) * 2);
     try {
-      decoder.decode(name, id, Buffer.from(object));
+      decoder.check(name, id, Buffer.from(object));
       return false;
     } catch {
       await store.put(name.replace(CHUNKS_PREFIX, DAMAGED_PREFIX), object, { durable: true });
@@ -274,10 +295,15 @@ async function faultsOf(repository: Repository, backup: BackupName, faults: Faul
   const problems: string[] = [];
   const manifest = await repository.readManifest(backup);
   for (const { name } of manifest.disks) {
-    const { ids, chunkBytes } = await repository.readIndex(manifest, name);
-    for (let at = 0; at < ids.length; at += ID_BYTES) {
-      const fault = faults.get(keyOf(ids.subarray(at, at + ID_BYTES)));
-      if (fault !== undefined) problems.push(`${name} at offset ${(at / ID_BYTES) * chunkBytes}: ${fault}`);
+    const { ids, patches, chunkBytes } = await repository.readIndex(manifest, name);
+    const note = (chunk: number, id: Uint8Array): void => {
+      const fault = faults.get(keyOf(id));
+      if (fault !== undefined) problems.push(`${name} at offset ${chunk * chunkBytes}: ${fault}`);
+    };
+    for (let chunk = 0; chunk * ID_BYTES < ids.length; chunk++) {
+      note(chunk, ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES));
+      const record = patches.find(chunk);
+      if (record !== undefined) note(chunk, patchOfRecord(record).base);
     }
   }
   return problems;

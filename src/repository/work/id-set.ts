@@ -99,6 +99,10 @@ export class SharedIdSet {
     });
   }
 
+  get size(): number {
+    return Atomics.load(this.#size, 0);
+  }
+
   add(ids: Uint8Array, at = 0): void {
     if (Atomics.load(this.#size, 0) * 3 >= this.#capacity * 2) return;
     let entry = placeOf(ids, at, this.#capacity);

@@ -19,7 +19,7 @@ export class RepositoryTarget implements Target {
   /** @param side disks of the backup are copied one after another, or all at a time */
   constructor(disk: SessionDisk, side: "in-turn" | "side-by-side" = "in-turn") {
     this.commitWaits = side === "side-by-side";
-    const { session, name, sizeBytes, chunkBytes, ids, states, counters } = disk;
+    const { session, name, sizeBytes, chunkBytes, ids, states, patching, counters } = disk;
     const writer = session.writerDescription(counters);
     this.#disk = disk;
     this.name = `${session.repository.name}::${name}`;
@@ -31,6 +31,7 @@ export class RepositoryTarget implements Target {
       chunkBytes,
       ids,
       states,
+      patching,
       writer,
       isRemote: writer.store.kind === "s3",
       direct: false,

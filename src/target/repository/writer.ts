@@ -5,22 +5,33 @@ import { randomBytes } from "node:crypto";
 import type { Completion } from "../../block/device.js";
 import { CowcatcherError } from "../../errors.js";
 import { ChunkWriter } from "../../repository/backup/chunk-writer.js";
-import { CHUNK_DONE } from "../../repository/backup/session.js";
-import { ID_BYTES } from "../../repository/format/secrets.js";
+import { DiskChunks } from "../../repository/backup/disk-chunks.js";
+import { countBlocks, hasBlock } from "../../repository/format/patch.js";
 import type { TargetWriter } from "../../cow/target-writer.js";
 import type { RepositoryTargetDescription } from "../target.js";
 
 export class RepositoryWriter implements TargetWriter {
   readonly #description: RepositoryTargetDescription;
   readonly #chunks: ChunkWriter;
-  readonly #ids: Uint8Array;
-  readonly #states: Uint8Array;
+  readonly #disk: DiskChunks;
 
   constructor(description: RepositoryTargetDescription) {
     this.#description = description;
     this.#chunks = new ChunkWriter(description.writer, `${threadId}${randomBytes(4).toString("hex")}`);
-    this.#ids = new Uint8Array(description.ids);
-    this.#states = new Uint8Array(description.states);
+    this.#disk = new DiskChunks(this.#chunks, description);
+  }
+
+  noteUnneeded(offsetBytes: number, unneeded: Uint8Array, unitBytes: number): number | undefined {
+    const { chunkBytes } = this.#description;
+    // Where a source's clusters are larger than a chunk, each write is several.
+    if (unneeded.length * unitBytes !== chunkBytes) return undefined;
+    const needed = this.#disk.neededBlocks(offsetBytes / chunkBytes);
+    if (needed === undefined) return undefined;
+    const { blocks, blockBytes } = needed;
+    for (let unit = 0; unit < unneeded.length; unit++) {
+      if (!hasBlock(blocks, Math.floor((unit * unitBytes) / blockBytes))) unneeded[unit] = 1;
+    }
+    return countBlocks(blocks) * blockBytes;
   }
 
   async write(
@@ -36,9 +47,7 @@ export class RepositoryWriter implements TargetWriter {
     for (let next = chunk; done < lengthBytes; next++) {
       const count = Math.min(chunkBytes, lengthBytes - done);
       const at = bufferOffset + done;
-      const id = await this.#chunks.write(buffer.subarray(at, at + count));
-      this.#ids.set(id, next * ID_BYTES);
-      this.#states[next] = CHUNK_DONE;
+      await this.#disk.store(next, buffer.subarray(at, at + count));
       done += count;
     }
   }
@@ -46,8 +55,7 @@ export class RepositoryWriter implements TargetWriter {
   writeZeroes(offsetBytes: number, lengthBytes: number): Completion {
     const first = this.#chunkAt(offsetBytes, lengthBytes);
     const end = first + Math.ceil(lengthBytes / this.#description.chunkBytes);
-    this.#ids.fill(0, first * ID_BYTES, end * ID_BYTES);
-    this.#states.fill(CHUNK_DONE, first, end);
+    this.#disk.setHoles(first, end);
     return undefined;
   }
 

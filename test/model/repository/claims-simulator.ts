@@ -2,8 +2,10 @@
 // some are taken for dead while they live. After each step every manifest that counts must have all its chunks.
 import { createHash } from "node:crypto";
 import { inflateSync } from "node:zlib";
-import { BackupSession, CHUNK_DONE } from "../../../src/repository/backup/session.js";
+import { BackupSession, type SessionDisk, takeable } from "../../../src/repository/backup/session.js";
 import { ChunkWriter } from "../../../src/repository/backup/chunk-writer.js";
+import { DirtyBlocks } from "../../../src/repository/backup/dirty-blocks.js";
+import { DiskChunks } from "../../../src/repository/backup/disk-chunks.js";
 import { decodeIndex } from "../../../src/repository/format/index.js";
 import { decodeManifest } from "../../../src/repository/format/manifest.js";
 import {
@@ -22,7 +24,8 @@ import { Random } from "../../support/random.js";
 import { Scheduler, type SimulatedObject, SimulatedStore } from "../../support/repository/simulated-store.js";
 
 const CHUNK_BYTES = 64;
-const CONTENTS = 5;
+const CONTENTS = 6;
+const ALIKE = 3;
 const CHUNKS_PER_DISK = 3;
 const MAX_STEPS = 40_000;
 
@@ -34,6 +37,8 @@ export interface SimulationResult {
   deleted: number;
   /** Chunks that were stored under a later generation. */
   laterGenerations: number;
+  /** Chunks that backups have as patches. */
+  patches: number;
 }
 
 export async function simulate(seed: number): Promise<SimulationResult> {
@@ -49,6 +54,8 @@ class Simulation {
   readonly #references = new Map<string, { run: string; ids: string[] }>();
   /** Who runs under which run id. */
   readonly #actorOfRun = new Map<string, string>();
+  /** By chunk's id, of whatever kind: what a disk has there. */
+  readonly #contents = new Map<string, Buffer>();
   readonly #reported = new Map<string, string>();
   readonly #forgotten = new Set<string>();
   readonly #result: SimulationResult = {
@@ -58,6 +65,7 @@ class Simulation {
     killed: 0,
     deleted: 0,
     laterGenerations: 0,
+    patches: 0,
   };
   #violation: Error | undefined;
   #actorCount = 0;
@@ -95,6 +103,7 @@ class Simulation {
   #repository(actor: string): Repository {
     const store = new SimulatedStore(this.#objects, this.#scheduler, actor, this.#random);
     const config = {
+      version: 2 as const,
       id: "00".repeat(16),
       created: "",
       chunkBytes: CHUNK_BYTES,
@@ -118,11 +127,13 @@ class Simulation {
       const description = session.writerDescription(disk.counters);
       this.#actorOfRun.set(description.run, actor);
       const writer = new ChunkWriter(description, "1", repository.store);
-      const states = new Uint8Array(disk.states);
+      const contents = Array.from({ length: CHUNKS_PER_DISK }, () => contentOf(this.#random.below(CONTENTS)));
+      if (this.#random.chance(0.5)) this.#track(session, disk, contents);
+      const chunks = new DiskChunks(writer, disk);
       const store = async (chunk: number): Promise<void> => {
-        const id = await writer.write(contentOf(this.#random.below(CONTENTS)));
-        new Uint8Array(disk.ids).set(id, chunk * ID_BYTES);
-        states[chunk] = CHUNK_DONE;
+        const content = contents[chunk] ?? Buffer.alloc(0);
+        await chunks.store(chunk, content);
+        this.#contents.set(hexAt(new Uint8Array(disk.ids), chunk), content);
       };
       await Promise.all([store(0), store(1)]);
       await store(2);
@@ -135,6 +146,21 @@ class Simulation {
       if (!(error instanceof Error) || !error.message.includes("taken it for dead")) throw error;
       this.#result.failed++;
     }
+  }
+
+  /** As if something had kept track of what the disk has over the last backup's. */
+  #track(session: BackupSession, disk: SessionDisk, contents: readonly Buffer[]): void {
+    const index = takeable(session, disk)?.index;
+    if (index === undefined || disk.patching === null) return;
+    const dirty = new DirtyBlocks(disk.patching.dirty, CHUNK_BYTES);
+    contents.forEach((content, chunk) => {
+      const before = this.#contents.get(hexAt(index.ids, chunk));
+      if (before === undefined) throw new Error(`seed ${this.seed}: a chunk that nobody has stored`);
+      content.forEach((byte, at) => {
+        if (byte !== before[at]) dirty.note(chunk * CHUNK_BYTES + at, 1);
+      });
+    });
+    dirty.setKnown();
   }
 
   async #prune(actor: string): Promise<void> {
@@ -204,11 +230,10 @@ class Simulation {
     const backup = parseBackupObject(name);
     if (backup === undefined) throw new Error(name);
     const manifest = decodeManifest("", name, this.#open(name), backup);
-    const { ids } = decodeIndex("", "", this.#open(indexName(backup, "disk")));
-    const hex: string[] = [];
-    for (let at = 0; at < ids.length; at += ID_BYTES) {
-      hex.push(Buffer.from(ids.subarray(at, at + ID_BYTES)).toString("hex"));
-    }
+    const { ids, patches } = decodeIndex("", "", this.#open(indexName(backup, "disk")));
+    const hex = [...patches.bases()].map((base) => Buffer.from(base).toString("hex"));
+    this.#result.patches += patches.count;
+    for (let chunk = 0; chunk * ID_BYTES < ids.length; chunk++) hex.push(hexAt(ids, chunk));
     const found = { run: manifest.run, ids: hex };
     this.#references.set(name, found);
     return found;
@@ -248,8 +273,15 @@ class Simulation {
   }
 }
 
+/** Of some the second half is the same, so that one can be stored as a patch of another. */
 function contentOf(index: number): Buffer {
-  return createHash("sha512").update(`content ${index}`).digest();
+  const content = createHash("sha512").update(`content ${index}`).digest();
+  if (index >= ALIKE) return content;
+  return Buffer.concat([content.subarray(0, 4), contentOf(ALIKE).subarray(4)]);
+}
+
+function hexAt(ids: Uint8Array, chunk: number): string {
+  return Buffer.from(ids.subarray(chunk * ID_BYTES, (chunk + 1) * ID_BYTES)).toString("hex");
 }
 
 function openNow(object: Buffer): Buffer {

@@ -8,7 +8,7 @@ describe("claims: backups, prunes and forgets in every order that a seed finds",
     "no backup that counts ever lacks a chunk, and no reported one is ever void",
     { timeout: 600_000 },
     async () => {
-      const sum = { completed: 0, failed: 0, killed: 0, deleted: 0, laterGenerations: 0 };
+      const sum = { completed: 0, failed: 0, killed: 0, deleted: 0, laterGenerations: 0, patches: 0 };
       for (let seed = 1; seed <= SEEDS; seed++) {
         const result = await simulate(seed);
         for (const key of Object.keys(sum) as (keyof typeof sum)[]) sum[key] += result[key];

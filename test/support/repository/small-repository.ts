@@ -1,6 +1,10 @@
 // A repository in a MortalStore, and backups of disks of a few chunks into it, in one thread.
 import { ChunkWriter } from "../../../src/repository/backup/chunk-writer.js";
-import { BackupSession, CHUNK_DONE } from "../../../src/repository/backup/session.js";
+import { DirtyBlocks } from "../../../src/repository/backup/dirty-blocks.js";
+import { DiskChunks } from "../../../src/repository/backup/disk-chunks.js";
+import { BackupSession } from "../../../src/repository/backup/session.js";
+import type { FormatVersion } from "../../../src/repository/format/config.js";
+import { isHole } from "../../../src/repository/format/names.js";
 import { ID_BYTES, Secrets } from "../../../src/repository/format/secrets.js";
 import { ChunkReader } from "../../../src/repository/read/chunk-reader.js";
 import { Repository } from "../../../src/repository/repository.js";
@@ -10,8 +14,9 @@ import type { Store } from "../../../src/repository/store/store.js";
 export const CHUNK_BYTES = 64;
 const ID = "5a".repeat(16);
 
-export function smallRepository(store: Store): Repository {
+export function smallRepository(store: Store, version: FormatVersion = 2): Repository {
   const config = {
+    version,
     id: ID,
     created: "",
     chunkBytes: CHUNK_BYTES,
@@ -22,13 +27,21 @@ export function smallRepository(store: Store): Repository {
   return Repository.assemble({ kind: "folder", name: "memory", path: "" }, store, config, secrets);
 }
 
+export interface BackUpOptions {
+  group?: string;
+  timeNs?: bigint;
+  /** [offset, length] of what has changed since the last backup, where something keeps track; nothing else is looked at. */
+  changes?: readonly (readonly [number, number])[];
+  version?: FormatVersion;
+}
+
 /** @returns its name */
 export async function backUp(
   store: Store,
   chunks: readonly Buffer[],
-  { group = "vm", timeNs }: { group?: string; timeNs?: bigint } = {},
+  { group = "vm", timeNs, changes, version }: BackUpOptions = {},
 ): Promise<{ group: string; time: string }> {
-  const session = await BackupSession.begin(smallRepository(store), {
+  const session = await BackupSession.begin(smallRepository(store, version), {
     group,
     diskCount: 1,
     totalBytes: chunks.length * CHUNK_BYTES,
@@ -39,12 +52,13 @@ export async function backUp(
     session.started(timeNs);
     const disk = session.addDisk("disk", chunks.length * CHUNK_BYTES, "raw");
     const writer = new ChunkWriter(session.writerDescription(disk.counters), "1", store);
-    await Promise.all(
-      chunks.map(async (content, index) => {
-        new Uint8Array(disk.ids).set(await writer.write(content), index * ID_BYTES);
-        new Uint8Array(disk.states)[index] = CHUNK_DONE;
-      }),
-    );
+    const diskChunks = new DiskChunks(writer, disk);
+    if (changes !== undefined && disk.patching !== null) {
+      const dirty = new DirtyBlocks(disk.patching.dirty, CHUNK_BYTES);
+      for (const [offset, length] of changes) dirty.note(offset, length);
+      dirty.setKnown();
+    }
+    await Promise.all(chunks.map((content, index) => diskChunks.store(index, content)));
     await session.putIndex(disk);
     await session.diskDone();
   } catch (error) {
@@ -58,12 +72,15 @@ export async function backUp(
 export async function readBack(store: Store, name: { group: string; time: string }): Promise<Buffer> {
   const repository = smallRepository(store);
   const manifest = await repository.readManifest(name);
-  const { ids, sizeBytes } = await repository.readIndex(manifest, "disk");
+  const index = await repository.readIndex(manifest, "disk");
+  const { ids, sizeBytes } = index;
   const content = Buffer.alloc(sizeBytes);
   const reader = new ChunkReader(store, repository.secrets, CHUNK_BYTES);
   for (let at = 0; at < ids.length; at += ID_BYTES) {
-    const from = (at / ID_BYTES) * CHUNK_BYTES;
-    await reader.read(ids.subarray(at, at + ID_BYTES), content.subarray(from, from + CHUNK_BYTES));
+    const chunk = at / ID_BYTES;
+    if (isHole(ids, chunk)) continue;
+    const from = chunk * CHUNK_BYTES;
+    await reader.readChunk(index, chunk, content.subarray(from, from + CHUNK_BYTES));
   }
   return content;
 }

@@ -11,6 +11,7 @@ import {
   parseBackupObject,
   parseChunkName,
 } from "../../../src/repository/format/names.js";
+import { PatchTable } from "../../../src/repository/format/patch-table.js";
 import { Secrets } from "../../../src/repository/format/secrets.js";
 import { decodeIdList, encodeIdList } from "../../../src/repository/work/id-list.js";
 import { IdSet, SharedIdSet } from "../../../src/repository/work/id-set.js";
@@ -167,7 +168,12 @@ describe.each([
 describe("the index", () => {
   it("comes back, and is refused where its numbers do not fit", () => {
     const ids = randomBytes(3 * 32);
-    const content = encodeIndex({ sizeBytes: 2 * CHUNK_BYTES + 1, chunkBytes: CHUNK_BYTES, ids });
+    const content = encodeIndex({
+      sizeBytes: 2 * CHUNK_BYTES + 1,
+      chunkBytes: CHUNK_BYTES,
+      ids,
+      patches: PatchTable.EMPTY,
+    });
     expect(decodeIndex("store", "x.index", content)).toMatchObject({ sizeBytes: 2 * CHUNK_BYTES + 1 });
     for (const at of [0, 8, 16, 20]) {
       const wrong = Buffer.from(content);
@@ -186,6 +192,7 @@ describe("the configuration", () => {
     created: "2026-11-28T00:00:00.000Z",
     chunkBytes: CHUNK_BYTES,
     compression: { type: "zstd", level: 3 } as const,
+    version: 2 as const,
   };
 
   it("is read without the key, and known to be the key's with it", () => {

@@ -1,6 +1,7 @@
 // A backup that is given up while it is being completed: there is one or there is none, and the store agrees.
 import { expect, it } from "vitest";
-import { BackupSession, CHUNK_DONE } from "../../../src/repository/backup/session.js";
+import { CHUNK_DONE } from "../../../src/repository/backup/disk-chunks.js";
+import { BackupSession } from "../../../src/repository/backup/session.js";
 import { CowcatcherError } from "../../../src/errors.js";
 import { MortalStore, type Objects } from "../../support/repository/mortal-store.js";
 import { CHUNK_BYTES, smallRepository } from "../../support/repository/small-repository.js";
