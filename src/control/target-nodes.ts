@@ -88,11 +88,11 @@ export class TargetNodes {
   remove(name: string, jobs: readonly BackupJob[], exports?: Pick<ExportHost, "isOpened">): void {
     const node = this.#nodes.get(name);
     if (node === undefined) throw genericError(`Failed to find node with node-name='${name}'`);
-    if (exports?.isOpened(name) === true) throw genericError(`Block device ${name} is in use`);
+    if (exports?.isOpened(name) === true) throw genericError(`Node ${name} is in use`);
     const isInUse = jobs.some(
       ({ status, options }) => status !== "concluded" && options.target === node.path,
     );
-    if (isInUse) throw genericError(`Node '${name}' is busy: node is used as target of a backup`);
+    if (isInUse) throw genericError(`Node '${name}' is busy: block device is in use by block job: backup`);
     this.#nodes.delete(name);
   }
 

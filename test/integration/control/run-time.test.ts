@@ -110,7 +110,7 @@ it("a disk joins, is backed up by bitmap, leaves with its clients, and comes bac
   await ask("blockdev-del", { "node-name": "late" });
   await ask("blockdev-add", node);
   await ask("block-export-add", exported);
-  expect(await refusal("blockdev-del", { "node-name": "late" })).toBe("Block device late is in use");
+  expect(await refusal("blockdev-del", { "node-name": "late" })).toBe("Node late is in use");
   await ask("block-dirty-bitmap-add", { node: "late", name: "b" });
   await write("late", "write -P 5 1M 64k", "write -P 6 3M 192k");
   const job = { device: "late", "job-id": "j", target: at("full.qcow2"), sync: "full", speed: 65_536 };
