@@ -43,12 +43,16 @@ const tunings: QemuTuning[] = WORKERS.map((workerCount) => ({
 
 const FLEECING = qemu("fleecing");
 const TUNED = tunings.map((tuning) => qemu("plain", tuning));
-const OURS = [ours("ring"), ours("filter")];
-const CONTESTANTS = [qemu("none"), qemu("plain"), ...TUNED, FLEECING, qemu("pulled"), ...OURS];
+/** As much memory as this project began with, and the default, 256 MiB. */
+const LARGE = { name: "1 GiB of buffer", args: ["--cow-buffer-size", "1G"] };
+const USUAL = { name: "", args: [] };
+const OURS = [ours("ring", LARGE), ours("filter", LARGE)];
+const OURS_USUAL = [ours("ring", USUAL), ours("filter", USUAL)];
+const CONTESTANTS = [qemu("none"), qemu("plain"), ...TUNED, FLEECING, qemu("pulled"), ...OURS, ...OURS_USUAL];
 const RIVALS: Rivals = {
   fleecing: FLEECING.name,
   tuned: TUNED.map(({ name }) => name),
-  ours: OURS.map(({ name }) => name),
+  ours: [...OURS, ...OURS_USUAL].map(({ name }) => name),
 };
 
 const COMMON = { format: "raw", throttle: SLOW_TARGET, direct: false, throughStart: false } as const;

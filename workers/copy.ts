@@ -78,8 +78,8 @@ async function copyAll(
     },
   );
   try {
-    const drainers = laneBuffers(task, shared, chunkBuffer, source).map((buffer) =>
-      drainerOf(task, shared, reader, writer, buffer),
+    const drainers = laneBuffers(task, shared, chunkBuffer, source).map((buffer, lane) =>
+      drainerOf(task, shared, reader, writer, buffer, lane),
     );
     const [only] = drainers;
     if (only !== undefined && drainers.length === 1) await drive(only.run(), shared.control);
@@ -131,7 +131,9 @@ function drainerOf(
   reader: SourceReader,
   writer: TargetWriter,
   chunkBuffer: Uint8Array,
+  lane: number,
 ): Drainer {
+  const { readAhead, workerIndex } = task;
   return new Drainer({
     shared,
     reader,
@@ -141,6 +143,13 @@ function drainerOf(
     hasForeignCaptures: task.hasForeignCaptures,
     spill: task.spill === null ? null : new SpillFile(task.spill, shared.geometry),
     chunkBuffer,
+    ...(readAhead !== null && {
+      readAhead: {
+        ...readAhead,
+        part: workerIndex * MAX_LANES + lane,
+        writeBuffer: keptPages(MAX_LANES + lane, shared.geometry.chunkBytes, task.target.name),
+      },
+    }),
     onSourceError: task.onSourceError,
     onTargetError: task.onTargetError,
     targetRetries: task.targetRetries,

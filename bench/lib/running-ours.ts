@@ -12,11 +12,18 @@ import { diskUsage, startDaemon } from "./qemu.js";
 
 export type Method = "ring" | "filter";
 
-export function ours(method: Method): Contestant {
-  return { name: `cowcatcher, ${method}`, hasBackup: true, start: (setup) => start(setup, method) };
+export interface Tuning {
+  /** For the table. */
+  name: string;
+  args: readonly string[];
 }
 
-async function start(setup: Setup, method: Method): Promise<RunningServer> {
+export function ours(method: Method, tuning: Tuning): Contestant {
+  const name = `cowcatcher, ${method}${tuning.name === "" ? "" : `, ${tuning.name}`}`;
+  return { name, hasBackup: true, start: (setup) => start(setup, method, tuning) };
+}
+
+async function start(setup: Setup, method: Method, tuning: Tuning): Promise<RunningServer> {
   const isFilter = method === "filter";
   const daemon = await startDaemon(setup, isFilter);
   const { child, socket, monitor } = daemon;
@@ -29,6 +36,7 @@ async function start(setup: Setup, method: Method): Promise<RunningServer> {
   const { bytesPerSecond } = setup.throttle;
   const args = [
     ...["--qmp", isFilter ? path : monitor, "--disk", isFilter ? DEVICE : "disk", "--nbd", socket],
+    ...tuning.args,
     ...["--qemu-method", method, "--fleece-dir", fleeceFolder, "--accept-guest-risk", "--progress"],
     ...(bytesPerSecond === undefined ? [] : ["--rate-limit", String(bytesPerSecond)]),
     ...[join(setup.folder, "target.raw"), "-O", "raw"],

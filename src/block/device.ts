@@ -166,6 +166,17 @@ export interface NbdSourceDescription {
   isSnapshot?: boolean | undefined;
   /** Connections stay open until the thread ends: whoever has the export takes it away first. As with isSnapshot. */
   staysOpen?: boolean | undefined;
+  /** Read in the server's place (nbd/client/live-file.ts). */
+  live?: LiveFileDescription | undefined;
+  /** Of a snapshot: from here on nothing is discarded. Undefined: all is. */
+  keptFromBytes?: number | undefined;
+}
+
+/** A disk's file that its server goes on writing to. Descriptors of this process. */
+export interface LiveFileDescription {
+  fd: number;
+  /** Has T0's data of what was overwritten, and holes elsewhere; null: the job's own captures have it. */
+  oldDataFd: number | null;
 }
 
 /** An open RBD image, for every thread of this process (rbd/io.ts). */

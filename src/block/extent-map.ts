@@ -52,6 +52,11 @@ export class ExtentMapBuilder {
   }
 }
 
+/** So much of the disk, from its begin on, the map knows of. */
+export function endOfMap({ runs, runCount }: ExtentMap): number {
+  return Math.floor((new Float64Array(runs, 0, runCount).at(-1) ?? 0) / 2);
+}
+
 /** One thread's cursor over a map. */
 export class ExtentReader {
   readonly #runs: Float64Array;

@@ -59,6 +59,13 @@ export interface ChunkCopyOptions {
   chunkBuffer: Uint8Array;
 }
 
+/** Of one chunk that was read: which of its clusters are taken, which of these copied, which blocks are known zero (null: none). */
+export interface Filling {
+  taken: Uint8Array;
+  copied: Uint8Array;
+  zero: Uint8Array | null;
+}
+
 /** Captured blocks between two stretches to be read are read over (and overlaid) up to this many: a page-cache
  *  read of 32 KiB costs about as much as a second system call. */
 const READ_OVER_BLOCKS = 8;
@@ -98,8 +105,17 @@ export class ChunkCopy {
 
   /** Takes the chunk as it is now; with `capturedOnly` of its clusters those alone that have captures. */
   *run(chunk: number, capturedOnly: boolean): Steps<void> {
+    const takenBytes = yield* this.read(chunk, capturedOnly);
+    if (takenBytes > 0) yield* this.write(chunk, takenBytes);
+  }
+
+  /**
+   * The first half: the chunk's T0 content is in the buffer, and but for a job without a buffer its clusters are DONE. The
+   * bytes that it comes to; 0: nothing of it is left, or the job was aborted.
+   */
+  *read(chunk: number, capturedOnly: boolean): Steps<number> {
     const shared = this.#shared;
-    if (!(yield* this.#claim(chunk))) return;
+    if (!(yield* this.#claim(chunk))) return 0;
     const takenBytes = this.#takeClusters(chunk, capturedOnly);
     if (takenBytes > 0) {
       this.#findCovered(chunk);
@@ -109,21 +125,41 @@ export class ChunkCopy {
     }
     // Captures made from here on find QUEUED clear when they come, and queue the chunk again.
     shared.release(chunk, QUEUED, 0);
-    if (takenBytes === 0) return;
+    if (takenBytes === 0) return 0;
     yield STEP;
     if (this.#options.topOnly) yield* this.#leaveOutBelow(chunk);
     yield* this.#readMissing(chunk);
     yield* this.#release(chunk);
     yield STEP;
-    if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
+    if (!this.#unbuffered && !(yield* this.#finishReading(chunk))) return 0;
     this.#takeSlots();
     this.#takeSpilled(chunk);
     this.#recordDigests(chunk);
     yield STEP;
+    return takenBytes;
+  }
+
+  /** The second half: what was read goes to the target. */
+  *write(chunk: number, takenBytes: number): Steps<void> {
+    const shared = this.#shared;
     yield* this.#writeTaken(chunk);
     if (shared.written !== null) yield* this.#noteWritten(chunk);
     if (this.#unbuffered && !(yield* this.#finishReading(chunk))) return;
     Atomics.add(shared.counters, CNT_DONE_BYTES, BigInt(takenBytes));
+  }
+
+  /** What `write` goes by, besides the buffer: to be handed to another one of the same job (read-ahead.ts). */
+  get filling(): Filling {
+    const zero = this.#hasNotedZeroes ? this.#zero.slice() : null;
+    return { copied: this.#copied.slice(), taken: this.#taken.slice(), zero };
+  }
+
+  set filling({ copied, taken, zero }: Filling) {
+    this.#taken.set(taken);
+    this.#copied.set(copied);
+    this.#hasNotedZeroes = zero !== null;
+    if (zero === null) this.#zero.fill(0);
+    else this.#zero.set(zero);
   }
 
   /** Waits until the chunk is ours; false if the job was aborted meanwhile. */
@@ -514,7 +550,7 @@ function bitOf(bitmap: Uint8Array, index: number): number {
 }
 
 /** Runs of set flags as [from, to) pairs. */
-function* runsOf(flags: Uint8Array): Generator<[number, number], void, void> {
+export function* runsOf(flags: Uint8Array): Generator<[number, number], void, void> {
   for (let i = 0; i < flags.length; i++) {
     if (!flags[i]) continue;
     const from = i;

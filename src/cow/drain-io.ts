@@ -7,6 +7,7 @@ import type { OnIoError } from "./policies.js";
 import { CowcatcherError, isTransient } from "../errors.js";
 import type { Completion } from "../block/device.js";
 import {
+  CNT_RATE_LIMIT,
   CNT_RATE_NEXT_NS,
   CTL_IGNORED_ERRORS,
   CTL_RUN,
@@ -67,6 +68,13 @@ export class DrainIo {
         start = bookTransfer(counters, lengthBytes, this.#options.now());
       }
     }
+  }
+
+  /** The target may not be written to at this time. */
+  get isHeldBack(): boolean {
+    const { counters } = this.#shared;
+    if (Atomics.load(counters, CNT_RATE_LIMIT) <= 0n) return false;
+    return Atomics.load(counters, CNT_RATE_NEXT_NS) > this.#options.now();
   }
 
   /** Runs one read under the source's error policy: the error if it may be passed over. */

@@ -71,6 +71,8 @@ export const CTL_FREED_EVENT = 5; // [workers] counts pushes to the freed stack;
 export const CTL_USED_BLOCKS = 6; // [main adds, workers subtract]
 export const CTL_SPILL_BLOCKS = 7; // [main adds, workers subtract] blocks that stand in the spill file now
 export const CTL_IGNORED_ERRORS = 8; // [workers]
+export const CTL_READING = 9; // [workers] chunks that are about to be taken or being read; of jobs that read ahead
+export const CTL_AHEAD_CHUNKS = 10; // [workers] chunks that are read and kept for the target (read-ahead.ts)
 const CTL_WORDS = 16;
 
 export const RUN_PREPARING = 0;

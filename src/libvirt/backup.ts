@@ -294,7 +294,7 @@ class RunningBackup implements QemuBackup {
     const client = await NbdClient.connect(uri, { contexts, isCancelled, staysOpen: true });
     this.#clients.push(client);
     if (bitmap === undefined) copy.begin(uri, await gatherZeroes(client));
-    else copy.begin(uri, null, runsOfMap(await gatherDirty(client, bitmap)));
+    else copy.begin(uri, null, { dirty: runsOfMap(await gatherDirty(client, bitmap)) });
   }
 
   #diskBackup(copy: DomainCopy): QemuDiskBackup {

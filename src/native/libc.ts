@@ -37,6 +37,7 @@ export const F_UNLCK = 2;
 export const POSIX_FADV_DONTNEED = 4;
 
 const SOL_SOCKET = 1;
+const SO_PEERCRED = 17;
 const SO_RCVTIMEO = 20;
 const SO_SNDTIMEO = 21;
 const MSG_WAITALL = 0x100;
@@ -123,6 +124,8 @@ export interface Libc {
   /** Waits for all of lengthBytes; fewer came within the time limit, 0: the peer hung up; -EAGAIN: nothing came. */
   receive(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
   send(fd: number, buffer: ArrayBufferLike, bufferOffset: number, lengthBytes: number): number;
+  /** The process that listens at, or made, the other end of a Unix socket; 0: it is not to be seen, or -errno. */
+  peerProcess(fd: number): number;
   /** Gives the open file a name (file-names.ts), also one that never had any (O_TMPFILE): 0, or -errno. Needs /proc. */
   linkFd(fd: number, path: string): number;
   /** Names of the extended attributes, each ended by a zero byte: bytes, or -errno (-ERANGE: the buffer is too small). */
@@ -158,6 +161,9 @@ function bind(): Libc {
   const sendBytes = declare("int64_t send(int fd, uint64_t buffer, uint64_t count, int flags)");
   const setsockopt = declare(
     "int setsockopt(int fd, int level, int name, uint64_t value, uint32_t valueBytes)",
+  );
+  const getsockopt = declare(
+    "int getsockopt(int fd, int level, int name, uint64_t value, uint64_t valueBytes)",
   );
   const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
 
@@ -276,6 +282,19 @@ function bind(): Libc {
       orErrno(recv(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_WAITALL)),
     send: (fd, buffer, bufferOffset, lengthBytes) =>
       orErrno(sendBytes(fd, addressOf(buffer) + bufferOffset, lengthBytes, MSG_NOSIGNAL)),
+    peerProcess(fd) {
+      // struct ucred { pid_t pid; uid_t uid; gid_t gid; }
+      const credentials = new Int32Array(new ArrayBuffer(12));
+      const length = new Uint32Array(new ArrayBuffer(4)).fill(credentials.byteLength);
+      const result = getsockopt(
+        fd,
+        SOL_SOCKET,
+        SO_PEERCRED,
+        addressOf(credentials.buffer),
+        addressOf(length.buffer),
+      );
+      return result < 0 ? orErrno(result) : (credentials[0] ?? 0);
+    },
     linkFd(fd, path) {
       const from = terminated(Buffer.from(`/proc/self/fd/${fd}`));
       return orErrno(linkat(AT_FDCWD, from, AT_FDCWD, terminated(nameBytes(path)), AT_SYMLINK_FOLLOW));

@@ -18,6 +18,10 @@ import type { ImageFormat } from "../block/format.js";
 import type { Target } from "../target/target.js";
 import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "../nbd/client/extent-map.js";
 import { NbdClient } from "../nbd/client/client.js";
+import { readRange } from "../nbd/client/io.js";
+import { endOfMap, type ExtentMap } from "../block/extent-map.js";
+import { roundDown } from "../units.js";
+import { type OpenLiveFile, openLiveFile } from "./live-file.js";
 import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import {
@@ -42,6 +46,7 @@ import { type MethodSteps, stepsOf } from "./steps.js";
 import type { GuestPolicy } from "./t0.js";
 import { UndoStack } from "./undo.js";
 
+const SECTOR_BYTES = 512;
 /** How often it is looked at who keeps the old data. */
 const LOOK_MS = 50;
 /** A guest is held up for as long as QEMU does not let go of a ring: its monitor is asked for again so often. */
@@ -145,6 +150,7 @@ class RunningBackup implements QemuBackup {
   readonly #run = runName();
   #made: readonly MadeDisk[] | undefined;
   #copies: DiskCopy[] = [];
+  #graph: QemuGraph | undefined;
   #folder: RunFolder | undefined;
   #steps: MethodSteps | undefined;
   readonly #abort = new AbortController();
@@ -192,6 +198,7 @@ class RunningBackup implements QemuBackup {
   async #start(): Promise<void> {
     const { monitor, fleeceDir } = this.#request;
     const { graph, disks } = await this.#monitor.visit((visit) => this.#lookAround(visit));
+    this.#graph = graph;
     const buffer = this.#policy;
     this.choice = chooseMethod(graph, disks, { ...this.#request, buffer });
     await this.#freezer?.check();
@@ -336,10 +343,30 @@ class RunningBackup implements QemuBackup {
         const { isCancelled } = this.#request;
         const client = await NbdClient.connect(uri, { contexts, isCancelled, staysOpen: true });
         this.#clients.push(client);
-        if (bitmap === undefined) copy.begin(uri, await gatherZeroes(client));
-        else copy.begin(uri, null, runsOfMap(await gatherDirty(client, bitmap)));
+        if (bitmap !== undefined) {
+          copy.begin(uri, null, { dirty: runsOfMap(await gatherDirty(client, bitmap)) });
+          return;
+        }
+        const zeroes = await gatherZeroes(client);
+        const live = await this.#liveFileOf(copy, client, zeroes);
+        copy.begin(uri, zeroes, {
+          live,
+          ...(copy.keeper.source.isSnapshot && { isIntact: () => readEnd(client) }),
+        });
       }),
     );
+  }
+
+  /** What QEMU keeps as zeroes is not to be seen in its file: all that reads so must be known. */
+  async #liveFileOf(
+    { disk, keeper }: DiskCopy,
+    client: NbdClient,
+    zeroes: ExtentMap | null,
+  ): Promise<OpenLiveFile | undefined> {
+    if (this.#graph === undefined || keeper.oldData === undefined) return undefined;
+    const isKnown = zeroes !== null && endOfMap(zeroes) >= client.sizeBytes;
+    if (keeper.oldData.fd !== null && !isKnown) return undefined;
+    return openLiveFile(this.#graph, disk.node, client.serverProcess);
   }
 
   #exportOf({ index }: DiskCopy): NbdAddress {
@@ -457,6 +484,14 @@ class RunningBackup implements QemuBackup {
   abortSync(): void {
     for (const copy of this.#copies) copy.abortSync();
   }
+}
+
+/** Of the disk's last block, which is never discarded. @throws CowcatcherError as NbdClient.read */
+async function readEnd(client: NbdClient): Promise<void> {
+  const { sizeBytes, info } = client;
+  const block = Math.max(info.minimumBlockBytes, SECTOR_BYTES);
+  const start = roundDown(sizeBytes - 1, block);
+  await readRange(client, new Uint8Array(sizeBytes - start), 0, sizeBytes - start, start);
 }
 
 function refuseSilentGuest({ path }: { path: string }, { status }: QemuGraph): void {

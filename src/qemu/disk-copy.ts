@@ -10,16 +10,21 @@ import { type DirtyRuns, markClean } from "../backup/copy/incremental.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import type { Image, NbdSourceDescription } from "../block/device.js";
-import { CowcatcherError } from "../errors.js";
+import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Target, TargetOptions } from "../target/target.js";
 import type { BitmapHandover } from "./bitmaps.js";
 import { QEMU_CLUSTER_BYTES } from "./fleece-keeper.js";
 import type { QemuDisk } from "./graph.js";
 import type { Keeper } from "./keeper.js";
+import type { OpenLiveFile } from "./live-file.js";
+import { roundDown } from "../units.js";
 import { UndoStack } from "./undo.js";
 
 /** A reader of the export tries to connect again so often: on one machine it is there or it is gone. */
 const SOURCE_RETRIES = 2;
+
+/** A second. */
+const LOOKS_PER_CHECK = 20;
 
 /** A disk, whoever manages the QEMU that has it. */
 export interface CopiedDisk {
@@ -75,11 +80,17 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   readonly #target: Target;
   readonly #backing: Image | null;
   readonly #finishing: Finishing;
+  readonly #leaveQemu: () => Promise<void>;
+  #leaving: Promise<void> | undefined;
+  #live: OpenLiveFile | undefined;
+  #isIntact: (() => Promise<void>) | undefined;
+  #broken: CowcatcherError | undefined;
+  #looks = 0;
   #uri = "";
   #isOver = false;
 
   private constructor(
-    { disk, index, job, basis, makeBitmaps, dirtyOf }: DiskCopyRequest<Disk, Changes>,
+    { disk, index, job, basis, makeBitmaps, dirtyOf, leaveQemu }: DiskCopyRequest<Disk, Changes>,
     { target, backing, keeper, run }: Prepared,
   ) {
     this.disk = disk;
@@ -93,6 +104,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
     this.#target = target;
     this.#backing = backing;
     this.#finishing = new Finishing(target, job, run.shared);
+    this.#leaveQemu = () => leaveQemu(this);
     keeper.attach(run, (error) => this.cancel(error));
   }
 
@@ -100,7 +112,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   static async prepare<Disk extends CopiedDisk, Changes extends ChangeRecord>(
     request: DiskCopyRequest<Disk, Changes>,
   ): Promise<DiskCopy<Disk, Changes>> {
-    const { disk, job, makeTarget, makeKeeper, filesInUse, isCancelled, onStopped, leaveQemu } = request;
+    const { disk, job, makeTarget, makeKeeper, filesInUse, isCancelled, onStopped } = request;
     const { sizeBytes } = disk.node;
     let { target } = request;
     if (target === undefined) await refuseFileAsTarget(job.target, filesInUse);
@@ -131,7 +143,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
         onFailed: letGo,
         beforeThreadsEnd: async () => {
           letGo();
-          if (made.copy !== undefined) await leaveQemu(made.copy);
+          await made.copy?.leave();
         },
       });
       made.copy = new DiskCopy(request, { target, backing, keeper, run });
@@ -154,17 +166,67 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   }
 
   /** After T0. `zeroes`: what the export says reads as zeroes. `dirty`: what the bitmap has. */
-  begin(uri: string, zeroes: NbdSourceDescription["zeroes"], dirty?: DirtyRuns): void {
+  begin(
+    uri: string,
+    zeroes: NbdSourceDescription["zeroes"],
+    {
+      dirty,
+      live,
+      isIntact,
+    }: { dirty?: DirtyRuns; live?: OpenLiveFile | undefined; isIntact?: () => Promise<void> } = {},
+  ): void {
     this.#uri = uri;
     if (dirty !== undefined) markClean(this.run.shared, this.#dirtyOf(dirty));
     const { name, node } = this.disk;
     const { sizeBytes } = node;
     const retries = SOURCE_RETRIES;
-    this.run.begin({ format: "nbd", name, uri, sizeBytes, retries, zeroes, ...this.keeper.source });
+    const { oldData, source } = this.keeper;
+    const description = { format: "nbd" as const, name, uri, sizeBytes, retries, zeroes, ...source };
+    if (live === undefined || oldData === undefined) {
+      void live?.close();
+      this.run.begin(description);
+      return;
+    }
+    this.#live = live;
+    this.#isIntact = isIntact;
+    // The last cluster stays: that it can be read says that all of the snapshot is whole.
+    const keptFromBytes = roundDown(sizeBytes - 1, QEMU_CLUSTER_BYTES);
+    this.run.begin({ ...description, live: { fd: live.fd, oldDataFd: oldData.fd }, keptFromBytes });
+  }
+
+  /**
+   * A snapshot that broke refuses to be read, and whoever reads past it does not hear of that. It stays broken: so it is
+   * asked now and then, and when everything is read. Never rejects.
+   */
+  async #checkIntact(): Promise<void> {
+    if (this.#isIntact === undefined || this.run.failure !== undefined) return;
+    try {
+      await this.#isIntact();
+    } catch (error) {
+      this.#broken ??= toCowcatcherError(error, this.disk.name);
+      this.cancel(this.#broken);
+    }
   }
 
   look(): void {
-    if (!this.#isOver && this.run.failure === undefined) this.keeper.look();
+    if (this.#isOver || this.run.failure !== undefined || this.#leaving !== undefined) return;
+    this.keeper.look();
+    if (++this.#looks % LOOKS_PER_CHECK === 0) void this.#checkIntact();
+    // What the target has not taken yet stands in our memory.
+    if (this.run.isAllRead) void this.leave();
+  }
+
+  /** Nothing of the disk is needed any more. Never rejects. */
+  leave(): Promise<void> {
+    this.keeper.letGo();
+    this.#leaving ??= this.#leave();
+    return this.#leaving;
+  }
+
+  async #leave(): Promise<void> {
+    await this.#checkIntact();
+    await this.#leaveQemu();
+    this.keeper.left?.();
   }
 
   progress(): JobProgress {
@@ -181,6 +243,7 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   async finish(): Promise<void> {
     try {
       await this.run.ended;
+      if (this.#broken !== undefined) throw this.#broken;
       await this.#finishing.run();
     } catch (error) {
       throw error instanceof CowcatcherError ? this.keeper.explained(error, this.#uri) : error;
@@ -193,6 +256,8 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   async dispose(): Promise<void> {
     this.#isOver = true;
     await this.keeper.close(this.run.leftBehind);
+    // A worker that was left behind may still read it.
+    if (!this.run.leftBehind) await this.#live?.close();
     await this.#target.abort();
     await this.#backing?.close();
   }

@@ -21,12 +21,9 @@ export const QEMU_CLUSTER_BYTES = 65_536;
 const BROKEN_ERRNOS = new Set(["EACCES", "EPERM", "EINVAL", "EIO"]);
 
 export class FleeceKeeper implements Keeper {
-  readonly parts = {
-    slots: NO_BUFFER,
-    bufferBytes: 0,
-    hasForeignCaptures: true,
-  };
+  readonly parts: Keeper["parts"];
   readonly source = { isSnapshot: true };
+  readonly oldData: { fd: number } | undefined;
   readonly fleece: Fleece;
   readonly #disk: QemuDisk;
   readonly #job: JobOptions;
@@ -37,7 +34,14 @@ export class FleeceKeeper implements Keeper {
   constructor(folder: RunFolder, index: number, disk: QemuDisk, job: JobOptions) {
     this.#disk = disk;
     this.#job = job;
+    this.parts = {
+      slots: NO_BUFFER,
+      bufferBytes: 0,
+      hasForeignCaptures: true,
+      readAheadBytes: job.cowBufferSizeBytes,
+    };
     this.fleece = new Fleece(folder.createFile(index, disk.node.sizeBytes));
+    this.oldData = this.fleece.tellsClusters(QEMU_CLUSTER_BYTES) ? { fd: this.fleece.fd } : undefined;
   }
 
   attach(run: CopyRun, fail: (error: CowcatcherError) => void): void {
@@ -77,6 +81,10 @@ export class FleeceKeeper implements Keeper {
 
   letGo(): void {
     // Nothing of the guest ever waits for this process.
+  }
+
+  left(): void {
+    this.fleece.empty();
   }
 
   /** A reader only sees that its snapshot cannot be read any more. */

@@ -29,6 +29,8 @@ export interface QemuNode {
   filename: string;
   sizeBytes: number;
   readOnly: boolean;
+  /** It is opened past the page cache. */
+  isDirect: boolean;
   bitmaps: readonly QemuBitmap[];
 }
 
@@ -114,6 +116,7 @@ function readNode(node: JsonObject): QemuNode {
     filename: textOf(node["file"] ?? image["filename"]),
     sizeBytes: Number(image["virtual-size"] ?? 0),
     readOnly: node["ro"] === true,
+    isDirect: isJsonObject(node["cache"]) && node["cache"]["direct"] === true,
     bitmaps: asObjects(node["dirty-bitmaps"]).map(({ name, recording, busy, inconsistent }) => ({
       name: textOf(name),
       isRecording: recording === true,

@@ -10,8 +10,10 @@ export interface Keeper {
   /** What the run gets: its buffer, its spill, its threads. */
   readonly parts: Pick<
     CopyRunOptions,
-    "slots" | "bufferBytes" | "hands" | "threads" | "allocateTable" | "hasForeignCaptures"
+    "slots" | "bufferBytes" | "hands" | "threads" | "allocateTable" | "hasForeignCaptures" | "readAheadBytes"
   >;
+  /** Where the disk's live file can be read: with what, to be T0's. Undefined: it cannot be known so. */
+  readonly oldData?: { readonly fd: number | null } | undefined;
   /** What readers are to know of the export that they read. */
   readonly source: Pick<NbdSourceDescription, "isSnapshot" | "staysOpen">;
   /** Before T0. `fail` ends the run: the old data cannot be kept any more. */
@@ -21,6 +23,8 @@ export interface Keeper {
   progress(): Partial<JobProgress>;
   /** The old data is not needed any more: nothing of the guest waits for us from now on. Synchronous, idempotent. */
   letGo(): void;
+  /** QEMU uses nothing of it any more: what it has taken up is given back. Synchronous. */
+  left?(): void;
   /** What a reader's error means. `uri` is of the export that it reads. */
   explained(error: CowcatcherError, uri: string): CowcatcherError;
   /** After the run has ended. Never rejects. */

@@ -66,6 +66,8 @@ export class RingHost {
 export class RingKeeper implements Keeper {
   readonly parts: Keeper["parts"];
   readonly source = { staysOpen: true };
+  /** The workers lay over what they read what QEMU has sent. */
+  readonly oldData = { fd: null };
   readonly #host: RingHost;
   readonly #exportName: string;
   readonly #disk: QemuDisk;
@@ -84,7 +86,14 @@ export class RingKeeper implements Keeper {
     this.#lease = host.buffers.take(bufferBytes);
     this.#tables = host.tables.lease();
     const { hands, threads } = host;
-    this.parts = { slots: this.#lease, bufferBytes, hands, threads, allocateTable: this.#tables.allocate };
+    this.parts = {
+      slots: this.#lease,
+      bufferBytes,
+      hands,
+      threads,
+      allocateTable: this.#tables.allocate,
+      readAheadBytes: bufferBytes,
+    };
   }
 
   attach({ shared, spill }: CopyRun, fail: (error: CowcatcherError) => void): void {

@@ -97,7 +97,8 @@ describe.skipIf(!hasQemu)("backup --qmp, the long way round", () => {
   it("says so when QEMU ends in the middle", async () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "1M", join(folder, "backup.img")]);
+    const slowly = ["--rate-limit", "1M", "--cow-buffer-size", "1M"];
+    const running = backup(qemu, [...slowly, join(folder, "backup.img")]);
     await running.started();
     await qemu.execute("quit").catch(() => undefined);
     const { code, stderr } = await running.end();
@@ -162,7 +163,8 @@ describe.skipIf(!hasQemu)("backup --qmp, the long way round", () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
     const before = await qemu.state();
-    const running = backup(qemu, [...RING, "--rate-limit", "64K", join(folder, "lost.img")]);
+    const slowly = ["--rate-limit", "64K", "--cow-buffer-size", "1M"];
+    const running = backup(qemu, [...RING, ...slowly, join(folder, "lost.img")]);
     await running.started();
     await qemu.writeSomewhere();
     qemu.expectNoGuestError();

@@ -28,8 +28,11 @@ import {
   captureLength,
   captureStart,
   createSharedState,
+  CTL_AHEAD_CHUNKS,
+  CTL_READING,
   CTL_RUN,
   CTL_SPILL_BLOCKS,
+  CTL_SWEEP,
   CTL_USED_BLOCKS,
   DONE,
   RUN_ABORTING,
@@ -53,6 +56,8 @@ export interface Outcome {
   spilledBytes: number;
   waits: number;
   steps: number;
+  /** The guest was left alone before the target had everything. */
+  leftEarly: boolean;
   ended: "complete" | "broken" | "aborted";
   /** Of checkpoints that were made while the backup ran; undefined where nothing is tracked. */
   epochs: number | undefined;
@@ -109,12 +114,16 @@ export class Simulation {
   nowMs = 0;
   sleepers: { atMs: number; wake: () => void }[] = [];
   stepCount = 0;
+  leftEarly = false;
   #nesting = 0;
   readonly #holes: Uint8Array;
   /** Blocks that the image's own layer provides at T0, in a copy of that layer alone; null: all are copied. */
   readonly #own: Uint8Array | null;
   readonly #spillFd: number;
   readonly #buffer: BufferMemory;
+  /** Chunks that workers may read ahead of the target; 0: they do not. */
+  readonly #aheadChunks: number;
+  readonly #aheadFd: number;
   readonly #spillBitmaps: SharedArrayBuffer;
   readonly #policy: OnBufferFull;
   readonly #bufferBytes: number;
@@ -162,6 +171,8 @@ export class Simulation {
     this.target = new Uint8Array(sizeBytes).fill(0xee);
     this.targetWritten = new Uint8Array(sizeBytes);
     this.#spillFd = openSync(join(scratchDirectory, `spill-${spillNumber++}`), "w+");
+    this.#aheadChunks = this.#bufferBytes === 0 ? 0 : new Random(seed + 0xa4ead).pick([0, 0, 1, 3, 64]);
+    this.#aheadFd = openSync(join(scratchDirectory, `ahead-${spillNumber}`), "w+");
     this.#spillBitmaps = new SharedArrayBuffer(spillBitmapBytes(this.geometry));
     this.#epochs = this.#newEpochs();
     this.node = new DiskNode("disk", this.#image(), this.#epochs);
@@ -364,7 +375,15 @@ export class Simulation {
         onTargetError: "report",
         targetRetries: 0,
         onStop: () => {},
-        now: () => 0n,
+        now: () => BigInt(this.stepCount),
+        ...(this.#aheadChunks > 0 && {
+          readAhead: {
+            fd: this.#aheadFd,
+            chunkLimit: this.#aheadChunks,
+            part: i,
+            writeBuffer: new Uint8Array(CHUNK_BYTES).fill(0x66),
+          },
+        }),
       });
       this.workers.push({ steps: drainer.run(), blocked: null, thrown: null, ended: false });
     }
@@ -427,6 +446,15 @@ export class Simulation {
     };
   }
 
+  /** As soon as everything is read nobody needs the guest's old data: where workers read ahead, that is known. */
+  #leaveGuestEarly(): void {
+    const { control, geometry } = this.shared;
+    if (this.#aheadChunks === 0 || this.interceptor === null || this.interceptor.detached) return;
+    if (control[CTL_SWEEP] < geometry.chunkCount || control[CTL_READING] > 0) return;
+    if (this.workers.some(({ ended }) => !ended)) this.leftEarly = true;
+    this.interceptor.detach();
+  }
+
   #runnableWorkers(): Worker[] {
     return this.workers.filter((worker) => {
       if (worker.ended) return false;
@@ -439,6 +467,7 @@ export class Simulation {
 
   #stepWorker(worker: Worker): void {
     this.stepCount++;
+    if (this.#nesting === 0) this.#leaveGuestEarly();
     if (this.stepCount > MAX_STEPS) throw new InvariantError(`a worker runs in circles (seed ${this.seed})`);
     let result: IteratorResult<DrainStep, void>;
     if (worker.thrown !== null) {
@@ -524,6 +553,7 @@ export class Simulation {
     } finally {
       closeSync(this.#spillFd);
       closeSlotFile(this.#buffer.fileFd);
+      closeSync(this.#aheadFd);
     }
   }
 
@@ -701,6 +731,8 @@ export class Simulation {
     const spilled = this.shared.control[CTL_SPILL_BLOCKS];
     if (spilled !== 0)
       throw new InvariantError(`${spilled} blocks are still in the spill (seed ${this.seed})`);
+    const kept = this.shared.control[CTL_AHEAD_CHUNKS];
+    if (kept !== 0) throw new InvariantError(`${kept} chunks are still kept (seed ${this.seed})`);
     return this.#outcome("complete");
   }
 
@@ -739,6 +771,7 @@ export class Simulation {
       spilledBytes: counters?.spilledBytes ?? 0,
       waits: counters?.guestWaitCount ?? 0,
       steps: this.stepCount,
+      leftEarly: this.leftEarly,
       ended,
       epochs: this.#epochs === null ? undefined : this.#checkpointCount,
     };

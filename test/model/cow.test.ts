@@ -24,6 +24,7 @@ test("the five invariants hold in every schedule", { timeout: 3_600_000 }, async
   expect(count(({ ended }) => ended === "broken")).toBeGreaterThan(SCHEDULES / 100);
   expect(count(({ captures }) => captures > 3)).toBeGreaterThan(SCHEDULES / 6);
   expect(count(({ spilledBytes }) => spilledBytes > 0)).toBeGreaterThan(SCHEDULES / 50);
+  expect(count(({ leftEarly }) => leftEarly)).toBeGreaterThan(SCHEDULES / 20);
   expect(count(({ waits }) => waits > 0)).toBeGreaterThan(SCHEDULES / 10);
   expect(count(({ epochs = 0 }) => epochs > 0)).toBeGreaterThan(SCHEDULES / 20);
 });

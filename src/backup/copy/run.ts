@@ -26,8 +26,11 @@ import {
   CNT_DONE_BYTES,
   CNT_WRITTEN_BYTES,
   createSharedState,
+  CTL_AHEAD_CHUNKS,
   CTL_IGNORED_ERRORS,
+  CTL_READING,
   CTL_RUN,
+  CTL_SWEEP,
   CTL_USED_BLOCKS,
   RUN_ABORTING,
   RUN_PAUSED,
@@ -50,6 +53,7 @@ import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.
 import type { JobOptions } from "../options.js";
 import { type JobProgress, NO_PROGRESS } from "../progress.js";
 import { RateMeter } from "./rate-meter.js";
+import { openReadAhead, type ReadAheadFile } from "../memory/read-ahead-file.js";
 import { spillBitmapBytes } from "../../cow/spill.js";
 import type { StorageHands } from "../storage/protocol.js";
 import { RemoteSpill } from "../storage/remote-spill.js";
@@ -85,6 +89,8 @@ export interface CopyRunOptions {
   beforeThreadsEnd?: (() => Promise<void>) | undefined;
   /** Their captures are in nobody's ring here: what is told by `hurry` is a hint of them. */
   hasForeignCaptures?: boolean | undefined;
+  /** So much of the source may be read sooner than the target takes it; see cow/read-ahead.ts. Undefined: nothing is. */
+  readAheadBytes?: number | undefined;
   /** Before `ended` settles: a worker may still touch the shared tables and, if it was not ready yet, the buffer. */
   onLeftBehind?: (() => void) | undefined;
   /** Most workers that the source is fit for; undefined: any number. */
@@ -103,6 +109,9 @@ export interface CopyRunOptions {
 
 /** A server that takes only so many clients has the last worker wait as long. */
 const FIRST_WRITE_POLL_MS = 50;
+/** So long only the first worker of a job that reads ahead is there. */
+const READS_ALONE_MS = 1_000;
+const READS_ALONE_POLL_MS = 50;
 
 export class CopyRun {
   /** Fulfilled when everything is in the target; rejects with the first cause. */
@@ -110,6 +119,7 @@ export class CopyRun {
   readonly shared: SharedState;
   readonly geometry: Geometry;
   readonly spill: RemoteSpill | null;
+  readonly #readAhead: ReadAheadFile | null;
   readonly #options: CopyRunOptions;
   readonly #pool: Piscina;
   readonly #ports: MessagePort[] = [];
@@ -131,11 +141,17 @@ export class CopyRun {
   #leftBehind = false;
   #settle: { resolve: () => void; reject: (error: CowcatcherError) => void };
 
-  private constructor(options: CopyRunOptions, shared: SharedState, spill: RemoteSpill | null) {
+  private constructor(
+    options: CopyRunOptions,
+    shared: SharedState,
+    spill: RemoteSpill | null,
+    readAhead: ReadAheadFile | null,
+  ) {
     this.#options = options;
     this.shared = shared;
     this.geometry = shared.geometry;
     this.spill = spill;
+    this.#readAhead = readAhead;
     const { promise, resolve, reject } = withResolvers();
     this.ended = promise;
     this.#settle = { resolve, reject };
@@ -176,7 +192,8 @@ export class CopyRun {
     }
     const failure = options.pool && poolFailure(options.pool);
     if (failure !== undefined) throw workerError(failure.error);
-    const run = new CopyRun(options, shared, spill);
+    const readAhead = openReadAhead(options.readAheadBytes ?? 0, geometry.chunkBytes);
+    const run = new CopyRun(options, shared, spill, readAhead);
     run.setSpeed(job.rateLimitBytes);
     const cancel = (): void => run.abort(workerError(options.signal?.reason));
     options.signal?.addEventListener("abort", cancel, { once: true });
@@ -217,7 +234,8 @@ export class CopyRun {
   async #startOthers(): Promise<void> {
     await this.#hasBegun.promise;
     try {
-      for (let index = 1; index < this.#options.job.workerCount; index++) {
+      if (this.#readAhead !== null) await this.#letFirstReadAlone();
+      for (let index = 1; index < this.#options.job.workerCount && !this.isAllRead; index++) {
         await this.#letGuestGoFirst();
         // One that began after an abort would not hear of it, and wait for T0 until it is given up.
         if (this.#firstError !== undefined || this.#isDrained) return;
@@ -225,6 +243,14 @@ export class CopyRun {
       }
     } catch (error) {
       this.abort(workerError(error));
+    }
+  }
+
+  /** What one reads at a time is as much as the guest's processors have to spare; the others are for the target. */
+  async #letFirstReadAlone(): Promise<void> {
+    for (let waitedMs = 0; waitedMs < READS_ALONE_MS; waitedMs += READS_ALONE_POLL_MS) {
+      if (this.isAllRead || this.#isDrained || this.#firstError !== undefined) return;
+      await delay(READS_ALONE_POLL_MS, undefined, { ref: false });
     }
   }
 
@@ -277,6 +303,7 @@ export class CopyRun {
       shared: this.shared.buffers,
       target: target.description,
       spill: this.spill?.description ?? null,
+      readAhead: this.#readAhead?.description ?? null,
       topOnly: job.sync === "top",
       hasForeignCaptures: this.#options.hasForeignCaptures ?? false,
       zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
@@ -319,7 +346,10 @@ export class CopyRun {
     for (const port of this.#ports) port.close();
     await this.#options.beforeThreadsEnd?.();
     await Promise.all([this.#endThreads(areAlive?.every(Boolean) ?? false), this.#preparer?.stop()]);
-    void all.then(() => this.spill?.close());
+    void all.then(() => {
+      this.spill?.close();
+      this.#readAhead?.close();
+    });
     if (this.#firstError) this.#settle.reject(this.#firstError);
     else this.#settle.resolve();
   }
@@ -425,6 +455,20 @@ export class CopyRun {
     return this.#firstError;
   }
 
+  /** Of a job that reads ahead: all of the disk is read, and nothing of the source is needed any more. */
+  get isAllRead(): boolean {
+    const { control } = this.shared;
+    if (this.#readAhead === null || this.#source === undefined || this.#firstError !== undefined)
+      return false;
+    const isSwept = Atomics.load(control, CTL_SWEEP) >= this.geometry.chunkCount;
+    return isSwept && Atomics.load(control, CTL_READING) === 0;
+  }
+
+  /** Read, and not yet taken by the target. */
+  get bytesReadAhead(): number {
+    return Atomics.load(this.shared.control, CTL_AHEAD_CHUNKS) * this.geometry.chunkBytes;
+  }
+
   get paused(): boolean {
     return Atomics.load(this.shared.control, CTL_RUN) === RUN_PAUSED;
   }
@@ -495,8 +539,9 @@ function neighbourOf(repository: string): string {
 }
 
 /** A digest for each small cluster would take four times the memory of the usual ones: half a GiB a TiB. */
-function cutFor({ job, live, bufferBytes, sizeBytes }: CopyRunOptions): Cut {
-  const isFine = live && bufferBytes === 0 && !job.verify && sizeBytes <= FINE_CUT_MAX_DISK_BYTES;
+function cutFor({ job, live, bufferBytes, sizeBytes, hasForeignCaptures }: CopyRunOptions): Cut {
+  const waits = live && bufferBytes === 0 && hasForeignCaptures !== true;
+  const isFine = waits && !job.verify && sizeBytes <= FINE_CUT_MAX_DISK_BYTES;
   return isFine ? FINE_CUT : USUAL_CUT;
 }
 

@@ -1,6 +1,7 @@
 // What crosses between the main thread and a worker of a backup: once at the start, and when something happens.
 
 import type { MessagePort } from "node:worker_threads";
+import type { ReadAheadDescription } from "../../cow/read-ahead.js";
 import type { SharedBuffers } from "../../cow/shared.js";
 import type { SpillDescription } from "../../cow/spill.js";
 import type { ErrorDetails } from "../../errors.js";
@@ -16,6 +17,8 @@ export interface CopyTask {
   topOnly: boolean;
   hasForeignCaptures: boolean;
   zeroUnitBytes: number;
+  /** What is read sooner than the target takes it is kept there; null: nothing is. */
+  readAhead: ReadAheadDescription | null;
   onSourceError: OnIoError;
   onTargetError: OnIoError;
   targetRetries: number;

@@ -39,6 +39,8 @@ import {
 import type { NbdAddress } from "../wire/uri.js";
 
 const PIECES_IN_FLIGHT = 16;
+/** Discards that are not awaited: as many as are told of before their answers are looked at. */
+const TRIMS_IN_FLIGHT = 8;
 /** How long a system call waits before it is asked whether to give up. */
 const TIMEOUT_MS = 100;
 /** Of a server that sends nothing at all, as NbdClient's. */
@@ -87,6 +89,7 @@ export class BlockingReader {
   readonly #positions = new Float64Array(PIECES_IN_FLIGHT);
   readonly #lengths = new Float64Array(PIECES_IN_FLIGHT);
   #round = 0;
+  #trimsOpen = 0;
   /** The chunk in hand is its request's last. */
   #isDone = false;
   /** The server could not carry out one of the requests in flight. */
@@ -141,7 +144,7 @@ export class BlockingReader {
   /** True: the buffer has the range. False: this connection is closed now, and nothing is known. */
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): boolean {
     // Its descriptor may be another file's by now.
-    if (this.#isBroken || this.#socket.destroyed) return false;
+    if (this.#isBroken || this.#socket.destroyed || !this.#settleTrims()) return false;
     const unit = this.#minimumBlockBytes;
     const end = offsetBytes + lengthBytes;
     const isAligned = offsetBytes % unit === 0 && end % unit === 0;
@@ -168,23 +171,38 @@ export class BlockingReader {
     return false;
   }
 
-  /** Discards the whole blocks of the range. False: it is not known to be done. */
+  /** Has the whole blocks of the range discarded, some time soon. False: it is not known to be done. */
   trim(offsetBytes: number, lengthBytes: number): boolean {
     if (!this.#canTrim || this.#isBroken || this.#socket.destroyed) return false;
     const unit = this.#minimumBlockBytes;
     const start = roundUp(offsetBytes, unit);
     const end = roundDown(offsetBytes + lengthBytes, unit);
     if (end <= start) return true;
-    this.#putRequest(0, start, end - start, NBD_CMD_TRIM);
-    // Answered without structure whatever was negotiated: only an error has one (and is 20 bytes at least).
-    if (this.#send(1) && this.#stage(SIMPLE_REPLY_BYTES, SIMPLE_REPLY_BYTES)) {
-      const view = this.#staging;
-      const isOurs = view.getUint32(8) === this.#round && view.getUint32(12) === 0;
-      const isAnswered = view.getUint32(0) === NBD_SIMPLE_REPLY_MAGIC && view.getUint32(4) === 0;
-      this.#unstage(SIMPLE_REPLY_BYTES);
-      this.#round = (this.#round + 1) >>> 0;
-      if (isOurs && isAnswered) return true;
+    if (this.#trimsOpen === TRIMS_IN_FLIGHT && !this.#settleTrims()) return false;
+    this.#putRequest(this.#trimsOpen, start, end - start, NBD_CMD_TRIM);
+    if (this.#send(1, this.#trimsOpen)) {
+      this.#trimsOpen++;
+      return true;
     }
+    this.close();
+    return false;
+  }
+
+  /** Takes the answers to all that was discarded: nothing else may come on the connection before them. */
+  #settleTrims(): boolean {
+    if (this.#trimsOpen === 0) return true;
+    const view = this.#staging;
+    let open = this.#trimsOpen;
+    // Answered without structure whatever was negotiated: only an error has one (and is 20 bytes at least).
+    for (; open > 0 && this.#stage(SIMPLE_REPLY_BYTES, SIMPLE_REPLY_BYTES); open--) {
+      const isOurs = view.getUint32(8) === this.#round && view.getUint32(12) < this.#trimsOpen;
+      const isAnswered = view.getUint32(0) === NBD_SIMPLE_REPLY_MAGIC && view.getUint32(4) === 0;
+      if (!isOurs || !isAnswered) break;
+      this.#unstage(SIMPLE_REPLY_BYTES);
+    }
+    this.#trimsOpen = 0;
+    this.#round = (this.#round + 1) >>> 0;
+    if (open === 0) return true;
     this.close();
     return false;
   }
@@ -214,10 +232,11 @@ export class BlockingReader {
     this.#lengths[index] = lengthBytes;
   }
 
-  #send(count: number): boolean {
+  #send(count: number, first = 0): boolean {
     const length = count * REQUEST_HEADER_BYTES;
     // A server that does not take a few hundred bytes at once is none to wait for here.
-    return this.#libc.send(this.#fd, this.#requests.buffer, 0, length) === length;
+    const start = first * REQUEST_HEADER_BYTES;
+    return this.#libc.send(this.#fd, this.#requests.buffer, start, length) === length;
   }
 
   /** The replies to `count` requests, the first of which starts at `bufferOffset`. */

@@ -14,6 +14,7 @@
 
 import { connect, type Socket } from "node:net";
 import { CowcatcherError, ioError } from "../../errors.js";
+import { libc } from "../../native/libc.js";
 import { MiB } from "../../units.js";
 import { negotiate, protocolError, type ExportInfo, type Negotiated } from "./handshake.js";
 import { ReplyReader, type ReplySink } from "./replies.js";
@@ -146,6 +147,15 @@ export class NbdClient {
   /** Why no request can be made any more, if none can. */
   get failure(): CowcatcherError | undefined {
     return this.#failure;
+  }
+
+  /** The process that serves it, on this machine; undefined: it cannot be seen from here. */
+  get serverProcess(): number | undefined {
+    // Not documented; where it does not look like this nobody is seen.
+    const fd = (this.#socket as Socket & { _handle?: { fd?: number } | null })._handle?.fd;
+    if (libc === null || fd === undefined || fd < 0) return undefined;
+    const found = libc.peerProcess(fd);
+    return found > 0 ? found : undefined;
   }
 
   get sizeBytes(): number {

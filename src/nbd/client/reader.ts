@@ -6,12 +6,15 @@
 //   unopened ──first read─► opening ─┬─► blocking ──anything unusual─► session, for good
 //                                    └─► session
 //
+// A disk whose file can be read past the server is read there first (live-file.ts).
+//
 // blocking: the server is on this machine, and reads are system calls (blocking-reader.ts). The session asks again
 // for what that did not get, reconnects, and tells what is wrong.
 
 import type { Completion, NbdSourceDescription, SourceReader } from "../../block/device.js";
 import { BlockingReader } from "./blocking-reader.js";
 import { readRange, trimRange } from "./io.js";
+import { LiveFile } from "./live-file.js";
 import { NbdSession } from "./session.js";
 import { ExtentReader } from "../../block/extent-map.js";
 import { parseNbdUri } from "../wire/uri.js";
@@ -28,6 +31,8 @@ export class NbdSourceReader implements SourceReader {
   readonly #isCancelled: () => boolean;
   readonly #isSnapshot: boolean;
   readonly #staysOpen: boolean;
+  readonly #live: LiveFile | null;
+  readonly #keptFromBytes: number;
   #blocking: BlockingReader | null | undefined;
   #opening: Promise<void> | undefined;
   #isClosed = false;
@@ -38,6 +43,9 @@ export class NbdSourceReader implements SourceReader {
    */
   constructor(description: NbdSourceDescription, isCancelled: () => boolean, mayBlock: boolean) {
     const { uri, sizeBytes, retries, zeroes, isSnapshot = false, staysOpen = isSnapshot } = description;
+    const { live, keptFromBytes = sizeBytes } = description;
+    this.#live = live === undefined ? null : new LiveFile(live);
+    this.#keptFromBytes = keptFromBytes;
     this.#isSnapshot = isSnapshot;
     this.#staysOpen = staysOpen;
     this.sizeBytes = sizeBytes;
@@ -49,6 +57,7 @@ export class NbdSourceReader implements SourceReader {
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
+    if (this.#live?.read(buffer, bufferOffset, lengthBytes, offsetBytes) === true) return undefined;
     if (this.#blocking === undefined) {
       return this.#open().then(() => this.read(buffer, bufferOffset, lengthBytes, offsetBytes));
     }
@@ -87,11 +96,13 @@ export class NbdSourceReader implements SourceReader {
 
   /** Discards the range of a snapshot that is kept for this reader alone. */
   release(offsetBytes: number, lengthBytes: number): Completion {
-    if (!this.#isSnapshot) return undefined;
-    if (this.#blocking?.trim(offsetBytes, lengthBytes) === true) return undefined;
+    const trimmedBytes = Math.min(offsetBytes + lengthBytes, this.#keptFromBytes) - offsetBytes;
+    if (!this.#isSnapshot || trimmedBytes <= 0) return undefined;
+    if (this.#blocking === undefined) return this.#open().then(() => this.release(offsetBytes, lengthBytes));
+    if (this.#blocking?.trim(offsetBytes, trimmedBytes) === true) return undefined;
     return this.#session
       .run(async (client) => {
-        if (client.canTrim) await trimRange(client, offsetBytes, lengthBytes);
+        if (client.canTrim) await trimRange(client, offsetBytes, trimmedBytes);
       })
       .catch(() => undefined);
   }

@@ -10,6 +10,8 @@ import { Qemu, type QemuOptions } from "../../support/qemu.js";
 import { Backup, Process, scratchFolder, stopAll, until } from "../../support/server.js";
 
 const MiB = 1024 * 1024;
+/** QEMU is in use for some seconds: neither the target nor what is read ahead takes all of the disk before. */
+const SLOWLY = ["--rate-limit", "1M", "--cow-buffer-size", "1M"];
 const hasQemu = spawnSync("qemu-system-x86_64", ["--version"]).status === 0;
 
 describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
@@ -91,7 +93,7 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
   it("reads what the guest has overwritten first, and lets QEMU forget it", async () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "1M", "-O", "raw", join(folder, "backup.img")]);
+    const running = backup(qemu, [...SLOWLY, "-O", "raw", join(folder, "backup.img")]);
     await running.started();
     const [run] = readdirSync(fleece);
     const file = join(fleece, run ?? "", "0.fleece");
@@ -158,7 +160,7 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
 
   describe("after kill -9", () => {
     async function killed(qemu: Qemu): Promise<void> {
-      const running = backup(qemu, ["--rate-limit", "1M", join(folder, "lost.img")]);
+      const running = backup(qemu, [...SLOWLY, join(folder, "lost.img")]);
       await running.started();
       await qemu.writeSomewhere();
       running.process.kill("SIGKILL");
@@ -174,7 +176,7 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
       await qemu.execute("blockdev-add", own);
       const before = await qemu.state();
       const running = backup(qemu, [
-        ...["--disk", "vd0", "--disk", "vd1", "--rate-limit", "1M"],
+        ...["--disk", "vd0", "--disk", "vd1", ...SLOWLY],
         ...[join(folder, "a.img"), join(folder, "b.img")],
       ]);
       await running.started();
@@ -216,7 +218,7 @@ describe.skipIf(!hasQemu)("backup --qmp, method filter", () => {
   it("does not clean up after a backup that goes on, nor starts a second one of its disk", async () => {
     const qemu = await Qemu.start(folder);
     await qemu.fill();
-    const running = backup(qemu, ["--rate-limit", "1M", join(folder, "backup.img")]);
+    const running = backup(qemu, [...SLOWLY, join(folder, "backup.img")]);
     await running.started();
     const during = await qemu.state();
     const cleaned = await cowcatcher(["backup", "--qmp", qemu.monitor, "--fleece-dir", fleece, "--cleanup"]);

@@ -52,6 +52,18 @@ describe.skipIf(libc === null)("Fleece", () => {
     expect(look()).toEqual([]);
   });
 
+  it("tells of clusters by themselves on a plain file system, and is empty after it was tried out", () => {
+    expect(fleece.tellsClusters(64 * KiB)).toBe(true);
+    expect(look()).toEqual([]);
+    const native = libc as NonNullable<typeof libc>;
+    // A file system that has records of 128 KiB.
+    vi.spyOn(native, "seekHole").mockImplementationOnce((_, at) => at + 128 * KiB);
+    expect(fleece.tellsClusters(64 * KiB)).toBe(false);
+    // One that knows no holes.
+    vi.spyOn(native, "seekData").mockImplementation((_, at) => at);
+    expect(fleece.tellsClusters(64 * KiB)).toBe(false);
+  });
+
   it("does not search where it has told of all there is", () => {
     for (let chunk = 0; chunk < COUNT; chunk++) capture(chunk);
     const seekData = vi.spyOn(libc as NonNullable<typeof libc>, "seekData");

@@ -9,6 +9,7 @@ const node = {
   filename: "/d.img",
   sizeBytes: 65_536,
   readOnly: false,
+  isDirect: false,
   bitmaps: [],
 };
 const GUEST: QemuDisk = {
