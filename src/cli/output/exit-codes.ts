@@ -131,10 +131,7 @@ const MEANINGS: Record<CommandName, readonly ExitMeaning[]> = {
     [EXIT.usage, "wrong usage, or a wrong job file"],
     [EXIT.ignoredErrors, "done, but errors were ignored as asked"],
     [EXIT.verifyDifference, "a backup is damaged"],
-    [
-      EXIT.lockHeld,
-      "another run has the disk or the repository, or another backup the source",
-    ],
+    [EXIT.lockHeld, "another run has the disk or the repository, or another backup the source"],
     WRONG_KEY,
     [EXIT.noBasis, "level: incremental, and what it builds on is missing"],
     [EXIT.snapshotBroken, "the guest's old data could not be kept"],
