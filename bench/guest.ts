@@ -43,6 +43,7 @@ const HELP = `npm run bench:guest -- [options]
   --dir DIR              where disk and target stand (the temporary folder)
   --cell "WORD WORD"     only cells whose name holds these words; may be repeated
   --only WORD            only contestants whose name holds this word
+  --without WORD         none whose name holds this word
   --aims                 the cells of the project's aims, and whether they are met (5 rounds: 40 minutes)
   --direct               O_DIRECT on a real file system: depths and sizes, with and without a backup, beside fio on the
                          file; and whether the aims are met. Name --dir on a disk: on tmpfs it means nothing
@@ -67,6 +68,7 @@ const { values } = parseArgs({
     dir: { type: "string", default: tmpdir() },
     cell: { type: "string", multiple: true, default: [] },
     only: { type: "string", default: "" },
+    without: { type: "string" },
     aims: { type: "boolean", default: false },
     direct: { type: "boolean", default: false },
     all: { type: "boolean", default: false },
@@ -135,7 +137,10 @@ async function bench(): Promise<number> {
 function candidates(): Cell[] {
   return everyCell().map((cell) => ({
     ...cell,
-    contestants: cell.contestants.filter(({ name }) => name.includes(values.only)),
+    contestants: cell.contestants.filter(
+      ({ name }) =>
+        name.includes(values.only) && (values.without === undefined || !name.includes(values.without)),
+    ),
   }));
 }
 
