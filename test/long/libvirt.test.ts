@@ -142,7 +142,7 @@ describe.skipIf(!hasLibvirt)("backup --libvirt", () => {
     await qemu.write(group.chunkBytes * 3, 512, 77, 1);
     expect(await group.expectNext(next())).toMatchObject({
       level: "incremental",
-      disks: [{ read_bytes: 0 }, { read_bytes: group.chunkBytes }],
+      disks: [{ read_bytes: 0 }, { read_bytes: 65_536 }],
     });
     for (const signal of ["SIGINT", "SIGKILL"] as const) {
       const checkpoints = await libvirt.checkpoints();

@@ -91,10 +91,10 @@ describe.skipIf(!hasQemu)("backup --qmp --bitmap auto", () => {
       ]);
     expect(await group.expectNext(next())).toMatchObject({ level: "full" });
     await qemu.write(group.chunkBytes * 2 + 4096, 512, 77);
-    // A chunk of which one sector is dirty.
+    // One sector is dirty: of its chunk no more is read than the bitmap's unit, and that is stored as a patch.
     expect(await group.expectNext(next())).toMatchObject({
       level: "incremental",
-      disks: [{ read_bytes: group.chunkBytes, new_chunks: 1 }],
+      disks: [{ read_bytes: 65_536, new_chunks: 1 }],
     });
     qemu.startWriting();
     expect(await group.expectNext(next())).toMatchObject({ level: "incremental" });

@@ -24,7 +24,8 @@ import { Random } from "../../support/random.js";
 import { Scheduler, type SimulatedObject, SimulatedStore } from "../../support/repository/simulated-store.js";
 
 const CHUNK_BYTES = 64;
-const CONTENTS = 6;
+/** Few, so that a content that has gone comes back while its name is condemned. */
+const CONTENTS = 4;
 const ALIKE = 3;
 const CHUNKS_PER_DISK = 3;
 const MAX_STEPS = 40_000;
