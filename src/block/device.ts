@@ -177,6 +177,8 @@ export interface LiveFileDescription {
   fd: number;
   /** Has T0's data of what was overwritten, and holes elsewhere; null: the job's own captures have it. */
   oldDataFd: number | null;
+  /** Flagged: where the file may be read at all. Undefined: everywhere. */
+  written?: { runs: SharedArrayBuffer; runCount: number } | undefined;
 }
 
 /** An open RBD image, for every thread of this process (rbd/io.ts). */

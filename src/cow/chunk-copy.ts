@@ -64,6 +64,8 @@ export interface Filling {
   taken: Uint8Array;
   copied: Uint8Array;
   zero: Uint8Array | null;
+  /** Of how many bytes the target has use; undefined: of all. Else zeroes in the buffer may be what nobody has read. */
+  neededBytes: number | undefined;
 }
 
 /** Captured blocks between two stretches to be read are read over (and overlaid) up to this many: a page-cache
@@ -151,10 +153,12 @@ export class ChunkCopy {
   /** What `write` goes by, besides the buffer: to be handed to another one of the same job (read-ahead.ts). */
   get filling(): Filling {
     const zero = this.#hasNotedZeroes ? this.#zero.slice() : null;
-    return { copied: this.#copied.slice(), taken: this.#taken.slice(), zero };
+    const neededBytes = this.#neededBytes;
+    return { copied: this.#copied.slice(), taken: this.#taken.slice(), zero, neededBytes };
   }
 
-  set filling({ copied, taken, zero }: Filling) {
+  set filling({ copied, taken, zero, neededBytes }: Filling) {
+    this.#neededBytes = neededBytes;
     this.#taken.set(taken);
     this.#copied.set(copied);
     this.#hasNotedZeroes = zero !== null;

@@ -43,6 +43,8 @@ export class ReadAhead {
   readonly #shared: SharedState;
   readonly #fd: number;
   readonly #limit: number;
+  /** The system has no memory for more (a control group's limit, strict accounting). */
+  #isRefused = false;
   readonly #baseBytes: number;
   readonly #kept: KeptChunk[] = [];
   /** Counts chunks put in and taken out: their places follow each other, and come again after #limit. */
@@ -62,18 +64,25 @@ export class ReadAhead {
   }
 
   get hasRoom(): boolean {
-    return Atomics.load(this.#shared.control, CTL_AHEAD_CHUNKS) < this.#limit;
+    return !this.#isRefused && Atomics.load(this.#shared.control, CTL_AHEAD_CHUNKS) < this.#limit;
   }
 
-  /** False: the others have taken the room. @throws CowcatherError */
+  /** False: the others have taken the room, or the system refuses it; then the chunk is the caller's to write. */
   put(kept: KeptChunk, chunkBuffer: Uint8Array): boolean {
+    if (this.#isRefused) return false;
     const { control } = this.#shared;
     for (;;) {
       const count = Atomics.load(control, CTL_AHEAD_CHUNKS);
       if (count >= this.#limit) return false;
       if (Atomics.compareExchange(control, CTL_AHEAD_CHUNKS, count, count + 1) === count) break;
     }
-    this.#transfer(writeSync, this.#putCount, kept, chunkBuffer);
+    try {
+      this.#transfer(writeSync, this.#putCount, kept, chunkBuffer);
+    } catch {
+      this.#isRefused = true;
+      this.#giveBack(this.#putCount);
+      return false;
+    }
     this.#kept.push(kept);
     this.#putCount++;
     return true;
@@ -83,12 +92,14 @@ export class ReadAhead {
   take(chunkBuffer: Uint8Array): KeptChunk {
     const kept = this.#kept.shift();
     if (kept === undefined) throw new Error("nothing was read ahead");
-    const { chunkBytes } = this.#shared.geometry;
     this.#transfer(readSync, this.#takenCount, kept, chunkBuffer);
-    libc?.punchHole(this.#fd, this.#placeOf(this.#takenCount), chunkBytes);
-    this.#takenCount++;
-    Atomics.sub(this.#shared.control, CTL_AHEAD_CHUNKS, 1);
+    this.#giveBack(this.#takenCount++);
     return kept;
+  }
+
+  #giveBack(count: number): void {
+    libc?.punchHole(this.#fd, this.#placeOf(count), this.#shared.geometry.chunkBytes);
+    Atomics.sub(this.#shared.control, CTL_AHEAD_CHUNKS, 1);
   }
 
   #placeOf(count: number): number {

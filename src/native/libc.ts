@@ -36,6 +36,7 @@ export const F_WRLCK = 1;
 export const F_UNLCK = 2;
 export const POSIX_FADV_DONTNEED = 4;
 
+const FS_IOC_FIEMAP = 0xc020_660b;
 const SOL_SOCKET = 1;
 const SO_PEERCRED = 17;
 const SO_RCVTIMEO = 20;
@@ -98,6 +99,8 @@ export interface Libc {
   punchHole(fd: number, offsetBytes: number, lengthBytes: number): number;
   /** Zeroes a range, keeping it allocated. */
   zeroRange(fd: number, offsetBytes: number, lengthBytes: number): number;
+  /** Fills in a struct fiemap (ioctl(2), FS_IOC_FIEMAP): 0, or -errno (-EOPNOTSUPP: the file system has none). */
+  extentMap(fd: number, request: ArrayBuffer): number;
   /** Extends or allocates [offsetBytes, +lengthBytes). */
   allocate(fd: number, offsetBytes: number, lengthBytes: number): number;
   fadvise(fd: number, offsetBytes: number, lengthBytes: number, advice: number): number;
@@ -165,6 +168,7 @@ function bind(): Libc {
   const getsockopt = declare(
     "int getsockopt(int fd, int level, int name, uint64_t value, uint64_t valueBytes)",
   );
+  const ioctl = declare("int ioctl(int fd, uint64_t request, uint64_t argument)");
   const fcntl = declare("int fcntl64(int fd, int command, uint64_t argument)");
 
   // Seldom called: koffi takes the memory itself, and holds it during the call.
@@ -243,6 +247,7 @@ function bind(): Libc {
     zeroRange: (fd, offsetBytes, lengthBytes) =>
       fallocateWhole(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offsetBytes, lengthBytes),
     allocate: (fd, offsetBytes, lengthBytes) => fallocateWhole(fd, 0, offsetBytes, lengthBytes),
+    extentMap: (fd, request) => orErrno(ioctl(fd, FS_IOC_FIEMAP, addressOf(request))),
     fadvise: (fd, offsetBytes, lengthBytes, advice) => -posixFadvise(fd, offsetBytes, lengthBytes, advice),
     ofdLock(fd, type, startByte, lengthBytes) {
       setFlock(type, startByte, lengthBytes);

@@ -19,9 +19,9 @@ import type { Target } from "../target/target.js";
 import { dirtyBitmapContext, gatherDirty, gatherZeroes } from "../nbd/client/extent-map.js";
 import { NbdClient } from "../nbd/client/client.js";
 import { readRange } from "../nbd/client/io.js";
-import { endOfMap, type ExtentMap } from "../block/extent-map.js";
+import { endOfMap } from "../block/extent-map.js";
 import { roundDown } from "../units.js";
-import { type OpenLiveFile, openLiveFile } from "./live-file.js";
+import { openLiveFile, writtenAtT0 } from "./live-file.js";
 import { formatNbdUri, type NbdAddress } from "../nbd/wire/uri.js";
 import { NBD_META_BASE_ALLOCATION } from "../nbd/wire/protocol.js";
 import {
@@ -33,7 +33,7 @@ import {
   withoutBitmap,
 } from "./bitmaps.js";
 import { cleanUpDead } from "./cleanup.js";
-import { DiskCopy, groupFailed } from "./disk-copy.js";
+import { DiskCopy, groupFailed, type IntactCheck, type LiveDisk } from "./disk-copy.js";
 import { startServer } from "./exports.js";
 import { type FreezeRequest, makeFreezer } from "./t0-gate.js";
 import { diskNames, findDisk, type QemuDisk, type QemuGraph, readGraph } from "./graph.js";
@@ -41,6 +41,7 @@ import { chooseMethod, type MethodChoice } from "./method.js";
 import type { QemuMethod } from "./methods.js";
 import { QemuMonitor, type Visit } from "./monitor.js";
 import { partName, runName } from "./names.js";
+import { checkRingJob } from "./ring.js";
 import { RunFolder } from "./run-folder.js";
 import { type MethodSteps, stepsOf } from "./steps.js";
 import type { GuestPolicy } from "./t0.js";
@@ -344,29 +345,58 @@ class RunningBackup implements QemuBackup {
         const client = await NbdClient.connect(uri, { contexts, isCancelled, staysOpen: true });
         this.#clients.push(client);
         if (bitmap !== undefined) {
-          copy.begin(uri, null, { dirty: runsOfMap(await gatherDirty(client, bitmap)) });
+          const isIntact = this.#checkOf(copy, client, undefined);
+          copy.begin(uri, null, { dirty: runsOfMap(await gatherDirty(client, bitmap)), isIntact });
           return;
         }
-        const zeroes = await gatherZeroes(client);
-        const live = await this.#liveFileOf(copy, client, zeroes);
-        copy.begin(uri, zeroes, {
-          live,
-          ...(copy.keeper.source.isSnapshot && { isIntact: () => readEnd(client) }),
-        });
+        let live = await this.#liveFileOf(copy, client);
+        try {
+          const zeroes = await gatherZeroes(client);
+          const isKnown = zeroes !== null && endOfMap(zeroes) >= client.sizeBytes;
+          if (live !== undefined && copy.keeper.source.isSnapshot === true && !isKnown) {
+            await live.close();
+            live = undefined;
+          }
+          copy.begin(uri, zeroes, { live, isIntact: this.#checkOf(copy, client, live) });
+        } catch (error) {
+          await live?.close();
+          throw error;
+        }
       }),
     );
   }
 
-  /** What QEMU keeps as zeroes is not to be seen in its file: all that reads so must be known. */
-  async #liveFileOf(
-    { disk, keeper }: DiskCopy,
+  /** Whether who keeps the old data still does: of a ring that is known when the disk is read, and asked of the monitor. */
+  #checkOf(
+    { keeper, index }: DiskCopy,
     client: NbdClient,
-    zeroes: ExtentMap | null,
-  ): Promise<OpenLiveFile | undefined> {
+    live: LiveDisk | undefined,
+  ): IntactCheck | undefined {
+    // Who reads a snapshot's export hears of it there.
+    if (keeper.source.isSnapshot === true) return live && (() => readEnd(client));
+    const job = partName(this.#run, index, "job");
+    return async (isLast) => {
+      if (!isLast) return;
+      const answer = this.#monitor.visit((visit) => checkRingJob(visit, job));
+      // Where QEMU has gone since, the export was there to the last read.
+      await answer.catch((error: unknown) => {
+        if (live !== undefined || toCowcatcherError(error).code === "SNAPSHOT") throw error;
+      });
+    };
+  }
+
+  /**
+   * What QEMU keeps as zeroes is not to be seen in its file: where it may do so from now on is not read past it, and where
+   * it has done so by now it says so when it is asked what reads as zeroes, afterwards.
+   */
+  async #liveFileOf({ disk, keeper }: DiskCopy, client: NbdClient): Promise<LiveDisk | undefined> {
     if (this.#graph === undefined || keeper.oldData === undefined) return undefined;
-    const isKnown = zeroes !== null && endOfMap(zeroes) >= client.sizeBytes;
-    if (keeper.oldData.fd !== null && !isKnown) return undefined;
-    return openLiveFile(this.#graph, disk.node, client.serverProcess);
+    const file = await openLiveFile(this.#graph, disk.node, client.serverProcess);
+    if (file === undefined || keeper.oldData.fd === null) return file;
+    const written = writtenAtT0(file, disk.node.sizeBytes);
+    if (written !== null) return { ...file, written };
+    await file.close();
+    return undefined;
   }
 
   #exportOf({ index }: DiskCopy): NbdAddress {

@@ -10,6 +10,7 @@ import { type DirtyRuns, markClean } from "../backup/copy/incremental.js";
 import type { JobOptions } from "../backup/options.js";
 import type { JobProgress } from "../backup/progress.js";
 import type { Image, NbdSourceDescription } from "../block/device.js";
+import type { ExtentMap } from "../block/extent-map.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import type { Target, TargetOptions } from "../target/target.js";
 import type { BitmapHandover } from "./bitmaps.js";
@@ -25,6 +26,12 @@ const SOURCE_RETRIES = 2;
 
 /** A second. */
 const LOOKS_PER_CHECK = 20;
+
+/** @throws CowcatcherError: what was read is not of T0. `isLast`: all of it is read */
+export type IntactCheck = (isLast: boolean) => Promise<void>;
+
+/** To be read past QEMU; `written`: where (LiveFileDescription). */
+export type LiveDisk = Pick<OpenLiveFile, "fd" | "close"> & { readonly written?: ExtentMap | undefined };
 
 /** A disk, whoever manages the QEMU that has it. */
 export interface CopiedDisk {
@@ -82,8 +89,9 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   readonly #finishing: Finishing;
   readonly #leaveQemu: () => Promise<void>;
   #leaving: Promise<void> | undefined;
-  #live: OpenLiveFile | undefined;
-  #isIntact: (() => Promise<void>) | undefined;
+  #live: LiveDisk | undefined;
+  #isIntact: IntactCheck | undefined;
+  #checking = Promise.resolve();
   #broken: CowcatcherError | undefined;
   #looks = 0;
   #uri = "";
@@ -173,9 +181,10 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
       dirty,
       live,
       isIntact,
-    }: { dirty?: DirtyRuns; live?: OpenLiveFile | undefined; isIntact?: () => Promise<void> } = {},
+    }: { dirty?: DirtyRuns; live?: LiveDisk | undefined; isIntact?: IntactCheck | undefined } = {},
   ): void {
     this.#uri = uri;
+    this.#isIntact = isIntact;
     if (dirty !== undefined) markClean(this.run.shared, this.#dirtyOf(dirty));
     const { name, node } = this.disk;
     const { sizeBytes } = node;
@@ -188,20 +197,20 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
       return;
     }
     this.#live = live;
-    this.#isIntact = isIntact;
     // The last cluster stays: that it can be read says that all of the snapshot is whole.
     const keptFromBytes = roundDown(sizeBytes - 1, QEMU_CLUSTER_BYTES);
-    this.run.begin({ ...description, live: { fd: live.fd, oldDataFd: oldData.fd }, keptFromBytes });
+    const { fd, written } = live;
+    this.run.begin({ ...description, live: { fd, oldDataFd: oldData.fd, written }, keptFromBytes });
   }
 
   /**
    * A snapshot that broke refuses to be read, and whoever reads past it does not hear of that. It stays broken: so it is
    * asked now and then, and when everything is read. Never rejects.
    */
-  async #checkIntact(): Promise<void> {
+  async #checkIntact(isLast: boolean): Promise<void> {
     if (this.#isIntact === undefined || this.run.failure !== undefined) return;
     try {
-      await this.#isIntact();
+      await this.#isIntact(isLast);
     } catch (error) {
       this.#broken ??= toCowcatcherError(error, this.disk.name);
       this.cancel(this.#broken);
@@ -211,7 +220,9 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   look(): void {
     if (this.#isOver || this.run.failure !== undefined || this.#leaving !== undefined) return;
     this.keeper.look();
-    if (++this.#looks % LOOKS_PER_CHECK === 0) void this.#checkIntact();
+    // Not of one that is read by the export: its readers hear of it.
+    const isDue = ++this.#looks % LOOKS_PER_CHECK === 0 && this.#live !== undefined;
+    if (isDue) this.#checking = this.#checking.then(() => this.#checkIntact(false));
     // What the target has not taken yet stands in our memory.
     if (this.run.isAllRead) void this.leave();
   }
@@ -224,7 +235,9 @@ export class DiskCopy<Disk extends CopiedDisk = QemuDisk, Changes extends Change
   }
 
   async #leave(): Promise<void> {
-    await this.#checkIntact();
+    // What is still being asked would be refused when the export is gone.
+    if (this.run.failure === undefined) await this.#checking;
+    await this.#checkIntact(true);
     await this.#leaveQemu();
     this.keeper.left?.();
   }

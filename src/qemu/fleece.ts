@@ -81,13 +81,17 @@ export class Fleece {
    */
   tellsClusters(clusterBytes: number): boolean {
     if (libc === null || !PLAIN_FILE_SYSTEMS.has(statfsSync(this.path).type)) return false;
-    const { size } = fstatSync(this.#fd);
+    const { size, blksize, blocks } = fstatSync(this.#fd);
+    // A tmpfs with huge pages (it tells of them so) has data for a whole one, or not, as memory is at hand.
+    if (blksize > clusterBytes) return false;
     const at = Math.floor(size / clusterBytes / 2) * clusterBytes;
     if (at === 0 || size < at + 2 * clusterBytes) return false;
     writeSync(this.#fd, new Uint8Array(clusterBytes).fill(1), 0, clusterBytes, at);
     const isExact = libc.seekData(this.#fd, 0) === at && libc.seekHole(this.#fd, at) === at + clusterBytes;
+    // XFS with an extent size hint allocates more than is written: what is read of that would be data one day.
+    const grownBytes = (fstatSync(this.#fd).blocks - blocks) * STAT_BLOCK_BYTES;
     const isPunched = libc.punchHole(this.#fd, at, clusterBytes) === 0;
-    return isExact && isPunched && libc.seekData(this.#fd, 0) === -ENXIO;
+    return isExact && grownBytes < 2 * clusterBytes && isPunched && libc.seekData(this.#fd, 0) === -ENXIO;
   }
 
   /** For readers; it stays open until `close`. */

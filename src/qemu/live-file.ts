@@ -4,14 +4,19 @@
 // renamed). So it is looked at what the process that serves the export has open: only if our file is one of those, by
 // device and inode, is it QEMU's. Where that cannot be seen, nor read, the export is read as ever.
 
-import { constants } from "node:fs";
+import { constants, statfsSync } from "node:fs";
 import { type FileHandle, open, readdir, stat } from "node:fs/promises";
+import type { ExtentMap } from "../block/extent-map.js";
+import { writtenExtents } from "../block/file/written-extents.js";
 import type { QemuGraph, QemuNode } from "./graph.js";
 
+const TMPFS_MAGIC = 0x01021994;
 const PROTOCOL_DRIVERS = new Set(["file", "host_device"]);
 
 export interface OpenLiveFile {
   readonly fd: number;
+  /** It is a block device, of which QEMU never asks where its holes are. */
+  readonly isDevice: boolean;
   /** When no worker reads it any more. Never rejects. */
   close(): Promise<void>;
 }
@@ -32,7 +37,7 @@ export async function openLiveFile(
   let file: FileHandle | undefined;
   try {
     file = await open(below.filename, flags);
-    if (await isOpenIn(serverProcess, file, node.sizeBytes)) return opened(file);
+    if (await isOpenIn(serverProcess, file, node.sizeBytes)) return await opened(file);
   } catch {
     // It is QEMU's to read, not ours.
   }
@@ -40,8 +45,25 @@ export async function openLiveFile(
   return undefined;
 }
 
-function opened(file: FileHandle): OpenLiveFile {
-  return { fd: file.fd, close: () => file.close().catch(() => undefined) };
+async function opened(file: FileHandle): Promise<OpenLiveFile> {
+  const isDevice = (await file.stat()).isBlockDevice();
+  return { fd: file.fd, isDevice, close: () => file.close().catch(() => undefined) };
+}
+
+/**
+ * Where a file may be read past the snapshot that QEMU keeps of it (nbd/client/live-file.ts). Asked after T0, and before
+ * QEMU is asked what reads as zeroes: what is written here and kept as zeroes was kept by then, so QEMU tells of it.
+ * @returns undefined: everywhere; null: that cannot be known
+ */
+export function writtenAtT0({ fd, isDevice }: OpenLiveFile, sizeBytes: number): ExtentMap | null | undefined {
+  if (isDevice) return undefined;
+  try {
+    // Its pages never leave it, so that a hole is one for good.
+    if (statfsSync(`/proc/self/fd/${fd}`).type === TMPFS_MAGIC) return undefined;
+  } catch {
+    return null;
+  }
+  return writtenExtents(fd, sizeBytes);
 }
 
 /** Whose bytes are those of the disk, one for one. */

@@ -17,6 +17,7 @@
 // if this process dies guest writes fail until the job is cancelled, and while it hangs they hang. So
 // this method is for those who accept that.
 
+import { CowcatcherError } from "../errors.js";
 import { addExport } from "./exports.js";
 import { isAtLeast, type QemuDisk, type QemuGraph, readVersion } from "./graph.js";
 import type { Visit } from "./monitor.js";
@@ -27,10 +28,28 @@ import { removing } from "./undo.js";
 /** Our answers are all given by then, and QEMU has nothing else to wait for. */
 const JOB_GONE_MS = 30_000;
 
+/** Of a job whose filter is in place (JobStatus). A paused one's is, too. */
+const WORKING = new Set(["running", "paused"]);
+
 /** Why the method cannot be used; undefined: it can. */
 export function ringObstacle({ version, commands }: QemuGraph): string | undefined {
   if (isAtLeast(version, 5, 2) && commands.has("blockdev-backup")) return undefined;
   return `QEMU ${version.major}.${version.minor} cannot export a disk that a job works on (5.2 can)`;
+}
+
+/**
+ * The job is there still, when the disk is read: without it QEMU sends no old data, and what was read since may be newer
+ * than T0. @throws CowcatcherError SNAPSHOT
+ */
+export async function checkRingJob(visit: Visit, id: string): Promise<void> {
+  const job = (await visit.list("query-jobs")).find((one) => one["id"] === id);
+  if (job !== undefined && job["error"] === undefined && WORKING.has(String(job["status"]))) return;
+  throw new CowcatcherError({
+    code: "SNAPSHOT",
+    object: visit.path,
+    problem: `QEMU's job ${id} has ended before the disk was read`,
+    hint: "make the backup again, and cancel no job of its name meanwhile",
+  });
 }
 
 /** Why our own death would harm the guest; undefined: it would not. */

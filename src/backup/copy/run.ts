@@ -192,7 +192,7 @@ export class CopyRun {
     }
     const failure = options.pool && poolFailure(options.pool);
     if (failure !== undefined) throw workerError(failure.error);
-    const readAhead = openReadAhead(options.readAheadBytes ?? 0, geometry.chunkBytes);
+    const readAhead = openReadAhead(options.readAheadBytes ?? 0, geometry.chunkBytes, bufferBytes);
     const run = new CopyRun(options, shared, spill, readAhead);
     run.setSpeed(job.rateLimitBytes);
     const cancel = (): void => run.abort(workerError(options.signal?.reason));

@@ -9,24 +9,32 @@
 // before the guest's write to the file begins. So a byte of what was read is T0's, or its old data is there by the
 // time that the read is over. Where the old data is in our own buffer, the workers lay it over themselves. Where it is
 // in a file of its server's (`oldDataFd`) it is laid over here: that file has data just where something was kept, and a
-// hole elsewhere. Not kept as data are zeroes: what reads as zeroes at T0 must not be asked for here.
+// hole elsewhere. Not kept as data are zeroes: what QEMU finds a hole when it is to keep it. So only what was written by T0
+// is read here (`written`, block/file/written-extents.ts), and that is a hole no more before it is kept.
 //
 // The page cache is one for both, or both read with O_DIRECT. What cannot be read is asked of the server, who has the words.
 
 import { EINTR, ENXIO, libc } from "../../native/libc.js";
 import type { LiveFileDescription } from "../../block/device.js";
+import { ExtentReader } from "../../block/extent-map.js";
 
 export class LiveFile {
   readonly #fd: number;
   readonly #oldDataFd: number | null;
+  readonly #written: ExtentReader | null;
 
-  constructor({ fd, oldDataFd }: LiveFileDescription) {
+  constructor({ fd, oldDataFd, written }: LiveFileDescription) {
     this.#fd = fd;
     this.#oldDataFd = oldDataFd;
+    this.#written = written === undefined ? null : new ExtentReader(written, false);
   }
 
   /** True: the buffer has the range as at T0, but for what the caller lays over it. False: nothing is known. */
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): boolean {
+    if (this.#written !== null) {
+      const known = this.#written.extentAt(offsetBytes, lengthBytes);
+      if (!known.flag || known.lengthBytes < lengthBytes) return false;
+    }
     if (!readWhole(this.#fd, buffer, bufferOffset, lengthBytes, offsetBytes)) return false;
     return (
       this.#oldDataFd === null ||

@@ -59,6 +59,12 @@ describe.skipIf(libc === null)("Fleece", () => {
     // A file system that has records of 128 KiB.
     vi.spyOn(native, "seekHole").mockImplementationOnce((_, at) => at + 128 * KiB);
     expect(fleece.tellsClusters(64 * KiB)).toBe(false);
+    // One that allocates more than is written.
+    vi.spyOn(native, "seekData").mockImplementationOnce(() => {
+      native.allocate(fd, 0, 512 * KiB);
+      return (COUNT * CHUNK) / 2;
+    });
+    expect(fleece.tellsClusters(64 * KiB)).toBe(false);
     // One that knows no holes.
     vi.spyOn(native, "seekData").mockImplementation((_, at) => at);
     expect(fleece.tellsClusters(64 * KiB)).toBe(false);
