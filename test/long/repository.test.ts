@@ -5,7 +5,8 @@ import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { cowcatcher, run, type RunResult } from "../support/cli.js";
+// A process of its own for each command: the key is in this one's environment.
+import { cowcatcherProcess as cowcatcher, run, type RunResult } from "../support/cli.js";
 
 const MiB = 1024 * 1024;
 let folder: string;
