@@ -362,8 +362,10 @@ class RunningBackup implements QemuBackup {
   async #explained(error: CowcatcherError): Promise<CowcatcherError> {
     const { domain } = this.#request;
     const isOfExport = this.#folder !== undefined && error.object.includes(this.#folder.path);
-    if (!isOfExport || !this.#wasEnded) return error;
+    if (!isOfExport) return error;
     const now = await readDomain(this.#virsh).catch(() => undefined);
+    // libvirt may have called the job its own still when the guest's end had taken the export with it.
+    if (!this.#wasEnded && now?.isRunning !== false) return error;
     if (now?.isRunning === true) {
       const words = await endOfLastJob(this.#virsh);
       const problem = `libvirt's backup job ended before the disks were read${words === undefined ? "" : `: ${words}`}`;
