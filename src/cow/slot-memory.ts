@@ -13,10 +13,9 @@
 // in the cache, and written from there. So the captures of a guest that writes at leisure take the mapped slots again and again
 // (slots.ts gives them out first), and a burst that needs more than those takes the file.
 
-import { closeSync } from "node:fs";
 import { errnoName } from "../errno.js";
 import { CowcatcherError } from "../errors.js";
-import { copyBytes, libc } from "../native/libc.js";
+import { copyBytes, EINTR, libc } from "../native/libc.js";
 import { newPageWords } from "./buffer-pages.js";
 import type { PageMemory } from "./page-memory.js";
 import { isZero } from "./zero.js";
@@ -55,10 +54,6 @@ export function createSlotFile(): number {
   return Math.max(-1, libc?.createMemoryFile("cowcatcher-buffer") ?? -1);
 }
 
-export function closeSlotFile(fd: number): void {
-  if (fd >= 0) closeSync(fd);
-}
-
 /** One thread's hands on the slots. Ranges are bytes of the buffer, within one slot. */
 export class SlotMemory {
   /** Shared memory from the buffer's first byte on. */
@@ -85,14 +80,18 @@ export class SlotMemory {
       return;
     }
     const { buffer, byteOffset } = target;
-    const count = libc?.pread(this.#fileFd, buffer, byteOffset + targetOffset, lengthBytes, offsetBytes);
+    const count = again(() =>
+      libc?.pread(this.#fileFd, buffer, byteOffset + targetOffset, lengthBytes, offsetBytes),
+    );
     if (count !== lengthBytes) throw memoryError("read", count);
   }
 
   /** Of a slot that is not mapped. @throws CowcatcherError IO where the system gives no more memory. */
   write(source: Uint8Array, sourceOffset: number, lengthBytes: number, offsetBytes: number): void {
     const { buffer, byteOffset } = source;
-    const count = libc?.pwrite(this.#fileFd, buffer, byteOffset + sourceOffset, lengthBytes, offsetBytes);
+    const count = again(() =>
+      libc?.pwrite(this.#fileFd, buffer, byteOffset + sourceOffset, lengthBytes, offsetBytes),
+    );
     if (count !== lengthBytes) throw memoryError("write", count);
   }
 
@@ -102,6 +101,14 @@ export class SlotMemory {
     this.#scratch ??= new Uint8Array(BLOCK_BYTES);
     this.read(offsetBytes, this.#scratch, 0, BLOCK_BYTES);
     return isZero(this.#scratch, 0, BLOCK_BYTES);
+  }
+}
+
+/** io_uring's task work ends calls of tmpfs's before they have done anything (native/libc.ts). */
+function again(call: () => number | undefined): number | undefined {
+  for (;;) {
+    const count = call();
+    if (count !== -EINTR) return count;
   }
 }
 

@@ -40,7 +40,7 @@ import {
   type SharedState,
   SPILLED,
 } from "../../src/cow/shared.js";
-import { type BufferMemory, closeSlotFile, createSlotFile, memoryAlone } from "../../src/cow/slot-memory.js";
+import { type BufferMemory, createSlotFile, memoryAlone } from "../../src/cow/slot-memory.js";
 import { spillBitmapBytes, SpillFile } from "../../src/cow/spill.js";
 import type { CowcatcherError } from "../../src/errors.js";
 import type { Completion, Image, SourceReader } from "../../src/block/device.js";
@@ -552,7 +552,7 @@ export class Simulation {
       return await this.#run();
     } finally {
       closeSync(this.#spillFd);
-      closeSlotFile(this.#buffer.fileFd);
+      if (this.#buffer.fileFd >= 0) closeSync(this.#buffer.fileFd);
       closeSync(this.#aheadFd);
     }
   }

@@ -49,7 +49,6 @@ export class PagePreparer {
   /** The memory is the job's no more. Settles when no thread touches it; never rejects. */
   stop(): Promise<void> {
     Atomics.store(this.#marks, PAGES_STOP, 1);
-    Atomics.notify(this.#marks, PAGES_STOP);
     return this.ended;
   }
 

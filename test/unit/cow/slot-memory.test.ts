@@ -3,12 +3,12 @@ import { openSync, closeSync } from "node:fs";
 import fc from "fast-check";
 import { afterEach, describe, expect, it } from "vitest";
 import { BLOCK_BYTES, BLOCKS_PER_SLOT, SLOT_BYTES } from "../../../src/cow/geometry.js";
-import { closeSlotFile, createSlotFile, memoryAlone, SlotMemory } from "../../../src/cow/slot-memory.js";
+import { createSlotFile, memoryAlone, SlotMemory } from "../../../src/cow/slot-memory.js";
 import { BufferAllocator } from "../../../src/cow/slots.js";
 
 const open: number[] = [];
 afterEach(() => {
-  for (const fd of open.splice(0)) closeSlotFile(fd);
+  for (const fd of open.splice(0)) closeSync(fd);
 });
 
 /** Two mapped slots and two of the file. */
