@@ -13,10 +13,10 @@ import { packageVersion } from "../dist/src/cli/version.js";
 export const version = packageVersion();
 export const jobMembers = JOB_MEMBERS;
 
-/** @returns {Words[]} */
-export function readCommands() {
+/** @returns {Promise<Words[]>} */
+export async function readCommands() {
   const program = new Command("cowcatcher");
-  addCommands(program, () => Promise.resolve(), {});
+  await addCommands(program, () => Promise.resolve(), {});
   return program.commands.map((command) => words(command, `cowcatcher ${command.name()}`));
 }
 

@@ -9,8 +9,8 @@ const JOB_NAMES =
   `sed -n '/"jobs": \\[/,/\\]/s/^ *"\\([A-Za-z0-9._+-]*\\)",\\{0,1\\}$/\\1/p'`;
 
 /** @returns {Map<string, string>} by the file's name */
-export function completions() {
-  const commands = readCommands();
+export async function completions() {
+  const commands = await readCommands();
   return new Map([
     ["cowcatcher.bash", bash(commands)],
     ["_cowcatcher", zsh(commands)],

@@ -5,8 +5,8 @@ import { completions } from "./completions.mjs";
 import { manualPages } from "./man.mjs";
 
 for (const [folder, files] of [
-  ["dist/man", manualPages()],
-  ["dist/completions", completions()],
+  ["dist/man", await manualPages()],
+  ["dist/completions", await completions()],
 ]) {
   mkdirSync(folder, { recursive: true });
   for (const [name, text] of files) writeFileSync(join(folder, name), text);

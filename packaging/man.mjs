@@ -9,8 +9,8 @@ const DATE = new Date(Number(process.env.SOURCE_DATE_EPOCH ?? 1_795_824_000) * 1
   .slice(0, 10);
 
 /** By file name. @returns {Map<string, string>} */
-export function manualPages() {
-  const commands = readCommands();
+export async function manualPages() {
+  const commands = await readCommands();
   const pages = new Map([["cowcatcher.1", overview(commands)]]);
   for (const command of commands) pages.set(`cowcatcher-${command.name}.1`, commandPage(command, commands));
   pages.set("cowcatcher-jobs.5", jobsPage());

@@ -6,7 +6,7 @@ import { Child, waitForChild } from "./children.js";
 
 /** The built command; COWCATCHER_BIN names another. */
 export const COWCATCHER_BIN =
-  process.env["COWCATCHER_BIN"] ?? fileURLToPath(new URL("../../src/cli/main.js", import.meta.url));
+  process.env["COWCATCHER_BIN"] ?? fileURLToPath(new URL("../../src/cli/main.cjs", import.meta.url));
 
 export function startCowcatcher(args: readonly string[], options: SpawnOptions = {}): Child {
   return new Child(`cowcatcher ${args[0]}`, process.execPath, [COWCATCHER_BIN, ...args], options);

@@ -10,16 +10,20 @@ keepIgnored(process.env);
 // To read it takes a descriptor.
 const openFilesLine = readLimit();
 
-try {
-  await import("./start.js");
-} catch (error) {
-  if (!isOutOfDescriptors(error)) throw error;
+import("./start.js")
+  .then(({ start }) => start())
+  .catch((error: unknown) => {
+    if (!isOutOfDescriptors(error)) throw error;
+    sayTooManyFiles();
+    process.exit(1);
+  });
+
+function sayTooManyFiles(): void {
   const limit = /\d+/.exec(openFilesLine)?.[0];
   const count = limit === undefined ? "" : `this process may have ${limit}; `;
   process.stderr.write(
     `cowcatcher: too many open files (${count}raise RLIMIT_NOFILE, by ulimit -n or LimitNOFILE= of the systemd unit)\n`,
   );
-  process.exit(1);
 }
 
 function readLimit(): string {

@@ -39,8 +39,8 @@ interface Session {
 export async function runProgram(argv: readonly string[], io: ProgramIo): Promise<number> {
   const session: Session = { context: undefined, exitCode: EXIT.done };
   const asked = COMMAND_NAMES.find((name) => name === argv[0]);
-  const program = buildProgram(io, session, asked);
   try {
+    const program = await buildProgram(io, session, asked);
     await program.parseAsync(argv, { from: "user" });
     return session.exitCode;
   } catch (thrown) {
@@ -78,7 +78,11 @@ function isPlainPath(name: unknown): boolean {
   return typeof name !== "string" || !(hasProtocol(name) || name.includes("::") || name.includes("\uFFFD"));
 }
 
-function buildProgram(io: ProgramIo, session: Session, asked: CommandName | undefined): Command {
+async function buildProgram(
+  io: ProgramIo,
+  session: Session,
+  asked: CommandName | undefined,
+): Promise<Command> {
   const program = new Command("cowcatcher")
     .description("Point-in-time backups of virtual-machine disks that the running guest hardly notices")
     .version(packageVersion(), "-V, --version", "print the version")
@@ -102,7 +106,7 @@ function buildProgram(io: ProgramIo, session: Session, asked: CommandName | unde
     if (OPENS_IMAGES.has(command)) await warnWithoutNative(session.context);
     session.exitCode = await body(session.context);
   };
-  addCommands(program, run, io.environment, asked);
+  await addCommands(program, run, io.environment, asked);
   program.hook("preAction", (_, command) => {
     refuseBytes(command);
   });
