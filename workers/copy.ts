@@ -12,7 +12,14 @@ import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { Drainer } from "../src/cow/drain.js";
 import type { DrainStep } from "../src/cow/drain-io.js";
 import { keptPages } from "../src/cow/page-memory.js";
-import { CTL_RUN, RUN_ABORTING, RUN_PAUSED, RUN_RUNNING, SharedState } from "../src/cow/shared.js";
+import {
+  CTL_RUN,
+  CTL_TAKERS,
+  RUN_ABORTING,
+  RUN_PAUSED,
+  RUN_RUNNING,
+  SharedState,
+} from "../src/cow/shared.js";
 import { SpillFile } from "../src/cow/spill.js";
 import { toCowcatcherError } from "../src/errors.js";
 import type { SourceDescription, SourceReader } from "../src/block/device.js";
@@ -48,7 +55,10 @@ export default async function copy(task: CopyTask): Promise<CopyResult> {
     chunkBuffer.fill(0);
     send(port, { kind: "ready" });
     const [command] = (await once(port, "message")) as [WorkerCommand];
-    if (command.kind === "begin") await copyAll(task, shared, chunkBuffer, command.source);
+    if (command.kind === "leave") return {};
+    // Before it looks for a chunk: whoever has seen the sweep's end and no taker need not wait for this thread.
+    Atomics.add(shared.control, CTL_TAKERS, 1);
+    await copyAll(task, shared, chunkBuffer, command.source);
     return {};
   } catch (error) {
     const typed = toCowcatcherError(error, task.target.name);

@@ -51,6 +51,8 @@ export interface DrainOptions extends DrainIoOptions, ChunkCopyOptions {
   hasForeignCaptures?: boolean | undefined;
   /** Not of a job without a buffer, nor of one without a sweep. */
   readAhead?: ReadAheadPart | undefined;
+  /** Asked before each chunk; true ends this drainer, while others go on. Not of one that reads ahead. */
+  isRelieved?: (() => boolean) | undefined;
 }
 
 /** What a drainer needs to read ahead. */
@@ -104,6 +106,7 @@ export class Drainer {
   *run(): Steps<void> {
     if (this.#ahead !== null) return yield* this.#runAhead(this.#ahead);
     while (yield* this.#mayGoOn()) {
+      if (this.#options.isRelieved?.() === true) return yield* this.#chunkCopy.settle();
       const chunk = yield* this.#next();
       if (chunk >= 0) yield* this.#chunkCopy.run(chunk, this.#isPressing);
       else if (!this.#capturedOnly || !(yield* this.#awaitUrgent())) return yield* this.#chunkCopy.settle();

@@ -73,6 +73,7 @@ export const CTL_SPILL_BLOCKS = 7; // [main adds, workers subtract] blocks that 
 export const CTL_IGNORED_ERRORS = 8; // [workers]
 export const CTL_READING = 9; // [workers] chunks that are about to be taken or being read; of jobs that read ahead
 export const CTL_AHEAD_CHUNKS = 10; // [workers] chunks that are read and kept for the target (read-ahead.ts)
+export const CTL_TAKERS = 11; // [worker threads] that have begun to take chunks, those that are done included
 const CTL_WORDS = 16;
 
 export const RUN_PREPARING = 0;

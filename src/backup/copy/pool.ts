@@ -1,10 +1,15 @@
 // The threads of a copy, which may be started before it is known what they are to copy. Main thread.
 //
 // A thread takes some 50 ms to boot, about as long as it takes to parse the command line, load what opens images and
-// open them. An offline copy that starts its threads first has both at the same time.
+// open them. An offline copy that starts its threads first has both at the same time, where it needs them from its start
+// on (see here.ts).
+//
+// piscina is loaded for the first pool: a command that needs no thread does not wait for its modules.
 
+import { closeSync, openSync } from "node:fs";
+import { createRequire } from "node:module";
 import type { Worker } from "node:worker_threads";
-import { Piscina } from "piscina";
+import type { Piscina } from "piscina";
 import { type Boots, bootsOver, expectBoots, noMoreBoots } from "./thread-boots.js";
 import { COPY_WORKER } from "../worker-files.js";
 
@@ -23,11 +28,12 @@ export function createCopyPool(
   workerCount: number,
   { file = COPY_WORKER, heap = WORKER_HEAP, startAtOnce = workerCount } = {},
 ): Piscina {
+  const piscina = loadPiscina();
   const boots = expectBoots(workerCount);
   // The constructor throws where it cannot start all of them; those that it did start are booting nevertheless.
   const begun = threadsBegunNow();
   boots.threads = () => begun.filter(({ threadId }) => threadId > 0);
-  const pool = new Piscina({
+  const pool = new piscina.Piscina({
     filename: file.href,
     minThreads: startAtOnce,
     maxThreads: workerCount,
@@ -46,6 +52,16 @@ export function createCopyPool(
   });
   bootsOf.set(pool, boots);
   return pool;
+}
+
+/** @throws what the system says where there are no descriptors left to find it: Node says that it is not there. */
+function loadPiscina(): typeof import("piscina") {
+  try {
+    return createRequire(import.meta.url)("piscina") as typeof import("piscina");
+  } catch (error) {
+    closeSync(openSync("/dev/null", "r"));
+    throw error;
+  }
 }
 
 /** Fills with the threads that are started in this turn of the event loop, once it is over. */
@@ -102,4 +118,10 @@ export function takeCopyPool(workerCount: number): Piscina {
   if (taken?.workerCount === workerCount) return taken.pool;
   if (taken !== undefined) void endPool(taken.pool);
   return createCopyPool(workerCount);
+}
+
+/** Ends the threads that were started early, where nobody has taken them. */
+export function endEarlyPool(): void {
+  if (early !== undefined) void endPool(early.pool);
+  early = undefined;
 }

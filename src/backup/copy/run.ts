@@ -31,6 +31,7 @@ import {
   CTL_READING,
   CTL_RUN,
   CTL_SWEEP,
+  CTL_TAKERS,
   CTL_USED_BLOCKS,
   RUN_ABORTING,
   RUN_PAUSED,
@@ -39,7 +40,13 @@ import {
   type SharedState,
 } from "../../cow/shared.js";
 import { changeLimit } from "../../cow/throttle.js";
-import { CowcatcherError, messageOf, threadStartError, workingFolderError } from "../../errors.js";
+import {
+  CowcatcherError,
+  messageOf,
+  threadStartError,
+  toCowcatcherError,
+  workingFolderError,
+} from "../../errors.js";
 import type { FrozenSource, SourceDescription } from "../../block/device.js";
 import { describeStore } from "../../repository/store/describe-store.js";
 import { NULL_TARGET_PATH } from "../../target/null.js";
@@ -47,6 +54,7 @@ import type { Target } from "../../target/target.js";
 import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer } from "./page-preparer.js";
 import { type BufferMemory, MAPPED_BYTES_MAX } from "../../cow/slot-memory.js";
+import { copyHere } from "./here.js";
 import { createCopyPool, endPool, poolFailure, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
@@ -65,8 +73,11 @@ export const LIVE_WORKER_NICENESS = 10;
 export const ABORT_GRACE_MS = 2_000;
 export interface CopyRunOptions {
   job: JobOptions;
-  /** Of `job.workerCount` threads; becomes the run's, which ends it. Made by the run where undefined. */
-  pool?: Piscina | undefined;
+  /**
+   * Gives the same pool each time, of `job.workerCount` threads; it becomes the run's, which ends it. Made by the run
+   * where undefined.
+   */
+  pool?: (() => Piscina) | undefined;
   /** Where the run has its pool from instead, and gives it back to if all threads are fit for another job. */
   threads?: CopyThreads | undefined;
   /** Gives the tables; see table-store.ts. Plain memory where undefined. */
@@ -78,6 +89,8 @@ export interface CopyRunOptions {
   slots: BufferMemory;
   bufferBytes: number;
   live: boolean;
+  /** Not of a live run: this thread copies first, and others are started where there is more to do (here.ts). */
+  beginsHere?: boolean | undefined;
   /** Where a live run has its spill; undefined: nothing is captured here. */
   hands?: StorageHands | undefined;
   /** Ends the run when it is aborted before T0. */
@@ -112,6 +125,14 @@ const FIRST_WRITE_POLL_MS = 50;
 /** So long only the first worker of a job that reads ahead is there. */
 const READS_ALONE_MS = 1_000;
 const READS_ALONE_POLL_MS = 50;
+/**
+ * A copy that takes this thread no longer has no other: to boot one takes 60 ms of both, and two write one file little
+ * faster than one, as the kernel lets them do it in turn. Nor has one that finds nothing but zeroes.
+ */
+const ALONE_MS = 500;
+const ALONE_POLL_MS = 100;
+/** This thread copies no longer, besides: it is to hear of signals even where a file system stops answering. */
+const HERE_MS = 1_000;
 
 export class CopyRun {
   /** Fulfilled when everything is in the target; rejects with the first cause. */
@@ -121,7 +142,8 @@ export class CopyRun {
   readonly spill: RemoteSpill | null;
   readonly #readAhead: ReadAheadFile | null;
   readonly #options: CopyRunOptions;
-  readonly #pool: Piscina;
+  /** Undefined: no thread was needed yet. */
+  #pool: Piscina | undefined;
   readonly #ports: MessagePort[] = [];
   readonly #rate = new RateMeter();
   #preparer: PagePreparer | undefined;
@@ -157,10 +179,19 @@ export class CopyRun {
     this.#settle = { resolve, reject };
     // Whoever started the run looks at `ended`; until then a failure is not an unhandled one.
     promise.catch(() => {});
-    const { pool, threads, job } = options;
-    this.#pool = pool ?? threads?.take(job.workerCount) ?? createCopyPool(job.workerCount);
+    if (options.beginsHere !== true) this.#poolNow();
+  }
+
+  #poolNow(): Piscina {
+    if (this.#pool !== undefined) return this.#pool;
+    const { pool, threads, job } = this.#options;
+    const taken = pool?.() ?? threads?.take(job.workerCount) ?? createCopyPool(job.workerCount);
     // A thread that fails while it has no task, as one that cannot be started. Unheard, it would end the process.
-    this.#pool.on("error", this.#onPoolError);
+    taken.on("error", this.#onPoolError);
+    this.#pool = taken;
+    const failure = pool && poolFailure(taken);
+    if (failure !== undefined) throw workerError(failure.error);
+    return taken;
   }
 
   /**
@@ -190,8 +221,6 @@ export class CopyRun {
       spill?.close();
       options.signal.throwIfAborted();
     }
-    const failure = options.pool && poolFailure(options.pool);
-    if (failure !== undefined) throw workerError(failure.error);
     const readAhead = openReadAhead(options.readAheadBytes ?? 0, geometry.chunkBytes, bufferBytes);
     const run = new CopyRun(options, shared, spill, readAhead);
     run.setSpeed(job.rateLimitBytes);
@@ -212,13 +241,15 @@ export class CopyRun {
    * T0 need not wait for them, as what they would drain lies in the buffer.
    */
   async #startWorkers(): Promise<void> {
-    const { live, job } = this.#options;
+    const { live, job, beginsHere } = this.#options;
     const ready: Promise<void>[] = [];
     let others = Promise.resolve();
     try {
       if (live) await this.#prepareBuffer();
-      for (let index = 0; index < (live ? 1 : job.workerCount); index++) ready.push(this.#startWorker(index));
+      const firstCount = live ? 1 : beginsHere ? 0 : job.workerCount;
+      for (let index = 0; index < firstCount; index++) ready.push(this.#startWorker(index));
       if (live) others = this.#startOthers();
+      else if (beginsHere) others = this.#beginHere();
     } finally {
       // Also where the system has no thread for the next one: those that are there are seen to their end.
       void this.#watch(others);
@@ -246,6 +277,57 @@ export class CopyRun {
     }
   }
 
+  /**
+   * This thread copies, and the others while it does, where it is not soon done; after a while one takes its place.
+   * Settles when no other one is to be started. Never rejects.
+   */
+  async #beginHere(): Promise<void> {
+    await this.#hasBegun.promise;
+    if (this.#source === undefined) return;
+    let isRelieved = false;
+    const here = this.#copyHere(this.#source, () => isRelieved);
+    this.#workers.push(here);
+    const isOver = async (afterMs: number): Promise<boolean> => {
+      const ended = here.then(() => true);
+      const hasEnded = await Promise.race([ended, delay(afterMs, false, { ref: false })]);
+      return hasEnded || this.#firstError !== undefined;
+    };
+    try {
+      for (let ms = 0; ms < ALONE_MS || (ms < HERE_MS && !this.#hasWritten); ms += ALONE_POLL_MS) {
+        if (await isOver(ALONE_POLL_MS)) return;
+      }
+      for (let index = 1; index < this.#options.job.workerCount; index++) void this.#startWorker(index);
+      if (await isOver(HERE_MS)) return;
+      await Promise.race([here, this.#startWorker(0)]);
+      isRelieved = true;
+    } catch (error) {
+      this.abort(workerError(error));
+    }
+  }
+
+  /** True: as #seeToEnd. Never rejects. */
+  async #copyHere(source: SourceDescription, isRelieved: () => boolean): Promise<boolean> {
+    const { job, target, onStopped } = this.#options;
+    try {
+      await copyHere(source, target.description, {
+        shared: this.shared,
+        zeroUnitBytes: Math.max(BLOCK_BYTES, target.granularityBytes),
+        topOnly: job.sync === "top",
+        onSourceError: job.onSourceError,
+        onTargetError: job.onTargetError,
+        targetRetries: job.targetRetries,
+        isRelieved,
+        onStop: (error) => {
+          this.pause();
+          onStopped?.(error);
+        },
+      });
+    } catch (error) {
+      this.#workerFailed(toCowcatcherError(error, target.name));
+    }
+    return true;
+  }
+
   /** What one reads at a time is as much as the guest's processors have to spare; the others are for the target. */
   async #letFirstReadAlone(): Promise<void> {
     for (let waitedMs = 0; waitedMs < READS_ALONE_MS; waitedMs += READS_ALONE_POLL_MS) {
@@ -258,7 +340,9 @@ export class CopyRun {
   #startWorker(index: number): Promise<void> {
     const { port1, port2 } = new MessageChannel();
     this.#ports.push(port1);
-    const task = this.#pool.run(this.#task(index, port2), { transferList: [port2] }) as Promise<CopyResult>;
+    const task = this.#poolNow().run(this.#task(index, port2), {
+      transferList: [port2],
+    }) as Promise<CopyResult>;
     this.#workers.push(this.#seeToEnd(task));
     const isReady = this.#listen(port1, task);
     // Whoever awaits it hears of it; until then a failure is not an unhandled one.
@@ -293,7 +377,7 @@ export class CopyRun {
 
   /** One thread boots at a time, as four at once took the guest's processors for 40 ms. */
   async #letGuestGoFirst(): Promise<void> {
-    await poolHasBooted(this.#pool);
+    await poolHasBooted(this.#poolNow());
     await nextTurn();
   }
 
@@ -333,7 +417,9 @@ export class CopyRun {
 
   /** Sees every worker to its end, whatever it is, then settles `ended`. */
   async #watch(others: Promise<void>): Promise<void> {
-    const all = others.then(() => Promise.all(this.#workers));
+    const all = others.then(() =>
+      this.#options.beginsHere ? this.#allTakers() : Promise.all(this.#workers),
+    );
     const areAlive = await Promise.race([all, this.#abandoned]);
     this.#leftBehind = areAlive === undefined;
     if (this.#leftBehind) {
@@ -354,8 +440,37 @@ export class CopyRun {
     else this.#settle.resolve();
   }
 
+  /**
+   * Settles when this thread has done its part, and all chunks are copied or all threads gone. A thread that has taken no
+   * chunk by the sweep's end is not waited for: it finds nothing to do whenever it comes.
+   */
+  async #allTakers(): Promise<boolean[]> {
+    const [here, ...threads] = this.#workers;
+    await here;
+    let goneCount = 0;
+    const present = new Set<Promise<void>>();
+    for (const thread of threads) {
+      const isGone = thread.then(() => {
+        goneCount++;
+        present.delete(isGone);
+      });
+      present.add(isGone);
+    }
+    while (present.size > 0 && !this.#isAllTakenBy(goneCount)) await Promise.race(present);
+    return [];
+  }
+
+  #isAllTakenBy(threadCount: number): boolean {
+    const { control } = this.shared;
+    if (this.#firstError !== undefined || Atomics.load(control, CTL_SWEEP) < this.geometry.chunkCount)
+      return false;
+    // In this order: who counts itself in after this finds the sweep at its end.
+    return Atomics.load(control, CTL_TAKERS) <= threadCount;
+  }
+
   async #endThreads(areFit: boolean): Promise<void> {
     const { threads, live } = this.#options;
+    if (this.#pool === undefined) return;
     if (areFit && threads !== undefined) {
       this.#pool.off("error", this.#onPoolError);
       threads.giveBack(this.#pool);
@@ -408,12 +523,15 @@ export class CopyRun {
     const { target, onWorkersIn } = this.#options;
     if (target.workersAreIn === undefined && onWorkersIn === undefined) return;
     const timer = setInterval(() => {
-      const hasWritten = Atomics.load(this.shared.counters, CNT_WRITTEN_BYTES) > 0n;
-      if (!hasWritten && this.#endMs === undefined) return;
+      if (!this.#hasWritten && this.#endMs === undefined) return;
       clearInterval(timer);
       void target.workersAreIn?.();
       onWorkersIn?.();
     }, FIRST_WRITE_POLL_MS).unref();
+  }
+
+  get #hasWritten(): boolean {
+    return Atomics.load(this.shared.counters, CNT_WRITTEN_BYTES) > 0n;
   }
 
   #commandAll(given: WorkerCommand): void {

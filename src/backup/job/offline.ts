@@ -10,7 +10,8 @@ import type { KeySource } from "../../repository/format/keys.js";
 import type { Target } from "../../target/target.js";
 import { createTarget } from "../../target/create.js";
 import { openBacking } from "../guard/backing-check.js";
-import { endPool, takeCopyPool } from "../copy/pool.js";
+import { mayCopyHere } from "../copy/here.js";
+import { endEarlyPool, endPool, takeCopyPool } from "../copy/pool.js";
 import { NO_BUFFER } from "../../cow/slot-memory.js";
 import { CopyRun } from "../copy/run.js";
 import { Finishing } from "./finishing.js";
@@ -59,16 +60,17 @@ export interface OfflineCopy {
 
 /** @throws CowcatcherError when source or target cannot be opened; later failures are `ended`'s. */
 export async function startOfflineCopy(request: OfflineCopyRequest): Promise<OfflineCopy> {
-  const pool = takeCopyPool(request.job.workerCount);
+  let pool: Piscina | undefined;
   try {
-    return await startWithPool(request, pool);
+    return await startWithPool(request, () => (pool ??= takeCopyPool(request.job.workerCount)));
   } catch (error) {
-    void endPool(pool);
+    if (pool === undefined) endEarlyPool();
+    else void endPool(pool);
     throw error;
   }
 }
 
-async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promise<OfflineCopy> {
+async function startWithPool(request: OfflineCopyRequest, pool: () => Piscina): Promise<OfflineCopy> {
   const { source, sourceFormat, onStopped } = request;
   const image = await openAnyImage(source, {
     format: sourceFormat,
@@ -105,6 +107,7 @@ async function startWithPool(request: OfflineCopyRequest, pool: Piscina): Promis
         slots: NO_BUFFER,
         bufferBytes: 0,
         live: false,
+        beginsHere: await mayCopyHere(image, target.description, job.direct),
         workerLimit: remote === null || remote.canMultiConn ? undefined : 1,
         dirty,
         onWorkersIn: remote === null ? undefined : () => void remote.letGo(),

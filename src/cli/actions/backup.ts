@@ -12,21 +12,19 @@ import type { JobInfo } from "../progress/view.js";
 import { onInterrupt } from "../signals.js";
 import { bytesOnTarget, printSummary } from "../progress/summary.js";
 import { interrupted } from "./causes.js";
-import { runLive } from "./live-backup.js";
 import { MOUNTED_SOURCE, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
 import { dataBytesOf, warnOfSpace } from "./target-space.js";
 
 const UPDATE_MS = 200;
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export function runBackup(
+export async function runBackup(
   settings: OfflineBackupSettings | LiveBackupSettings,
   context: CommandContext,
   repositoryKey?: () => Promise<KeySource | undefined>,
 ): Promise<number> {
-  return settings.mode === "offline"
-    ? runOfflineCopy(settings, context, repositoryKey)
-    : runLive(settings, context);
+  if (settings.mode === "offline") return runOfflineCopy(settings, context, repositoryKey);
+  return (await import("./live-backup.js")).runLive(settings, context);
 }
 
 /** Also `restore`'s body: a backup and what it builds on, written to an image. */

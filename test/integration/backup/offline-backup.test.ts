@@ -2,6 +2,7 @@
 import {
   existsSync,
   linkSync,
+  readdirSync,
   readFileSync,
   statSync,
   symlinkSync,
@@ -10,9 +11,9 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { cowcatcher, type RunResult } from "../../support/cli.js";
+import { cowcatcher, COWCATCHER_BIN, type RunResult } from "../../support/cli.js";
 import { expectClean, expectSame, formatOf, makeDisk, noise } from "../../support/disks.js";
-import { leftovers, mustRun, scratchFolder, stopAll } from "../../support/server.js";
+import { leftovers, mustRun, Process, scratchFolder, stopAll } from "../../support/server.js";
 
 const MiB = 1024 * 1024;
 let folder: string;
@@ -156,6 +157,38 @@ describe("holes", () => {
     await expectClean(at("huge-copy.qcow2"));
     await qemuIo("huge-copy.qcow2", "read -P 1 9T 64k", "read -P 0 10T 64k");
     expect(allocatedBytes("huge-copy.qcow2")).toBeLessThan(8 * MiB);
+  });
+});
+
+describe("the threads of a copy", () => {
+  const threadsOf = (pid: number): number => {
+    try {
+      return readdirSync(`/proc/${pid}/task`).length;
+    } catch {
+      return 0;
+    }
+  };
+  /** The most threads of a copy of noise that its rate limit makes last for more than two seconds, and of one that is short. */
+  const mostThreads = async (...args: string[]): Promise<number> => {
+    const words = [COWCATCHER_BIN, "backup", "-q", "-w", "1", ...args, "--force"];
+    const copy = new Process(process.execPath, [...words, at("threads.raw"), at("threads.qcow2")]);
+    let most = 0;
+    while (!copy.over) {
+      most = Math.max(most, threadsOf(copy.pid));
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+    expect(await copy.end()).toEqual({ code: 0, stdout: "", stderr: "" });
+    await expectSame(at("threads.raw"), at("threads.qcow2"));
+    await expectClean(at("threads.qcow2"));
+    return most;
+  };
+
+  it("a worker takes over from the main thread where it is not soon done", async () => {
+    writeFileSync(at("threads.raw"), noise(5 * MiB));
+    const alone = await mostThreads();
+    // A backup with compression begins in a worker.
+    expect(await mostThreads("-c")).toBeGreaterThan(alone);
+    expect(await mostThreads("--rate-limit", "1M")).toBeGreaterThan(alone);
   });
 });
 
