@@ -103,7 +103,8 @@ async function buildProgram(
   ): Promise<void> => {
     session.context = await makeContext(command, flags, io);
     io.onContext?.(session.context);
-    if (OPENS_IMAGES.has(command)) await warnWithoutNative(session.context);
+    const isClient = command === "backup" && "control" in flags;
+    if (OPENS_IMAGES.has(command) && !isClient) await warnWithoutNative(session.context);
     session.exitCode = await body(session.context);
   };
   await addCommands(program, run, io.environment, asked);

@@ -3,7 +3,7 @@
 import { startOfflineCopy } from "../../backup/job/offline.js";
 import type { CowcatcherError } from "../../errors.js";
 import type { KeySource } from "../../repository/format/keys.js";
-import type { LiveBackupSettings, OfflineBackupSettings } from "../options/backup-options.js";
+import type { OfflineBackupSettings } from "../options/backup-options.js";
 import { type CommandContext, keepStdoutForData } from "../output/context.js";
 import { EXIT } from "../output/exit-codes.js";
 import { STDIO } from "../options/options.js";
@@ -12,22 +12,16 @@ import type { JobInfo } from "../progress/view.js";
 import { onInterrupt } from "../signals.js";
 import { bytesOnTarget, printSummary } from "../progress/summary.js";
 import { interrupted } from "./causes.js";
-import { MOUNTED_SOURCE, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
+import { warnOfEmptySource } from "./empty-source.js";
+import { MOUNTED_SOURCE, warnOfMountedSource } from "./source-warnings.js";
 import { dataBytesOf, warnOfSpace } from "./target-space.js";
 
 const UPDATE_MS = 200;
 
-/** Resolves to the exit code. @throws CowcatcherError, which the program reports. */
-export async function runBackup(
-  settings: OfflineBackupSettings | LiveBackupSettings,
-  context: CommandContext,
-  repositoryKey?: () => Promise<KeySource | undefined>,
-): Promise<number> {
-  if (settings.mode === "offline") return runOfflineCopy(settings, context, repositoryKey);
-  return (await import("./live-backup.js")).runLive(settings, context);
-}
-
-/** Also `restore`'s body: a backup and what it builds on, written to an image. */
+/**
+ * Resolves to the exit code. Also `restore`'s body: a backup and what it builds on, written to an image.
+ * @throws CowcatcherError, which the program reports.
+ */
 export async function runOfflineCopy(
   settings: OfflineBackupSettings,
   context: CommandContext,

@@ -18,7 +18,7 @@ import { onInterrupt } from "../signals.js";
 import { formatBytes } from "../../units.js";
 import { firstCause, interrupted } from "./causes.js";
 import { chooseDisk, jobIdOf, servedDisks, type ServedDisk } from "./served-disks.js";
-import { warnOfEmptySource } from "./source-warnings.js";
+import { warnOfEmptySource } from "./empty-source.js";
 import { warnOfSpace } from "./target-space.js";
 
 const CANCEL_RETRY_MS = 50;

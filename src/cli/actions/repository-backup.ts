@@ -7,7 +7,8 @@ import { createProgressView } from "../progress/create-view.js";
 import { NO_BACKUP, printRepositoryResult } from "../progress/repository-summary.js";
 import { onInterrupt } from "../signals.js";
 import { interrupted } from "./causes.js";
-import { MOUNTED_SOURCE, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
+import { warnOfEmptySource } from "./empty-source.js";
+import { MOUNTED_SOURCE, warnOfMountedSource } from "./source-warnings.js";
 import { packageVersion } from "../version.js";
 
 /** Resolves to the exit code. @throws CowcatcherError, which the program reports. */

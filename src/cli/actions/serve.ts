@@ -22,7 +22,8 @@ import { type CommandContext, printJsonLine, printLine } from "../output/context
 import { EXIT } from "../output/exit-codes.js";
 import { logLoopDelay } from "./loop-delay.js";
 import { openTrackers, type TrackedDisks } from "./serve-tracking.js";
-import { MOUNTED_SERVED, warnOfEmptySource, warnOfMountedSource } from "./source-warnings.js";
+import { warnOfEmptySource } from "./empty-source.js";
+import { MOUNTED_SERVED, warnOfMountedSource } from "./source-warnings.js";
 import { bitmapContexts, warnOfBitmaps } from "./serve-bitmaps.js";
 import { OpenedDisks } from "./opened-disks.js";
 import { ServedExports } from "./served-exports.js";

@@ -19,12 +19,6 @@ export interface Mount {
   mountPoint: string;
 }
 
-/** An empty disk is rarely what a backup was made for: a path that was mistyped, an image that was cut. */
-export function warnOfEmptySource(output: OutputSettings, name: string, sizeBytes: number): void {
-  if (sizeBytes === 0)
-    warn(output, `${name}: has 0 bytes, so there is nothing to copy (is it the right one?)`);
-}
-
 /**
  * Warns of an image on a device, or in a file, whose file system this machine has mounted for writing: it is written
  * while it is read.

@@ -90,7 +90,9 @@ export function addBackup(program: Command, run: RunCommand): void {
         if (flags.dryRun === true) {
           return (await import("../actions/dry-run.js")).runDryRun(settings, context);
         }
-        return (await import("../actions/backup.js")).runBackup(settings, context, lazyKey(flags));
+        if (settings.mode === "live")
+          return (await import("../actions/live-backup.js")).runLive(settings, context);
+        return (await import("../actions/backup.js")).runOfflineCopy(settings, context, lazyKey(flags));
       }),
   );
 }

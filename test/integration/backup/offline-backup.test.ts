@@ -184,7 +184,7 @@ describe("the threads of a copy", () => {
   };
 
   it("a worker takes over from the main thread where it is not soon done", async () => {
-    writeFileSync(at("threads.raw"), noise(5 * MiB));
+    writeFileSync(at("threads.raw"), noise(3 * MiB));
     const alone = await mostThreads();
     // A backup with compression begins in a worker.
     expect(await mostThreads("-c")).toBeGreaterThan(alone);
