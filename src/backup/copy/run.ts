@@ -126,13 +126,18 @@ const FIRST_WRITE_POLL_MS = 50;
 const READS_ALONE_MS = 1_000;
 const READS_ALONE_POLL_MS = 50;
 /**
- * A copy that takes this thread no longer has no other: to boot one takes 60 ms of both, and two write one file little
- * faster than one, as the kernel lets them do it in turn. Nor has one that finds nothing but zeroes.
+ * Another thread is worth its boot, 60 ms of both processors, where this one would need so much longer: two write one file
+ * little faster than one, as the kernel lets them do it in turn.
  */
+const WORTH_A_THREAD_MS = 500;
+/** Until then this thread is alone in any case, as what it has done says little. */
 const ALONE_MS = 500;
-const ALONE_POLL_MS = 100;
-/** This thread copies no longer, besides: it is to hear of signals even where a file system stops answering. */
+/**
+ * Until then it is one of those that copy. It is to hear of signals even where a file system stops answering; holes, that
+ * take it microseconds each, need no other one until then either.
+ */
 const HERE_MS = 1_000;
+const HERE_POLL_MS = 100;
 
 export class CopyRun {
   /** Fulfilled when everything is in the target; rejects with the first cause. */
@@ -287,22 +292,28 @@ export class CopyRun {
     let isRelieved = false;
     const here = this.#copyHere(this.#source, () => isRelieved);
     this.#workers.push(here);
-    const isOver = async (afterMs: number): Promise<boolean> => {
+    const isOver = async (): Promise<boolean> => {
       const ended = here.then(() => true);
-      const hasEnded = await Promise.race([ended, delay(afterMs, false, { ref: false })]);
+      const hasEnded = await Promise.race([ended, delay(HERE_POLL_MS, false, { ref: false })]);
       return hasEnded || this.#firstError !== undefined;
     };
     try {
-      for (let ms = 0; ms < ALONE_MS || (ms < HERE_MS && !this.#hasWritten); ms += ALONE_POLL_MS) {
-        if (await isOver(ALONE_POLL_MS)) return;
-      }
+      while (!this.#isWorthMore(this.#hasWritten ? ALONE_MS : HERE_MS)) if (await isOver()) return;
       for (let index = 1; index < this.#options.job.workerCount; index++) void this.#startWorker(index);
-      if (await isOver(HERE_MS)) return;
+      while (!this.#isWorthMore(HERE_MS)) if (await isOver()) return;
       await Promise.race([here, this.#startWorker(0)]);
       isRelieved = true;
     } catch (error) {
       this.abort(workerError(error));
     }
+  }
+
+  /** At `afterMs` or later: whether what is left is worth a thread. */
+  #isWorthMore(afterMs: number): boolean {
+    const elapsedMs = performance.now() - this.#startMs;
+    const doneBytes = Number(Atomics.load(this.shared.counters, CNT_DONE_BYTES));
+    const leftMs = (elapsedMs * (this.geometry.sizeBytes - doneBytes)) / doneBytes;
+    return elapsedMs >= afterMs && !(leftMs < WORTH_A_THREAD_MS);
   }
 
   /** True: as #seeToEnd. Never rejects. */
