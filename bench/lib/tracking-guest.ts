@@ -1,13 +1,15 @@
-// What tracking costs a guest: three servers at a time, each with a disk of its own and one way to track, and fio on one
-// after another. A round's ratios are between neighbours in time, so what else the machine does falls on all of them.
+// What tracking costs a guest: fio on one server after another, each with one way to track. A round's ratios are between
+// neighbours in time, so what else the machine does falls on all of them. All have one disk in turn, and each
+// measurement a server of its own: of three servers that stood side by side, one was a quarter quicker than the next for
+// as long as they ran, whatever they tracked, as the page cache held their disks in pages of other sizes.
 
-import { mkdirSync, rmSync } from "node:fs";
-import { join } from "node:path";
+import { rmSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { MiB } from "../../src/units.js";
 import { removeFolder, runProgram, say, scratchFolder } from "./children.js";
 import type { DiskFormat, RunningServer } from "./contestant.js";
 import { convertDisk, makeRawDisk } from "./disks.js";
-import { type FioPattern, runFio, type FioPlace } from "./fio.js";
+import { type FioPattern, runFio } from "./fio.js";
 import { cowcatcher } from "./ours.js";
 import { formatFigure, markdownTable, median } from "./statistics.js";
 
@@ -50,13 +52,6 @@ export const TRACKING_CELLS: TrackingCell[] = PATTERNS.flatMap((pattern) =>
   ),
 );
 
-interface Rival {
-  mode: Mode;
-  folder: string;
-  disk: string;
-  server: RunningServer | undefined;
-}
-
 export interface GuestOptions {
   rounds: number;
   seconds: number;
@@ -73,22 +68,17 @@ export async function measureTrackingCell(
   const perMode = (): Record<Mode, number[]> => ({ off: [], process: [], host: [] });
   const result: TrackingResult = { cell: cell.name, iops: perMode(), cpu: perMode() };
   try {
-    const rivals: Rival[] = [];
-    for (const mode of MODES) rivals.push(await makeRival(folder, mode, cell, sizeBytes));
+    const disk = await makeDisk(folder, cell, sizeBytes);
     await runProgram("sync", ["-f", folder]);
-    if (cell.when !== "fresh") {
-      for (const rival of rivals) await runFio(cell.pattern, await placeOf(rival, cell), WARM_UP_SECONDS);
-    }
     for (let round = 0; round < rounds; round++) {
-      for (let turn = 0; turn < rivals.length; turn++) {
-        const rival = rivals[(turn + round) % rivals.length];
-        if (rival === undefined) continue;
-        const { iops, cpuMicroseconds } = await measure(rival, cell, seconds);
-        result.iops[rival.mode].push(iops);
-        result.cpu[rival.mode].push(cpuMicroseconds);
+      for (let turn = 0; turn < MODES.length; turn++) {
+        const mode = MODES[(turn + round) % MODES.length];
+        if (mode === undefined) continue;
+        const { iops, cpuMicroseconds } = await measure(cell, mode, disk, seconds);
+        result.iops[mode].push(iops);
+        result.cpu[mode].push(cpuMicroseconds);
       }
     }
-    for (const { server } of rivals) await server?.stop();
   } finally {
     removeFolder(folder);
   }
@@ -98,57 +88,47 @@ export async function measureTrackingCell(
   return result;
 }
 
-async function makeRival(
-  parent: string,
-  mode: Mode,
-  { format }: TrackingCell,
-  sizeBytes: number,
-): Promise<Rival> {
-  const folder = join(parent, mode);
-  mkdirSync(folder);
+async function makeDisk(folder: string, { format }: TrackingCell, sizeBytes: number): Promise<string> {
   const raw = join(folder, "disk.raw");
   makeRawDisk(raw, sizeBytes);
-  if (format === "raw") return { mode, folder, disk: raw, server: undefined };
+  if (format === "raw") return raw;
   const disk = join(folder, "disk.qcow2");
   await convertDisk(raw, disk, "qcow2");
   rmSync(raw);
-  return { mode, folder, disk, server: undefined };
+  return disk;
 }
 
-/** Of the rival's server, started if need be. */
-async function placeOf(rival: Rival, { format }: TrackingCell): Promise<FioPlace> {
-  if (rival.server === undefined) {
-    const { mode, disk, folder } = rival;
-    // A T0 without a checkpoint would end no epoch.
-    const checkpoint = mode === "off" ? [] : ["--checkpoint", "bench"];
-    const contestant = cowcatcher(
-      mode,
-      ["--cow-buffer-size", "1G", "--force", ...checkpoint],
-      ["--tracking", mode],
-    );
-    rival.server = await contestant.start({ disk, format, folder, throttle: SLOW_TARGET, direct: false });
-  }
-  return rival.server.place;
+function startServer(mode: Mode, disk: string, { format }: TrackingCell): Promise<RunningServer> {
+  rmSync(`${disk}.cowcatcher`, { recursive: true, force: true });
+  // A T0 without a checkpoint would end no epoch.
+  const checkpoint = mode === "off" ? [] : ["--checkpoint", "bench"];
+  const contestant = cowcatcher(
+    mode,
+    ["--cow-buffer-size", "1G", "--force", ...checkpoint],
+    ["--tracking", mode],
+  );
+  return contestant.start({ disk, format, folder: dirname(disk), throttle: SLOW_TARGET, direct: false });
 }
 
 async function measure(
-  rival: Rival,
   cell: TrackingCell,
+  mode: Mode,
+  disk: string,
   seconds: number,
 ): Promise<{ iops: number; cpuMicroseconds: number }> {
-  if (cell.when === "fresh") {
-    await rival.server?.stop();
-    rival.server = undefined;
-    rmSync(`${rival.disk}.cowcatcher`, { recursive: true, force: true });
+  const server = await startServer(mode, disk, cell);
+  try {
+    if (cell.when !== "fresh") await runFio(cell.pattern, server.place, WARM_UP_SECONDS);
+    const backup = cell.when === "during a backup" ? await server.startBackup() : undefined;
+    backup?.ended.catch(() => undefined);
+    const before = server.child.cpuSeconds();
+    const { iops } = await runFio(cell.pattern, server.place, seconds);
+    const cpuSeconds = server.child.cpuSeconds() - before;
+    await backup?.cancel();
+    return { iops, cpuMicroseconds: (cpuSeconds * 1e6) / (iops * seconds) };
+  } finally {
+    await server.stop();
   }
-  const place = await placeOf(rival, cell);
-  const backup = cell.when === "during a backup" ? await rival.server?.startBackup() : undefined;
-  backup?.ended.catch(() => undefined);
-  const before = rival.server?.child.cpuSeconds() ?? 0;
-  const { iops } = await runFio(cell.pattern, place, seconds);
-  const cpuSeconds = (rival.server?.child.cpuSeconds() ?? 0) - before;
-  await backup?.cancel();
-  return { iops, cpuMicroseconds: (cpuSeconds * 1e6) / (iops * seconds) };
 }
 
 /** The median of the rounds' own ratios. */
