@@ -42,9 +42,20 @@ const CQE_WORDS = CQE_BYTES / 4;
 const SETUP_CQSIZE = 1 << 3;
 /** Completions do not interrupt this thread while it runs JavaScript: its next system call finds them (Linux 5.19). */
 const SETUP_COOP_TASKRUN = 1 << 8;
+const ENTER_GETEVENTS = 1 << 0;
+/** The last arguments are a structure and its length (Linux 5.11). */
+const ENTER_EXT_ARG = 1 << 3;
+/** struct io_uring_getevents_arg: a signal mask, its length, the address of a time limit. */
+const EXT_ARG_BYTES = 24;
+const EXT_ARG_TIME_LIMIT_AT = 16;
+/** struct __kernel_timespec. */
+const TIMESPEC_BYTES = 16;
+/** In the completion ring's flags: completions are not counted in the eventfd (Linux 5.8). */
+const CQ_EVENTFD_DISABLED = 1 << 0;
 const FEAT_SINGLE_MMAP = 1 << 0;
 const FEAT_NODROP = 1 << 1;
 const FEAT_SUBMIT_STABLE = 1 << 2;
+const FEAT_EXT_ARG = 1 << 8;
 const REGISTER_EVENTFD = 4;
 const REGISTER_PROBE = 8;
 const OP_SUPPORTED = 1 << 0;
@@ -72,7 +83,7 @@ const FSYNC_DATASYNC = 1 << 0;
 const PARAM = { sqEntries: 0, cqEntries: 1, flags: 2, features: 5, sqOffsets: 10, cqOffsets: 20, words: 30 };
 /** struct io_sqring_offsets and io_cqring_offsets, in 32-bit words. */
 const SQ_OFFSET = { head: 0, tail: 1, mask: 2, array: 6 };
-const CQ_OFFSET = { head: 0, tail: 1, mask: 2, entries: 5 };
+const CQ_OFFSET = { head: 0, tail: 1, mask: 2, entries: 5, flags: 6 };
 /** struct io_uring_sqe, in 32-bit words. */
 const SQE = { opcodeAndFlags: 0, fd: 1, offset: 2, address: 4, length: 6, operationFlags: 7, tag: 8 };
 
@@ -80,7 +91,7 @@ type SystemCall = (...args: number[]) => number;
 
 interface Calls {
   setup(entries: number, paramsAddress: number): number;
-  enter(fd: number, toSubmit: number): number;
+  enter(fd: number, toSubmit: number, minComplete: number, flags: number, argumentAddress: number): number;
   register(fd: number, operation: number, address: number, count: number): number;
   /** The address, or minus errno. */
   map(lengthBytes: number, fd: number, offset: number): number;
@@ -106,7 +117,10 @@ function bind(): Calls {
   const orErrno = (result: number): number => (result === -1 ? -koffi.errno() : result);
   return {
     setup: (entries, params) => orErrno(syscall(SYS_IO_URING_SETUP, entries, params, 0, 0, 0, 0)),
-    enter: (fd, toSubmit) => orErrno(syscall(SYS_IO_URING_ENTER, fd, toSubmit, 0, 0, 0, 0)),
+    enter: (fd, toSubmit, minComplete, flags, argument) =>
+      orErrno(
+        syscall(SYS_IO_URING_ENTER, fd, toSubmit, minComplete, flags, argument, argument && EXT_ARG_BYTES),
+      ),
     register: (fd, operation, address, count) =>
       orErrno(syscall(SYS_IO_URING_REGISTER, fd, operation, address, count, 0, 0)),
     map(lengthBytes, fd, offset) {
@@ -149,6 +163,9 @@ export class IoUring {
   private readonly cqTailAt: number;
   private readonly cqMask: number;
   private readonly cqesAt: number;
+  private readonly cqFlagsAt: number;
+  /** Of `submitAndWait`; null: this kernel does not know of a time limit. */
+  private readonly limit: WaitLimit | null;
   private isClosed = false;
 
   /** @param fd closed with the ring */
@@ -171,6 +188,9 @@ export class IoUring {
     this.cqTailAt = word(PARAM.cqOffsets + CQ_OFFSET.tail);
     this.cqMask = this.indexes[word(PARAM.cqOffsets + CQ_OFFSET.mask)];
     this.cqesAt = word(PARAM.cqOffsets + CQ_OFFSET.entries);
+    this.cqFlagsAt = word(PARAM.cqOffsets + CQ_OFFSET.flags);
+    const canWait = (params[PARAM.features] & FEAT_EXT_ARG) !== 0 && this.cqFlagsAt !== 0;
+    this.limit = canWait ? new WaitLimit() : null;
     // The array between ring and entries is never needed in another order.
     const arrayAt = word(PARAM.sqOffsets + SQ_OFFSET.array);
     for (let index = 0; index < this.sqEntries; index++) this.indexes[arrayAt + index] = index;
@@ -253,9 +273,29 @@ export class IoUring {
    * @returns 0, or minus errno where it took nothing: -EAGAIN and -EBUSY pass
    */
   submit(): number {
+    return this.enter(0, 0, 0);
+  }
+
+  /**
+   * As `submit`, and blocks its thread until a request is complete, a signal comes or the time is over. What completes
+   * meanwhile is not counted in the eventfd: the caller is to reap next.
+   * @param microseconds at most; below a second. A kernel that knows no limit (before Linux 5.11) does not wait at all.
+   */
+  submitAndWait(microseconds: number): number {
+    const { limit, indexes, cqFlagsAt } = this;
+    if (limit === null || this.preparedCount === 0 || this.isClosed) return this.submit();
+    Atomics.store(indexes, cqFlagsAt, CQ_EVENTFD_DISABLED);
+    try {
+      return this.enter(1, ENTER_GETEVENTS | ENTER_EXT_ARG, limit.addressFor(microseconds));
+    } finally {
+      Atomics.store(indexes, cqFlagsAt, 0);
+    }
+  }
+
+  private enter(minComplete: number, flags: number, argumentAddress: number): number {
     if (this.preparedCount === 0 || this.isClosed) return 0;
     let taken: number;
-    do taken = this.system.enter(this.fd, this.preparedCount);
+    do taken = this.system.enter(this.fd, this.preparedCount, minComplete, flags, argumentAddress);
     while (taken === -EINTR);
     if (taken < 0) return taken;
     this.preparedCount -= taken;
@@ -295,6 +335,24 @@ export class IoUring {
     this.system.unmap(this.rings.address, this.rings.lengthBytes);
     this.system.unmap(this.entries.address, this.entries.lengthBytes);
     this.system.close(this.fd);
+  }
+}
+
+/** struct io_uring_getevents_arg with its time limit behind it, in memory that stays. */
+class WaitLimit {
+  private readonly memory = new DataView(new ArrayBuffer(EXT_ARG_BYTES + TIMESPEC_BYTES));
+  private readonly address = addressOf(this.memory.buffer);
+
+  constructor() {
+    const limitAddress = BigInt(this.address + EXT_ARG_BYTES);
+    this.memory.setBigUint64(EXT_ARG_TIME_LIMIT_AT, limitAddress, true);
+  }
+
+  /** Below a second. */
+  addressFor(microseconds: number): number {
+    // Seconds stay zero.
+    this.memory.setUint32(EXT_ARG_BYTES + 8, microseconds * 1000, true);
+    return this.address;
   }
 }
 

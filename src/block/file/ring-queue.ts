@@ -6,7 +6,8 @@
 //
 // The end of a turn is setImmediate: whatever the sockets asked for in one turn of the loop goes to the kernel together,
 // as replies do on their way back. While the loop runs, completions are found by a look at memory; when it sleeps the
-// eventfd wakes it (native/loop-event.ts).
+// eventfd wakes it (native/loop-event.ts). A request that is alone is waited for in the system call, where nobody else
+// wants the thread (lone-requests.ts).
 //
 // Bounds: no more requests are handed over in a turn than the submission ring has places for, and no more are in flight
 // than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has
@@ -19,8 +20,9 @@
 // Main thread only.
 
 import { addressOf } from "../../native/addresses.js";
-import { IoUring, isPassing, type RingOperation } from "../../native/io-uring.js";
+import { IoUring, isPassing, RING_FSYNC, type RingOperation } from "../../native/io-uring.js";
 import { LoopEvent } from "../../native/loop-event.js";
+import { LoneRequests } from "./lone-requests.js";
 
 /** Requests that one system call hands over at most, and one turn: about a millisecond, in which nobody else is served. */
 const SQ_ENTRIES = 128;
@@ -28,6 +30,8 @@ const SQ_ENTRIES = 128;
 const CQ_ENTRIES = 1024;
 /** After the kernel was short of memory for a request. */
 const RETRY_MS = 1;
+/** The loop is held up for so long at most, by a disk that has begun to be slow. */
+const LONE_WAIT_MICROSECONDS = 500;
 
 export interface RingRequest {
   readonly operation: RingOperation;
@@ -44,7 +48,15 @@ export interface RingRequest {
 /** What a queue needs of a ring, and of what wakes the loop: others in tests. */
 export type Ring = Pick<
   IoUring,
-  "maxInFlight" | "hasRoom" | "preparedCount" | "prepare" | "submit" | "withdraw" | "reap" | "close"
+  | "maxInFlight"
+  | "hasRoom"
+  | "preparedCount"
+  | "prepare"
+  | "submit"
+  | "submitAndWait"
+  | "withdraw"
+  | "reap"
+  | "close"
 >;
 export type Waker = Pick<LoopEvent, "setAwaited" | "close">;
 
@@ -65,6 +77,7 @@ export class RingQueue {
   constructor(
     private readonly ring: Ring,
     private readonly waker: Waker,
+    private readonly lone: Pick<LoneRequests, "next" | "waited"> = new LoneRequests(),
   ) {
     for (let tag = ring.maxInFlight - 1; tag >= 0; tag--) this.freeTags.push(tag);
   }
@@ -145,14 +158,31 @@ export class RingQueue {
 
   private readonly endTurn = (): void => {
     this.isTurnEndScheduled = false;
-    this.submit();
+    if (this.lone.next(this.isAlone)) this.submitAndWait();
+    else this.submit(this.ring.submit());
     // What the file system could do at once is complete already.
     this.look();
     if (this.waiting.length > 0 && !this.isBroken) this.prepareWaiting();
   };
 
-  private submit(): void {
-    const result = this.ring.submit();
+  /** One read or write is prepared, and nothing else is asked for. A sync takes long. */
+  private get isAlone(): boolean {
+    const [tag, second] = this.preparedTags;
+    if (tag === undefined || second !== undefined || this.waiting.length > 0) return false;
+    const isOnly = this.freeTags.length === this.ring.maxInFlight - 1;
+    return isOnly && this.held[tag]?.operation !== RING_FSYNC;
+  }
+
+  private submitAndWait(): void {
+    const startMs = performance.now();
+    this.submit(this.ring.submitAndWait(LONE_WAIT_MICROSECONDS));
+    const waitedMs = performance.now() - startMs;
+    this.look();
+    this.lone.waited(waitedMs, this.isBusy);
+  }
+
+  /** @param result of the system call that handed over what was prepared */
+  private submit(result: number): void {
     const { preparedCount } = this.ring;
     this.preparedTags.splice(0, this.preparedTags.length - preparedCount);
     if (result < 0 && !isPassing(result)) return this.breakDown(result);

@@ -3,7 +3,7 @@ import { constants } from "node:os";
 import { setImmediate as turn } from "node:timers/promises";
 import { beforeEach, describe, expect, it } from "vitest";
 import { RingQueue, type Ring } from "../../../src/block/file/ring-queue.js";
-import { RING_WRITE, type OnCompletion } from "../../../src/native/io-uring.js";
+import { RING_FSYNC, RING_WRITE, type OnCompletion } from "../../../src/native/io-uring.js";
 
 const { EAGAIN, ENXIO } = constants.errno;
 const SQ_ENTRIES = 4;
@@ -14,6 +14,10 @@ class FakeRing implements Ring {
   readonly maxInFlight = MAX_IN_FLIGHT;
   preparedCount = 0;
   isClosed = false;
+  /** How many requests each call that waited handed over. */
+  readonly waits: number[] = [];
+  /** Such a call's time is over before anything is complete. */
+  isSlow = false;
   /** Offsets that each system call handed over. */
   readonly calls: number[][] = [];
   /** What the next system calls yield: how many are taken at most, or minus errno. Taken whole when it is empty. */
@@ -56,6 +60,13 @@ class FakeRing implements Ring {
     return 0;
   }
 
+  submitAndWait(): number {
+    this.waits.push(this.prepared.length);
+    const result = this.submit();
+    if (!this.isSlow) for (const offset of this.offsetsInFlight) this.complete(offset, 8);
+    return result;
+  }
+
   withdraw(): void {
     this.prepared.length = this.preparedCount = 0;
   }
@@ -86,6 +97,10 @@ let ring: FakeRing;
 let queue: RingQueue;
 let isAwaited: boolean;
 let isWakerClosed: boolean;
+/** What the queue asks of who decides, and tells it; whether it is to wait if a request is alone. */
+let asked: boolean[];
+let told: boolean[];
+let mayWait: boolean;
 /** Results by offset, as they came. */
 let results: [offset: number, result: number | null][];
 
@@ -93,13 +108,21 @@ beforeEach(() => {
   ring = new FakeRing();
   isAwaited = isWakerClosed = false;
   results = [];
-  queue = new RingQueue(ring, {
-    setAwaited: (value) => {
+  [asked, told, mayWait] = [[], [], false];
+  const waker = {
+    setAwaited: (value: boolean) => {
       isAwaited = value;
     },
     close: () => {
       isWakerClosed = true;
     },
+  };
+  queue = new RingQueue(ring, waker, {
+    next: (isAlone) => {
+      asked.push(isAlone);
+      return isAlone && mayWait;
+    },
+    waited: (_forMs, inVain) => told.push(inVain),
   });
 });
 
@@ -242,6 +265,53 @@ describe("the queue in front of io_uring", () => {
     await turn();
     expect(results).toEqual([0, 1, 2, 3, 4, 5].map((offset) => [offset, null]));
     expect([ring.calls, queue.isBusy, isAwaited]).toEqual([[], false, false]);
+  });
+
+  it("waits for a request that is alone, and has its result in the same turn", async () => {
+    mayWait = true;
+    start(0);
+    await turn();
+    expect([results, ring.waits, told]).toEqual([[[0, 8]], [1], [false]]);
+    expect([queue.isBusy, isAwaited]).toEqual([false, false]);
+  });
+
+  it("goes on without the result where the time was over", async () => {
+    [mayWait, ring.isSlow] = [true, true];
+    start(0);
+    await turn();
+    expect([results, ring.waits, told, isAwaited]).toEqual([[], [1], [true], true]);
+    // Not alone any more.
+    start(1);
+    await turn();
+    expect([asked, ring.waits]).toEqual([[true, false], [1]]);
+    ring.complete(0, 8);
+    ring.complete(1, 8);
+    queue.look();
+    expect(results).toHaveLength(2);
+  });
+
+  it("does not wait for two, for a sync, nor beside one in flight", async () => {
+    mayWait = true;
+    start(0, 1);
+    await turn();
+    ring.complete(0, 8);
+    queue.look();
+    start(2);
+    await turn();
+    for (const offset of ring.offsetsInFlight) ring.complete(offset, 8);
+    queue.look();
+    const sync = { operation: RING_FSYNC, buffer: null, bufferOffset: 0, lengthBytes: 0 } as const;
+    queue.start({ ...sync, fd: 1, offsetBytes: 9, settle: () => undefined });
+    await turn();
+    expect([asked, ring.waits]).toEqual([[false, false, false], []]);
+  });
+
+  it("gives back a request whose call to wait for it failed", async () => {
+    mayWait = true;
+    ring.answers.push(-ENXIO);
+    start(0);
+    await turn();
+    expect([results, queue.isBusy]).toEqual([[[0, null]], false]);
   });
 
   it("takes no completion for a request that is not in flight", async () => {

@@ -1,4 +1,5 @@
 // io_uring and the eventfd in Node's event loop, with this machine's kernel.
+import { execFileSync } from "node:child_process";
 import * as fs from "node:fs";
 import type { Socket } from "node:net";
 import { constants, tmpdir } from "node:os";
@@ -76,6 +77,42 @@ describe.skipIf(typeof probe === "number")("io_uring", () => {
     );
     expect(memory.subarray(BLOCK)).toEqual(memory.subarray(0, BLOCK));
     expect(fs.fstatSync(fd).size).toBe(4 * BLOCK);
+  });
+
+  it("waits in the call that hands over, and does not count that in the eventfd", async () => {
+    ring.signal(event.fd);
+    let count = 0;
+    signalled = () => count++;
+    const memory = Uint8Array.of(1, 2, 3, 4);
+    const found: number[] = [];
+    for (let tag = 0; tag < 50; tag++) {
+      ring.prepare(RING_WRITE, fd, addressOf(memory.buffer), 4, tag * 4, tag);
+      expect(ring.submitAndWait(900_000)).toBe(0);
+      ring.reap((reaped) => found.push(reaped));
+      expect(found).toHaveLength(tag + 1);
+    }
+    await new Promise(setImmediate);
+    await new Promise(setImmediate);
+    expect(count).toBe(0);
+    // Those after it are counted again.
+    ring.prepare(RING_WRITE, fd, addressOf(memory.buffer), 4, 0, 99);
+    ring.submit();
+    expect(await results(1)).toEqual(new Map([[99, 4]]));
+  });
+
+  it("waits no longer than it is told to", async () => {
+    ring.signal(event.fd);
+    const pipe = path.join(folder, "pipe");
+    execFileSync("mkfifo", [pipe]);
+    const end = fs.openSync(pipe, fs.constants.O_RDWR);
+    const memory = new Uint8Array(new ArrayBuffer(8));
+    ring.prepare(RING_READ, end, addressOf(memory.buffer), 8, 0, 7);
+    expect([ring.submitAndWait(1000), ring.preparedCount]).toEqual([0, 0]);
+    expect(ring.reap(() => undefined)).toBe(0);
+    const late = results(1);
+    fs.writeSync(end, Uint8Array.of(5));
+    expect([await late, memory[0]]).toEqual([new Map([[7, 1]]), 5]);
+    fs.closeSync(end);
   });
 
   it("takes offsets beyond 4 GiB", async () => {
