@@ -77,7 +77,7 @@ export class RingQueue {
   constructor(
     private readonly ring: Ring,
     private readonly waker: Waker,
-    private readonly lone: Pick<LoneRequests, "next" | "waited"> = new LoneRequests(),
+    private readonly lone: Pick<LoneRequests, "next" | "waitedInVain"> = new LoneRequests(),
   ) {
     for (let tag = ring.maxInFlight - 1; tag >= 0; tag--) this.freeTags.push(tag);
   }
@@ -174,11 +174,9 @@ export class RingQueue {
   }
 
   private submitAndWait(): void {
-    const startMs = performance.now();
     this.submit(this.ring.submitAndWait(LONE_WAIT_MICROSECONDS));
-    const waitedMs = performance.now() - startMs;
     this.look();
-    this.lone.waited(waitedMs, this.isBusy);
+    if (this.isBusy) this.lone.waitedInVain();
   }
 
   /** @param result of the system call that handed over what was prepared */
