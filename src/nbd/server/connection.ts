@@ -236,13 +236,19 @@ export class Connection {
    * A write for each would cost the client a wake-up, and the server more than the rest of the request.
    */
   private scheduleProgress(): void {
+    // Nobody is left whose answer could go with it.
+    if (this.requestsInFlight === 0) return this.flushSettled();
     if (this.isFlushScheduled) return;
     this.isFlushScheduled = true;
     setImmediate(() => {
       this.isFlushScheduled = false;
-      this.replies.flush();
-      this.makeProgress();
+      this.flushSettled();
     });
+  }
+
+  private flushSettled(): void {
+    this.replies.flush();
+    this.makeProgress();
   }
 
   private makeProgress(): void {
