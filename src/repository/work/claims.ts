@@ -39,7 +39,8 @@
 // A manifest whose run is dead is void: no reader takes it for a backup, and prune deletes it. Why a backup that was
 // reported as good is never void: R found no R.revoked-J at r3, so j1 came after r3 (or R.revoked-J had been deleted, and
 // then R.dead was there, or J had found R's manifest). If j1 came after r3, it came after r2, so at j2 J found the manifest;
-// or no draft, as r4 had come, and then no record either.
+// or no draft, as r4 had come, and then no record either. A listing that is under way at j2 may miss R.revoked-J, which goes,
+// and R.dead, which comes before that: so at r3 R lists, and then asks for R.dead by its name.
 // Each judge has a R.revoked of its own, as one that withdraws his must not withdraw another's. If J dies between his steps, R
 // fails though it need not, and nothing else.
 //

@@ -210,11 +210,15 @@ async function clearAway(
   }
 }
 
-/** r3: whether somebody has taken the run for dead. */
+/**
+ * r3: whether somebody has taken the run for dead. A listing may miss both objects of a judge, if it passes the one before
+ * it is put and the other after it is deleted; R.dead is there then, and stays.
+ */
 export async function isRevoked(store: Store, run: string): Promise<boolean> {
-  return (await readLocks(store)).some(
+  const isListed = (await readLocks(store)).some(
     (lock) => lock.run === run && (lock.kind === "revoked" || lock.kind === "dead"),
   );
+  return isListed || (await store.head(deadObject(run))) !== undefined;
 }
 
 /** Runs whose manifests are void. */

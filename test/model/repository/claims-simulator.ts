@@ -24,9 +24,14 @@ import { Random } from "../../support/random.js";
 import { Scheduler, type SimulatedObject, SimulatedStore } from "../../support/repository/simulated-store.js";
 
 const CHUNK_BYTES = 64;
-/** Few, so that a content that has gone comes back while its name is condemned. */
-const CONTENTS = 4;
+/** Few in some runs, so that a content that has gone comes back while its name is condemned; more in others, so that some go. */
+const CONTENTS = [4, 5, 6, 8];
 const ALIKE = 3;
+/** Of ten pieces of work, those that are a backup and those that are a prune; the others forget one. */
+const WORK = [
+  { backups: 5, prunes: 4 },
+  { backups: 4, prunes: 3 },
+];
 const CHUNKS_PER_DISK = 3;
 const MAX_STEPS = 40_000;
 
@@ -70,9 +75,18 @@ class Simulation {
   };
   #violation: Error | undefined;
   #actorCount = 0;
+  readonly #contentCount: number;
+  readonly #work: (typeof WORK)[number];
+  /** How often a process that lives is taken for silent. */
+  readonly #wrong: number;
+  readonly #killChance: number;
 
   constructor(readonly seed: number) {
     this.#random = new Random(seed);
+    this.#contentCount = this.#random.pick(CONTENTS);
+    this.#work = this.#random.pick(WORK);
+    this.#wrong = this.#random.pick([0.02, 0.1, 0.4]);
+    this.#killChance = this.#random.pick([0, 0.001, 0.004]);
     this.#scheduler = new Scheduler(this.#random);
   }
 
@@ -80,7 +94,8 @@ class Simulation {
     const actors: Promise<void>[] = [];
     const rounds = 2 + this.#random.below(3);
     for (let round = 0; round < rounds; round++) {
-      const count = 2 + this.#random.below(4);
+      if (this.#random.chance(0.6)) this.#forgetAll();
+      const count = 2 + this.#random.below(5);
       for (let i = 0; i < count; i++) actors.push(this.#start());
       await this.#scheduler.run(() => this.#afterStep(), MAX_STEPS);
       if (this.#violation !== undefined) throw this.#violation;
@@ -93,8 +108,24 @@ class Simulation {
   #start(): Promise<void> {
     const actor = `actor-${++this.#actorCount}`;
     const work = this.#random.below(10);
-    const body = work < 5 ? this.#backup(actor) : work < 9 ? this.#prune(actor) : this.#forget(actor);
+    const { backups, prunes } = this.#work;
+    const body =
+      work < backups
+        ? this.#backup(actor)
+        : work < backups + prunes
+          ? this.#prune(actor)
+          : this.#forget(actor);
     return body.catch((error: unknown) => this.#note(error));
+  }
+
+  /** Nobody is at work: all chunks are unused from now on, until a backup comes to rely on them before they are freed. */
+  #forgetAll(): void {
+    for (const name of [...this.#objects.keys()]) {
+      const backup = parseBackupObject(name);
+      if (backup === undefined) continue;
+      this.#forgotten.add(manifestName(backup));
+      this.#objects.delete(name);
+    }
   }
 
   #note(error: unknown): void {
@@ -128,7 +159,9 @@ class Simulation {
       const description = session.writerDescription(disk.counters);
       this.#actorOfRun.set(description.run, actor);
       const writer = new ChunkWriter(description, "1", repository.store);
-      const contents = Array.from({ length: CHUNKS_PER_DISK }, () => contentOf(this.#random.below(CONTENTS)));
+      const contents = Array.from({ length: CHUNKS_PER_DISK }, () =>
+        contentOf(this.#random.below(this.#contentCount)),
+      );
       if (this.#random.chance(0.5)) this.#track(session, disk, contents);
       const chunks = new DiskChunks(writer, disk);
       const store = async (chunk: number): Promise<void> => {
@@ -168,7 +201,7 @@ class Simulation {
     const { deleted } = await prune(this.#repository(actor), {
       dryRun: false,
       heartbeatMs: 0,
-      judge: (store, run) => this.#judge(store, run, 0.1),
+      judge: (store, run) => this.#judge(store, run, this.#wrong),
     });
     this.#result.deleted += deleted;
   }
@@ -193,7 +226,7 @@ class Simulation {
 
   #afterStep(): void {
     this.#check();
-    if (!this.#random.chance(0.004)) return;
+    if (!this.#random.chance(this.#killChance)) return;
     const actor = `actor-${1 + this.#random.below(this.#actorCount)}`;
     if (!this.#scheduler.isKilled(actor)) this.#result.killed++;
     this.#scheduler.kill(actor);

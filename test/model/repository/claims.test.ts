@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { simulate } from "./claims-simulator.js";
 
-const SEEDS = Number(process.env["COWCATCHER_CLAIM_SEEDS"] ?? 100);
+const SEEDS = Number(process.env["COWCATCHER_CLAIM_SEEDS"] ?? 300);
 
 describe("claims: backups, prunes and forgets in every order that a seed finds", () => {
   it(
