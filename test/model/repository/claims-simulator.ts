@@ -264,7 +264,11 @@ class Simulation {
     const backup = parseBackupObject(name);
     if (backup === undefined) throw new Error(name);
     const manifest = decodeManifest("", name, this.#open(name), backup);
-    const { ids, patches } = decodeIndex("", "", this.#open(indexName(backup, "disk")));
+    const index = indexName(backup, "disk");
+    // Void: prune may have taken its index before it had its manifest.
+    const isVoid = this.#objects.has(`locks/${manifest.run}.dead`);
+    if (isVoid && !this.#objects.has(index)) return { run: manifest.run, ids: [] };
+    const { ids, patches } = decodeIndex("", "", this.#open(index));
     const hex = [...patches.bases()].map((base) => Buffer.from(base).toString("hex"));
     this.#result.patches += patches.count;
     for (let chunk = 0; chunk * ID_BYTES < ids.length; chunk++) hex.push(hexAt(ids, chunk));

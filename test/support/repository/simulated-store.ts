@@ -15,6 +15,10 @@ import type { Random } from "../random.js";
 /** Of listings that find nothing, those that take their time all the same. */
 const EMPTY_LISTING_STEPS = 0.02;
 
+const PACES = [1, 0.3, 0.03] as const;
+/** Of all steps, those after which everybody goes at another pace. */
+const PACES_CHANGE = 0.01;
+
 interface Waiting {
   actor: string;
   resume: () => void;
@@ -24,6 +28,8 @@ export class Scheduler {
   readonly #random: Random;
   readonly #waiting: Waiting[] = [];
   readonly #killed = new Set<string>();
+  /** By actor, how likely it is to have its turn when it could; drawn anew from time to time. */
+  readonly #paces = new Map<string, number>();
   steps = 0;
 
   constructor(random: Random) {
@@ -50,12 +56,24 @@ export class Scheduler {
       const ready = this.#waiting.filter(({ actor }) => !this.#killed.has(actor));
       if (ready.length === 0) return;
       if (++this.steps > maxSteps) throw new Error(`no end after ${maxSteps} steps`);
-      const next = this.#random.pick(ready);
+      const next = this.#random.pick(this.#quickOf(ready));
       this.#waiting.splice(this.#waiting.indexOf(next), 1);
       next.resume();
       await new Promise(setImmediate);
       onStep();
     }
+  }
+
+  /** At one pace all would be as far along at any time: no backup would still be at its chunks when a prune deletes some. */
+  #quickOf(ready: Waiting[]): Waiting[] {
+    if (this.#random.chance(PACES_CHANGE)) this.#paces.clear();
+    const quick = ready.filter(({ actor }) => {
+      const known = this.#paces.get(actor);
+      const pace = known ?? this.#random.pick(PACES);
+      if (known === undefined) this.#paces.set(actor, pace);
+      return this.#random.chance(pace);
+    });
+    return quick.length > 0 ? quick : ready;
   }
 }
 
