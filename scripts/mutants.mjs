@@ -188,7 +188,7 @@ const MUTANTS = [
   },
   {
     rule: "claims: b3, nor is one that the parent had",
-    test: "test/model/repository/claims.test.ts",
+    test: "test/unit/repository/condemned.test.ts",
     file: "src/repository/backup/parent.ts",
     from: "if (!condemned.isCondemned(chunk.id, chunk.generation)) known.add(chunk.id);",
     to: "if (!condemned.isCondemned(chunk.id, chunk.generation) || true) known.add(chunk.id);",
@@ -393,7 +393,12 @@ function runIn(mutant, test) {
     const { status, stdout, stderr } = spawnSync("npx", ["vitest", "run", test], {
       cwd: directory,
       encoding: "utf8",
-      env: { ...process.env, COW_MODEL_SCHEDULES: "3000", TRACKING_MODEL_SCHEDULES: "300" },
+      env: {
+        ...process.env,
+        COW_MODEL_SCHEDULES: "3000",
+        TRACKING_MODEL_SCHEDULES: "300",
+        COWCATCHER_CLAIM_SEEDS: "3000",
+      },
     });
     return { failed: status !== 0, output: `${stdout}${stderr}`.replace(/\u001b\[[0-9;]*m/g, "") };
   } finally {

@@ -214,6 +214,8 @@ class Simulation {
     if (backup === undefined) return;
     this.#forgotten.add(name);
     await removeBackup(this.#repository(actor), backup);
+    // As people do, while a backup may be about to build on what was forgotten.
+    if (this.#random.chance(0.7)) await this.#prune(actor);
   }
 
   /** As runs.ts has it, with processes that are actors; wrong in some cases. */
