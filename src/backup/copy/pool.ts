@@ -3,13 +3,10 @@
 // A thread takes some 50 ms to boot, about as long as it takes to parse the command line, load what opens images and
 // open them. An offline copy that starts its threads first has both at the same time, where it needs them from its start
 // on (see here.ts).
-//
-// piscina is loaded for the first pool: a command that needs no thread does not wait for its modules.
 
-import { closeSync, openSync } from "node:fs";
-import { createRequire } from "node:module";
 import type { Worker } from "node:worker_threads";
 import type { Piscina } from "piscina";
+import { loadPiscina } from "./piscina.js";
 import { type Boots, bootsOver, expectBoots, noMoreBoots } from "./thread-boots.js";
 import { COPY_WORKER } from "../worker-files.js";
 
@@ -52,16 +49,6 @@ export function createCopyPool(
   });
   bootsOf.set(pool, boots);
   return pool;
-}
-
-/** @throws what the system says where there are no descriptors left to find it: Node says that it is not there. */
-function loadPiscina(): typeof import("piscina") {
-  try {
-    return createRequire(import.meta.url)("piscina") as typeof import("piscina");
-  } catch (error) {
-    closeSync(openSync("/dev/null", "r"));
-    throw error;
-  }
 }
 
 /** Fills with the threads that are started in this turn of the event loop, once it is over. */

@@ -117,10 +117,12 @@ class FakeTarget implements Target {
 }
 
 // The factory runs before the classes above exist, its functions after.
-vi.mock("piscina", () => ({
-  Piscina: function ({ maxThreads }: { maxThreads: number }) {
-    return new FakePool(maxThreads);
-  },
+vi.mock("../../../src/backup/copy/piscina.js", () => ({
+  loadPiscina: () => ({
+    Piscina: function ({ maxThreads }: { maxThreads: number }) {
+      return new FakePool(maxThreads);
+    },
+  }),
 }));
 vi.mock("../../../src/target/create.js", () => ({
   async createTarget({ path }: { path: string }) {
