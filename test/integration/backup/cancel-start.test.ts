@@ -246,8 +246,9 @@ describe("at any moment of a start", () => {
       const server = await Server.start(folder, [disk], { args: ["--cow-buffer-size", "64M"] });
       const client = await RawQmp.negotiated(server.control);
       const other = await RawQmp.negotiated(server.control);
-      // A cancel may come before a job has any; this one has all of them.
-      expect((await server.backup("-O", "raw", target).end(WAIT_MS)).code).toBe(0);
+      // A cancel may come before a job has any. This one has all of them: it lasts longer than they take to boot.
+      const slow = server.backup("-O", "raw", "--rate-limit", "4M", target);
+      expect((await slow.end(WAIT_MS)).code).toBe(0);
       rmSync(target);
       let threads = threadCount(server);
       for (const [index, delayMs] of DELAYS_MS.entries()) {
