@@ -8,7 +8,7 @@ import { MiB } from "../../../src/units.js";
 import { parseMounts } from "../../../src/cli/actions/source-warnings.js";
 import { jobIdOf } from "../../../src/cli/actions/served-disks.js";
 import { cowcatcher, run } from "../../support/cli.js";
-import { Process, scratchFolder, Server, stopAll, until } from "../../support/server.js";
+import { Process, scratchFolder, Server, stopAll } from "../../support/server.js";
 import { COWCATCHER_BIN } from "../../support/cli.js";
 
 let folder: string;
@@ -47,11 +47,10 @@ describe("an image that a server has open", () => {
   });
 
   it("is said to be another program's where it is", async () => {
-    const holder = new Process("qemu-io", ["-f", "raw", at("disk.raw")]);
-    await until(
-      "it has locked the image",
-      async () => (await cowcatcher(["info", at("disk.raw")])).code === 1,
-    );
+    // Nothing else may open the image before it has: with somebody's lock there it would give up.
+    const commands = ["-c", "read 0 512", "-c", "sleep 600000"];
+    const holder = new Process("stdbuf", ["-oL", "qemu-io", "-f", "raw", ...commands, at("disk.raw")]);
+    await holder.line((line) => line.startsWith("read 512/512"));
     const { stderr } = await cowcatcher(["backup", at("disk.raw"), at("b.raw")]);
     expect(stderr).toMatch(/disk\.raw: qemu-io, process \d+, uses it: /);
     expect(stderr).toContain("end that program first");
