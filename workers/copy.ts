@@ -8,6 +8,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { MessagePort } from "node:worker_threads";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy/task.js";
 import { FAULTS_VARIABLE, withFaults } from "../src/backup/copy/faults.js";
+import { driveAsync } from "../src/backup/copy/drive-async.js";
 import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { Drainer } from "../src/cow/drain.js";
 import type { DrainStep } from "../src/cow/drain-io.js";
@@ -194,43 +195,19 @@ async function driveTogether(drainers: readonly Drainer[], control: Int32Array):
 }
 
 /** As `drive`, but where that one blocks the thread this one lets the other lanes go on. */
-async function driveLane(
+function driveLane(
   steps: Generator<DrainStep, void, void>,
   control: Int32Array,
   isOver: () => boolean,
 ): Promise<void> {
-  let result = steps.next();
-  while (!result.done) {
-    const step = result.value;
-    switch (step.kind) {
-      case "step":
-        break;
-      case "wait":
-        // A claim lasts for microseconds; only a pause is longer.
-        if (Atomics.wait(step.words, step.index, step.value, SHORT_WAIT_MS) === "timed-out") {
-          await delay(LANE_RECHECK_MS);
-        }
-        break;
-      case "sleep": {
-        const ms = Number(step.untilNs - process.hrtime.bigint()) / 1e6;
-        if (ms > 0 && Atomics.load(control, CTL_RUN) !== RUN_ABORTING) {
-          await delay(Math.min(ms, LANE_SLEEP_MS));
-        }
-        break;
-      }
-      case "promise":
-        try {
-          await step.promise;
-        } catch (error) {
-          if (isOver()) return;
-          result = steps.throw(error);
-          continue;
-        }
-        break;
-    }
-    if (isOver()) return;
-    result = steps.next();
-  }
+  return driveAsync(steps, {
+    control,
+    // A claim lasts for microseconds; only a pause is longer.
+    onWait: ({ words, index, value }) =>
+      Atomics.wait(words, index, value, SHORT_WAIT_MS) === "timed-out" ? delay(LANE_RECHECK_MS) : undefined,
+    longestSleepMs: LANE_SLEEP_MS,
+    isOver,
+  });
 }
 
 async function drive(steps: Generator<DrainStep, void, void>, control: Int32Array): Promise<void> {

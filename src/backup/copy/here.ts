@@ -18,6 +18,7 @@ import { RawWriter } from "../../target/file/raw.js";
 import { NullWriter } from "../../target/null.js";
 import { Qcow2Writer } from "../../target/qcow2/writer.js";
 import type { TargetDescription } from "../../target/target.js";
+import { driveAsync } from "./drive-async.js";
 import { FAULTS_VARIABLE } from "./faults.js";
 
 /** So long signals and timers wait at most, besides the chunk in hand. */
@@ -101,34 +102,14 @@ function openWriter(target: TargetDescription): TargetWriter {
 
 async function driveInTurns(steps: Generator<DrainStep, void, void>, control: Int32Array): Promise<void> {
   let turnEndsMs = performance.now() + TURN_MS;
-  let result = steps.next();
-  while (!result.done) {
-    const step = result.value;
-    switch (step.kind) {
-      case "step":
-        if (performance.now() < turnEndsMs) break;
-        await nextTurn();
-        turnEndsMs = performance.now() + TURN_MS;
-        break;
-      case "wait":
-        await delay(RECHECK_MS);
-        break;
-      case "sleep": {
-        const ms = Number(step.untilNs - process.hrtime.bigint()) / 1e6;
-        if (ms > 0 && Atomics.load(control, CTL_RUN) !== RUN_ABORTING) {
-          await delay(Math.min(ms, LONGEST_SLEEP_MS));
-        }
-        break;
-      }
-      case "promise":
-        try {
-          await step.promise;
-        } catch (error) {
-          result = steps.throw(error);
-          continue;
-        }
-        break;
-    }
-    result = steps.next();
-  }
+  const giveWay = async (): Promise<void> => {
+    await nextTurn();
+    turnEndsMs = performance.now() + TURN_MS;
+  };
+  await driveAsync(steps, {
+    control,
+    onStep: () => (performance.now() < turnEndsMs ? undefined : giveWay()),
+    onWait: () => delay(RECHECK_MS),
+    longestSleepMs: LONGEST_SLEEP_MS,
+  });
 }

@@ -31,7 +31,6 @@ import {
   CTL_READING,
   CTL_RUN,
   CTL_SWEEP,
-  CTL_TAKERS,
   CTL_USED_BLOCKS,
   RUN_ABORTING,
   RUN_PAUSED,
@@ -55,6 +54,7 @@ import { type DirtyRuns, markClean } from "./incremental.js";
 import { PagePreparer } from "./page-preparer.js";
 import { type BufferMemory, MAPPED_BYTES_MAX } from "../../cow/slot-memory.js";
 import { copyHere } from "./here.js";
+import { allTakersAreDone, relieve, type ReliefParts } from "./relief.js";
 import { createCopyPool, endPool, poolFailure, poolHasBooted } from "./pool.js";
 import type { CopyThreads } from "./threads.js";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "./task.js";
@@ -125,19 +125,6 @@ const FIRST_WRITE_POLL_MS = 50;
 /** So long only the first worker of a job that reads ahead is there. */
 const READS_ALONE_MS = 1_000;
 const READS_ALONE_POLL_MS = 50;
-/**
- * Another thread is worth its boot, 60 ms of both processors, where this one would need so much longer: two write one file
- * little faster than one, as the kernel lets them do it in turn.
- */
-const WORTH_A_THREAD_MS = 500;
-/** Until then this thread is alone in any case, as what it has done says little. */
-const ALONE_MS = 500;
-/**
- * Until then it is one of those that copy. It is to hear of signals even where a file system stops answering; holes, that
- * take it microseconds each, need no other one until then either.
- */
-const HERE_MS = 1_000;
-const HERE_POLL_MS = 100;
 
 export class CopyRun {
   /** Fulfilled when everything is in the target; rejects with the first cause. */
@@ -292,28 +279,24 @@ export class CopyRun {
     let isRelieved = false;
     const here = this.#copyHere(this.#source, () => isRelieved);
     this.#workers.push(here);
-    const isOver = async (): Promise<boolean> => {
-      const ended = here.then(() => true);
-      const hasEnded = await Promise.race([ended, delay(HERE_POLL_MS, false, { ref: false })]);
-      return hasEnded || this.#firstError !== undefined;
-    };
     try {
-      while (!this.#isWorthMore(this.#hasWritten ? ALONE_MS : HERE_MS)) if (await isOver()) return;
-      for (let index = 1; index < this.#options.job.workerCount; index++) void this.#startWorker(index);
-      while (!this.#isWorthMore(HERE_MS)) if (await isOver()) return;
-      await Promise.race([here, this.#startWorker(0)]);
-      isRelieved = true;
+      isRelieved = await relieve({
+        here,
+        workerCount: this.#options.job.workerCount,
+        startWorker: (index) => this.#startWorker(index),
+        pace: () => this.#pace(),
+        hasFailed: () => this.#firstError !== undefined,
+      });
     } catch (error) {
       this.abort(workerError(error));
     }
   }
 
-  /** At `afterMs` or later: whether what is left is worth a thread. */
-  #isWorthMore(afterMs: number): boolean {
+  #pace(): ReturnType<ReliefParts["pace"]> {
     const elapsedMs = performance.now() - this.#startMs;
     const doneBytes = Number(Atomics.load(this.shared.counters, CNT_DONE_BYTES));
     const leftMs = (elapsedMs * (this.geometry.sizeBytes - doneBytes)) / doneBytes;
-    return elapsedMs >= afterMs && !(leftMs < WORTH_A_THREAD_MS);
+    return { elapsedMs, leftMs, hasWritten: this.#hasWritten };
   }
 
   /** True: as #seeToEnd. Never rejects. */
@@ -451,32 +434,12 @@ export class CopyRun {
     else this.#settle.resolve();
   }
 
-  /**
-   * Settles when this thread has done its part, and all chunks are copied or all threads gone. A thread that has taken no
-   * chunk by the sweep's end is not waited for: it finds nothing to do whenever it comes.
-   */
   async #allTakers(): Promise<boolean[]> {
     const [here, ...threads] = this.#workers;
-    await here;
-    let goneCount = 0;
-    const present = new Set<Promise<void>>();
-    for (const thread of threads) {
-      const isGone = thread.then(() => {
-        goneCount++;
-        present.delete(isGone);
-      });
-      present.add(isGone);
-    }
-    while (present.size > 0 && !this.#isAllTakenBy(goneCount)) await Promise.race(present);
-    return [];
-  }
-
-  #isAllTakenBy(threadCount: number): boolean {
     const { control } = this.shared;
-    if (this.#firstError !== undefined || Atomics.load(control, CTL_SWEEP) < this.geometry.chunkCount)
-      return false;
-    // In this order: who counts itself in after this finds the sweep at its end.
-    return Atomics.load(control, CTL_TAKERS) <= threadCount;
+    const sweep = { control, chunkCount: this.geometry.chunkCount };
+    await allTakersAreDone(here, threads, sweep, () => this.#firstError !== undefined);
+    return [];
   }
 
   async #endThreads(areFit: boolean): Promise<void> {

@@ -37,6 +37,11 @@ describe("requests that are alone", () => {
     expect(requests(WINDOW, 6)).toEqual(all(false));
   });
 
+  it("are never waited for where the loop's events are not counted", () => {
+    events = NaN;
+    expect(requests(4 * WINDOW, 2)).toEqual(all(false, 4 * WINDOW));
+  });
+
   it("are not waited for any more once there are two, until a window has passed", () => {
     requests(2 * WINDOW, 2);
     expect(lone.next(false)).toBe(false);
