@@ -8,7 +8,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { MessagePort } from "node:worker_threads";
 import type { CopyResult, CopyTask, WorkerCommand, WorkerMessage } from "../src/backup/copy/task.js";
 import { FAULTS_VARIABLE, withFaults } from "../src/backup/copy/faults.js";
-import { driveAsync } from "../src/backup/copy/drive-async.js";
+import { driveTogether } from "../src/backup/copy/drive-async.js";
 import { bootIsOver } from "../src/backup/copy/thread-boots.js";
 import { Drainer } from "../src/cow/drain.js";
 import type { DrainStep } from "../src/cow/drain-io.js";
@@ -94,7 +94,7 @@ async function copyAll(
     );
     const [only] = drainers;
     if (only !== undefined && drainers.length === 1) await drive(only.run(), shared.control);
-    else await driveTogether(drainers, shared.control);
+    else await driveLanes(drainers, shared.control);
     if (!isAborting()) await writer.finish?.();
   } finally {
     reader.close();
@@ -172,41 +172,14 @@ function drainerOf(
   });
 }
 
-/**
- * Several drainers take turns in this thread: one goes on while another awaits an answer. No claim is held across
- * such a wait, so a wait for a claim is a wait for another thread. The first failure ends all.
- */
-async function driveTogether(drainers: readonly Drainer[], control: Int32Array): Promise<void> {
-  let failure: { error: unknown } | undefined;
-  const isOver = (): boolean => failure !== undefined;
-  await Promise.all(
-    drainers.map(async (drainer) => {
-      try {
-        await driveLane(drainer.run(), control, isOver);
-      } catch (error) {
-        failure ??= { error };
-        // Ends the others' waits for a server's answers, here and in other workers, before the main thread knows.
-        Atomics.store(control, CTL_RUN, RUN_ABORTING);
-        Atomics.notify(control, CTL_RUN);
-      }
-    }),
-  );
-  if (failure !== undefined) throw failure.error;
-}
-
-/** As `drive`, but where that one blocks the thread this one lets the other lanes go on. */
-function driveLane(
-  steps: Generator<DrainStep, void, void>,
-  control: Int32Array,
-  isOver: () => boolean,
-): Promise<void> {
-  return driveAsync(steps, {
+/** As `drive`, but where that one blocks the thread these let each other go on. */
+function driveLanes(drainers: readonly Drainer[], control: Int32Array): Promise<void> {
+  return driveTogether(drainers, {
     control,
     // A claim lasts for microseconds; only a pause is longer.
     onWait: ({ words, index, value }) =>
       Atomics.wait(words, index, value, SHORT_WAIT_MS) === "timed-out" ? delay(LANE_RECHECK_MS) : undefined,
     longestSleepMs: LANE_SLEEP_MS,
-    isOver,
   });
 }
 

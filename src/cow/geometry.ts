@@ -23,8 +23,13 @@ export const USUAL_CUT: Cut = { clusterBytes: MIN_CLUSTER_BYTES, chunkBytes: CHU
  * begun. Finer still would cost memory for the states, and requests.
  */
 export const FINE_CUT: Cut = { clusterBytes: 16 * KiB, chunkBytes: 256 * KiB };
-/** Of larger ones the states alone would be over 1 GiB. */
+/** Of larger disks the states alone would be over 1 GiB. */
 export const FINE_CUT_MAX_DISK_BYTES = 16 * TiB;
+/**
+ * Of a copy that the main thread begins: while it writes one chunk, libuv's pool reads another, and each hand-over costs a
+ * turn of the event loop.
+ */
+export const LONG_CUT: Cut = { clusterBytes: MIN_CLUSTER_BYTES, chunkBytes: 2 * MiB };
 /** Chunks whose common emptiness one query settles: 256 MiB with chunks of 1 MiB. */
 const CHUNKS_PER_REGION = 256;
 /** Chunk numbers are 32-bit: 2^31 chunks of 1 MiB are 2 PiB, far over what qcow2 holds. */

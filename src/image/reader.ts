@@ -1,7 +1,8 @@
 // A worker's readers of the source at T0, one kind for each SourceDescription.
 //
 // A worker has nothing else to do while it reads, so raw reads are plain synchronous preads: no event loop, no
-// promise. Each reader belongs to one thread; descriptors are the main thread's, shared and never closed here.
+// promise. The main thread, where it copies, has its large reads done by libuv's pool, and writes meanwhile. Each reader
+// belongs to one thread; descriptors are the main thread's, shared and never closed here.
 
 import type { RawSourceDescription, SourceDescription, SourceReader, Completion } from "../block/device.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
@@ -13,6 +14,8 @@ import {
   type Extent,
   fileHole,
   pageAlignedMemory,
+  POOL_READ_MIN_BYTES,
+  readFully,
   readFullySync,
 } from "../block/file/fileio.js";
 import { NbdSourceReader } from "../nbd/client/reader.js";
@@ -26,15 +29,19 @@ const BOUNCE_BYTES = 64 * KiB;
  * Opens the reader for a description, and those of its backing chain. Any thread; the reader stays there.
  * @param isCancelled asked while an NBD server's answer is awaited; true ends the wait
  * @param mayBlock the thread waits for no other server meanwhile
+ * @param fromPool libuv's pool does large reads of cached files, several at a time; main thread
  */
 export function openSource(
   description: SourceDescription,
   isCancelled: () => boolean = () => false,
   mayBlock = true,
+  fromPool = false,
 ): SourceReader {
   switch (description.format) {
     case "raw":
-      return description.direct ? new DirectRawSourceReader(description) : new RawSourceReader(description);
+      return description.direct
+        ? new DirectRawSourceReader(description)
+        : new RawSourceReader(description, fromPool);
     case "null":
       return new NullSourceReader(description.sizeBytes);
     case "nbd":
@@ -43,8 +50,8 @@ export function openSource(
       return new RbdSourceReader(description, isCancelled);
     case "qcow2": {
       const { backing } = description;
-      const below = backing === null ? null : openSource(backing, isCancelled, mayBlock);
-      return new Qcow2SourceReader(description, below);
+      const below = backing === null ? null : openSource(backing, isCancelled, mayBlock, fromPool);
+      return new Qcow2SourceReader(description, below, fromPool);
     }
     case "repository":
       // No image builds on a backup.
@@ -82,12 +89,17 @@ class RawSourceReader implements SourceReader {
   private knownHoleStart = 0;
   private knownHoleEnd = 0;
 
-  constructor(protected readonly description: RawSourceDescription) {
+  constructor(
+    protected readonly description: RawSourceDescription,
+    private readonly fromPool = false,
+  ) {
     this.sizeBytes = description.sizeBytes;
   }
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
     const { name, fd, sizeBytes } = this.description;
+    if (this.fromPool && lengthBytes >= POOL_READ_MIN_BYTES)
+      return this.readFromPool(buffer, bufferOffset, lengthBytes, offsetBytes);
     try {
       const count = readFullySync(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
       if (count < lengthBytes) throw cutShortError(name, offsetBytes + count, sizeBytes);
@@ -95,6 +107,17 @@ class RawSourceReader implements SourceReader {
     } catch (error) {
       return Promise.reject(toCowcatcherError(error, name));
     }
+  }
+
+  private async readFromPool(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const { name, fd, sizeBytes } = this.description;
+    const count = await readFully(name, fd, buffer, bufferOffset, lengthBytes, offsetBytes);
+    if (count < lengthBytes) throw cutShortError(name, offsetBytes + count, sizeBytes);
   }
 
   /**

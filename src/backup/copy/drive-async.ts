@@ -5,6 +5,10 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { DrainStep } from "../../cow/drain-io.js";
 import { CTL_RUN, RUN_ABORTING } from "../../cow/shared.js";
 
+export interface Driven {
+  run(): Generator<DrainStep, void, void>;
+}
+
 type WaitStep = Extract<DrainStep, { kind: "wait" }>;
 
 export interface Sharing {
@@ -16,14 +20,37 @@ export interface Sharing {
   onWait: (step: WaitStep) => Promise<void> | undefined;
   /** A job that is aborted is noticed after so long. */
   longestSleepMs: number;
-  /** True: the drainer is left where it is. */
-  isOver?: () => boolean;
 }
 
-/** @throws what the drainer throws */
-export async function driveAsync(
+/**
+ * Several drainers take turns: one goes on while another awaits an answer. No claim is held across such a wait, so a wait
+ * for a claim is a wait for another thread. The first failure ends all.
+ * @throws what the first that fails throws
+ */
+export async function driveTogether(drainers: readonly Driven[], sharing: Sharing): Promise<void> {
+  const { control } = sharing;
+  let failure: { error: unknown } | undefined;
+  const isOver = (): boolean => failure !== undefined;
+  await Promise.all(
+    drainers.map(async (drainer) => {
+      try {
+        await driveAsync(drainer.run(), sharing, isOver);
+      } catch (error) {
+        failure ??= { error };
+        // Ends the others' waits for a server's answers, here and in other workers, before the main thread knows.
+        Atomics.store(control, CTL_RUN, RUN_ABORTING);
+        Atomics.notify(control, CTL_RUN);
+      }
+    }),
+  );
+  if (failure !== undefined) throw failure.error;
+}
+
+/** Until `isOver`: then the drainer is left where it is. */
+async function driveAsync(
   steps: Generator<DrainStep, void, void>,
-  { control, onStep, onWait, longestSleepMs, isOver }: Sharing,
+  { control, onStep, onWait, longestSleepMs }: Sharing,
+  isOver: () => boolean,
 ): Promise<void> {
   let result = steps.next();
   while (!result.done) {
@@ -50,13 +77,13 @@ export async function driveAsync(
         try {
           await step.promise;
         } catch (error) {
-          if (isOver?.() === true) return;
+          if (isOver()) return;
           result = steps.throw(error);
           continue;
         }
         break;
     }
-    if (isOver?.() === true) return;
+    if (isOver()) return;
     result = steps.next();
   }
 }

@@ -9,7 +9,6 @@ import type { Image, SourceDescription } from "../../block/device.js";
 import { statFile, statFileSystem } from "../../block/file/calls.js";
 import { LOCAL_FILE_SYSTEMS } from "../../block/file/local-file-systems.js";
 import { Drainer, type DrainOptions } from "../../cow/drain.js";
-import type { DrainStep } from "../../cow/drain-io.js";
 import { keptPages } from "../../cow/page-memory.js";
 import { CTL_RUN, RUN_ABORTING } from "../../cow/shared.js";
 import type { TargetWriter } from "../../cow/target-writer.js";
@@ -18,12 +17,14 @@ import { RawWriter } from "../../target/file/raw.js";
 import { NullWriter } from "../../target/null.js";
 import { Qcow2Writer } from "../../target/qcow2/writer.js";
 import type { TargetDescription } from "../../target/target.js";
-import { driveAsync } from "./drive-async.js";
+import { driveTogether } from "./drive-async.js";
 import { FAULTS_VARIABLE } from "./faults.js";
 
 /** So long signals and timers wait at most, besides the chunk in hand. */
 const TURN_MS = 5;
 const RECHECK_MS = 1;
+/** Chunks in hand at a time: one is written while libuv's pool reads the other. */
+const LANES = 2;
 const LONGEST_SLEEP_MS = 50;
 
 /**
@@ -77,14 +78,16 @@ export async function copyHere(
 ): Promise<void> {
   const { shared } = options;
   const isAborting = (): boolean => Atomics.load(shared.control, CTL_RUN) === RUN_ABORTING;
-  const reader = openSource(source, isAborting);
+  const reader = openSource(source, isAborting, true, true);
   try {
     const writer = openWriter(target);
     try {
-      const chunkBuffer = keptPages(0, shared.geometry.chunkBytes, target.name);
       const now = (): bigint => process.hrtime.bigint();
-      const drainer = new Drainer({ ...options, reader, writer, chunkBuffer, spill: null, now });
-      await driveInTurns(drainer.run(), shared.control);
+      const drainers = Array.from({ length: LANES }, (_, lane) => {
+        const chunkBuffer = keptPages(lane, shared.geometry.chunkBytes, target.name);
+        return new Drainer({ ...options, reader, writer, chunkBuffer, spill: null, now });
+      });
+      await driveInTurns(drainers, shared.control);
       if (!isAborting()) await writer.finish?.();
     } finally {
       writer.close();
@@ -100,13 +103,13 @@ function openWriter(target: TargetDescription): TargetWriter {
   return new NullWriter();
 }
 
-async function driveInTurns(steps: Generator<DrainStep, void, void>, control: Int32Array): Promise<void> {
+async function driveInTurns(drainers: readonly Drainer[], control: Int32Array): Promise<void> {
   let turnEndsMs = performance.now() + TURN_MS;
   const giveWay = async (): Promise<void> => {
     await nextTurn();
     turnEndsMs = performance.now() + TURN_MS;
   };
-  await driveAsync(steps, {
+  await driveTogether(drainers, {
     control,
     onStep: () => (performance.now() < turnEndsMs ? undefined : giveWay()),
     onWait: () => delay(RECHECK_MS),

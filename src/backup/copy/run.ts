@@ -19,6 +19,7 @@ import {
   FINE_CUT_MAX_DISK_BYTES,
   type Geometry,
   SLOT_BYTES,
+  LONG_CUT,
   USUAL_CUT,
 } from "../../cow/geometry.js";
 import {
@@ -631,7 +632,9 @@ function neighbourOf(repository: string): string {
 }
 
 /** A digest for each small cluster would take four times the memory of the usual ones: half a GiB a TiB. */
-function cutFor({ job, live, bufferBytes, sizeBytes, hasForeignCaptures }: CopyRunOptions): Cut {
+function cutFor(options: CopyRunOptions): Cut {
+  const { job, live, beginsHere, bufferBytes, sizeBytes, hasForeignCaptures } = options;
+  if (beginsHere === true) return LONG_CUT;
   const waits = live && bufferBytes === 0 && hasForeignCaptures !== true;
   const isFine = waits && !job.verify && sizeBytes <= FINE_CUT_MAX_DISK_BYTES;
   return isFine ? FINE_CUT : USUAL_CUT;

@@ -12,6 +12,7 @@ import { errnoName } from "../../errno.js";
 import { type CowcatcherError, ioError } from "../../errors.js";
 import { libc } from "../../native/libc.js";
 import { pages } from "../../native/pages.js";
+import { KiB } from "../../units.js";
 
 export { closeFile, openFile, statPath, syncFileData } from "./calls.js";
 
@@ -127,6 +128,9 @@ function transferSync(
 function wroteNothing(name: string, offsetBytes: number): CowcatcherError {
   return errnoError("write", name, -constants.errno.EIO, offsetBytes);
 }
+
+/** What is shorter is read sooner than libuv's pool is asked: for callers that have the choice. */
+export const POOL_READ_MIN_BYTES = 128 * KiB;
 
 /** As readFullySync; on the main thread through libuv's pool. */
 export async function readFully(

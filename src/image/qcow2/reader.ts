@@ -3,12 +3,13 @@
 // It reads with T0's L1 table, T0's changed L2 tables (handed over in memory) and, for all others, the tables in the
 // file, which the image leaves as they are until the freeze is released (image.ts, invariant 4). Guest clusters that
 // have changed since T0 were captured before; their bytes here are of no interest, and the caller does not ask for
-// them. So there is no lock, and everything is synchronous: a worker has nothing else to do.
+// them. So there is no lock, and all but large reads of the main thread is synchronous: a worker has nothing else to do.
 //
 // L2 tables are kept in a small cache with clock eviction. One thread; the descriptor is the main thread's.
 
 import { toCowcatcherError } from "../../errors.js";
 import { MiB } from "../../units.js";
+import { POOL_READ_MIN_BYTES } from "../../block/file/fileio.js";
 import type { Completion, Qcow2SourceDescription, SourceReader } from "../../block/device.js";
 import { CachedTable, TableCache } from "./format/cached-table.js";
 import { Decompressor } from "./format/decompress.js";
@@ -39,10 +40,14 @@ export class Qcow2SourceReader implements SourceReader {
   private decompressedFrom = -1;
   private input: Uint8Array | undefined;
 
-  /** `backing` is the reader of the description's backing image; it is closed with this one. */
+  /**
+   * @param backing the reader of the description's backing image; it is closed with this one
+   * @param fromPool as openSource's
+   */
   constructor(
     private readonly description: Qcow2SourceDescription,
     private readonly backing: SourceReader | null,
+    private readonly fromPool = false,
   ) {
     const {
       name,
@@ -180,6 +185,8 @@ export class Qcow2SourceReader implements SourceReader {
       case ClusterKind.Normal: {
         const hostOffset = run.hostOffset + (offsetBytes % unitSizeBytes);
         assertClustersStored(this.dataFile, clusterSizeBytes, hostOffset, lengthBytes);
+        if (this.fromPool && lengthBytes >= POOL_READ_MIN_BYTES && this.dataFile.readInPool !== undefined)
+          return this.dataFile.readInPool(buffer, bufferOffset, lengthBytes, hostOffset);
         this.dataFile.readSync(buffer, bufferOffset, lengthBytes, hostOffset);
         return undefined;
       }

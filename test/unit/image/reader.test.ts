@@ -27,6 +27,37 @@ function sourceOf(content: Uint8Array, direct: boolean, sizeBytes = content.leng
   return openSource({ format: "raw", name: file, fd, sizeBytes, direct });
 }
 
+describe("a raw source of the main thread, whose large reads libuv's pool does", () => {
+  function pooled(content: Uint8Array, sizeBytes: number): SourceReader {
+    const file = path.join(folder, "disk.raw");
+    fs.writeFileSync(file, content);
+    fd = fs.openSync(file, "r");
+    return openSource({ format: "raw", name: file, fd, sizeBytes, direct: false }, () => false, true, true);
+  }
+
+  it("has several in flight, and reads small pieces at once", async () => {
+    const content = pattern(1 * MiB + 17);
+    const source = pooled(content, content.length);
+    const memory = pageAlignedMemory(2 * MiB).fill(0xee);
+    const reads = [
+      source.read(memory, 0, 512 * KiB, 0),
+      source.read(memory, 512 * KiB, 512 * KiB + 17, 512 * KiB),
+    ];
+    expect(reads.map((read) => read instanceof Promise)).toEqual([true, true]);
+    await Promise.all(reads.map((read) => Promise.resolve(read)));
+    expect(Buffer.compare(memory.subarray(0, content.length), content)).toBe(0);
+    expect(memory[content.length]).toBe(0xee);
+    expect(source.read(memory, 0, 64 * KiB, 3)).toBeUndefined();
+    expect(Buffer.compare(memory.subarray(0, 64 * KiB), content.subarray(3, 64 * KiB + 3))).toBe(0);
+  });
+
+  it("fails where the file has become shorter than the disk", async () => {
+    const source = pooled(pattern(200 * KiB), 1 * MiB);
+    const read = source.read(new Uint8Array(1 * MiB), 0, 1 * MiB, 0);
+    await expect(read).rejects.toMatchObject({ code: "IO", offsetBytes: 200 * KiB });
+  });
+});
+
 function pattern(lengthBytes: number): Buffer {
   return Buffer.from(
     Uint8Array.from({ length: lengthBytes }, (_, index) => (index * 7 + (index >> 9)) & 0xff),

@@ -34,6 +34,13 @@ export interface QcowFile {
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   /** The same, blocking the thread: for opening, and for what is small and rare. */
   readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void;
+  /** The same by libuv's pool, whether the page cache has the data or not. Undefined: such a file has only the others. */
+  readInPool?(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void>;
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   /** Lets go of the storage of a range, which reads as zeroes then: advice. Undefined: such a file has no holes. */
   punch?(offsetBytes: number, lengthBytes: number): void;
@@ -165,6 +172,17 @@ export class BufferedFile extends QcowFileBase implements QcowFile {
   ): Promise<void> {
     const done = await readFully(this.name, this.fd, buffer, bufferOffset, lengthBytes, offsetBytes);
     if (done < lengthBytes) throw cutShortError(this.name, offsetBytes + done, this.endOffset);
+  }
+
+  async readInPool(
+    buffer: Uint8Array,
+    bufferOffset: number,
+    lengthBytes: number,
+    offsetBytes: number,
+  ): Promise<void> {
+    const stored = Math.min(lengthBytes, Math.max(0, this.endOffset - offsetBytes));
+    await this.readRest(buffer, bufferOffset, stored, offsetBytes);
+    buffer.fill(0, bufferOffset + stored, bufferOffset + lengthBytes);
   }
 
   readSync(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): void {

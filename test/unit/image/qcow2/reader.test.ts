@@ -152,6 +152,12 @@ describe("qcow2 source reader", () => {
       }
       expectEqual(Buffer.from(place.subarray(0, SIZE)), expected, `in steps of ${step}`);
     }
+    const pooled = openSource(frozen.description, () => false, true, true);
+    const place = pageAligned(SIZE + BLOCK);
+    const half = Math.floor(SIZE / 2);
+    await Promise.all([pooled.read(place, 0, half, 0), pooled.read(place, half, SIZE - half, half)]);
+    expectEqual(Buffer.from(place.subarray(0, SIZE)), expected, "two reads by libuv's pool");
+    pooled.close();
     let covered = 0;
     while (covered < SIZE) {
       const { lengthBytes, zero } = reader.extent(covered, SIZE - covered);
