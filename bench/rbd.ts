@@ -26,7 +26,8 @@ const HELP = `npm run bench:rbd -- [options]
   --rounds N             interleaved rounds (3)
   --seconds N            of the guest in each measurement (8)
   --size SIZE            of the disk (1G)
-  --dir DIR              where disk and cluster stand (the temporary folder)
+  --dir DIR              where the cluster stands, and the copies' disk (the temporary folder)
+  --guest-dir DIR        where the guest's disk stands (DIR); in memory it is the fast local disk of the story
   --cell "WORD WORD"     only cells whose name holds these words; may be repeated
   --no-guest             copies only
   --no-copy              guest only
@@ -43,6 +44,7 @@ const { values } = parseArgs({
     seconds: { type: "string", default: "8" },
     size: { type: "string", default: "1G" },
     dir: { type: "string", default: tmpdir() },
+    "guest-dir": { type: "string" },
     cell: { type: "string", multiple: true, default: [] },
     "no-guest": { type: "boolean", default: false },
     "no-copy": { type: "boolean", default: false },
@@ -76,10 +78,10 @@ async function bench(): Promise<number> {
   });
   try {
     const place: RbdPlace = { conf: ceph.conf, pool: "rbd", image: "target" };
-    const cells = values["no-guest"] ? [] : await measureGuest(disk, folder, place);
+    const cells = values["no-guest"] ? [] : await measureGuest(disk, place);
     const copies = values["no-copy"] ? [] : await measureCopies(disk, folder, place);
     results.write("rbd.json", { machine, options: values, cells, copies });
-    const header = `${machineLine(machine)}. Ceph: one OSD (BlueStore on a file) on the same machine, at nice 19. Disk ${values.size} of random data; ${values.rounds} interleaved rounds, the guest for ${values.seconds} s from T0 on; medians.`;
+    const header = `${machineLine(machine)}. Ceph: one OSD (BlueStore on a file) on the same machine, at nice 19.${values["guest-dir"] === undefined ? "" : ` The guest's disk: ${values["guest-dir"]}.`} Disk ${values.size} of random data; ${values.rounds} interleaved rounds, the guest for ${values.seconds} s from T0 on; medians.`;
     const parts = [
       ...(cells.length > 0 ? [guestTable(cells)] : []),
       ...(copies.length > 0 ? [copyTable(copies)] : []),
@@ -91,7 +93,10 @@ async function bench(): Promise<number> {
   }
 }
 
-async function measureGuest(disk: string, folder: string, place: RbdPlace): Promise<CellResult[]> {
+async function measureGuest(copyDisk: string, place: RbdPlace): Promise<CellResult[]> {
+  const folder = scratchFolder(values["guest-dir"] ?? values.dir);
+  const disk = values["guest-dir"] === undefined ? copyDisk : join(folder, "disk.raw");
+  if (disk !== copyDisk) await runProgram("cp", [copyDisk, disk]);
   const cells = filterCells(rbdCells(place), values.cell);
   const found: CellResult[] = cells.map(({ name, contestants }) => ({
     name,
