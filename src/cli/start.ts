@@ -28,10 +28,7 @@ export async function start(): Promise<void> {
     process.on("SIGHUP", () => undefined);
     keepInterrupts();
   }
-  if (needsCopyThreads(argv)) {
-    const { startCopyPoolEarly } = await import("../backup/copy/pool.js");
-    startCopyPoolEarly(OFFLINE_WORKER_COUNT);
-  }
+  if (needsCopyThreads(argv)) await startThreads(argv);
   const { runProgram } = await import("./program.js");
   const exitCode = await runProgram(argv, {
     stdout: process.stdout,
@@ -78,6 +75,16 @@ function listenForTheRest(): void {
     // In the next turn: threads that are being started are known then.
     setImmediate(() => void mayEndProcess().then(() => endProcess(EXIT.failed)));
   });
+}
+
+/** The one that opens an RBD image comes first: nothing can be copied until it has spoken to the cluster. */
+async function startThreads(argv: readonly string[]): Promise<void> {
+  if (argv.some((word) => word.startsWith("rbd:"))) {
+    const { startKeeperEarly } = await import("../rbd/keeper.js");
+    startKeeperEarly();
+  }
+  const { startCopyPoolEarly } = await import("../backup/copy/pool.js");
+  startCopyPoolEarly(OFFLINE_WORKER_COUNT);
 }
 
 /**

@@ -45,6 +45,8 @@ class KeeperThread {
     this.#worker.on("message", (reply: KeeperReply) => this.#answered()?.resolve(reply));
     this.#worker.on("error", (error) => this.#failed(messageOf(error)));
     this.#worker.on("exit", (code) => this.#failed(`it ended with code ${code}`));
+    // Until it is asked, it holds nobody.
+    this.#worker.unref();
   }
 
   get isFit(): boolean {
@@ -91,9 +93,23 @@ class KeeperThread {
   }
 }
 
+function takeIdle(): KeeperThread | undefined {
+  const thread = idle.pop();
+  return thread?.isFit === false ? undefined : thread;
+}
+
+/** Starts the thread of the process's first image: it boots while the rest of the program is loaded. */
+export function startKeeperEarly(): void {
+  try {
+    idle.push(new KeeperThread());
+  } catch {
+    // Whoever needs the thread tries again, and says why there is none.
+  }
+}
+
 /** One image's keeper. */
 export class RbdKeeper {
-  readonly #thread: KeeperThread = idle.pop() ?? new KeeperThread();
+  readonly #thread: KeeperThread = takeIdle() ?? new KeeperThread();
   readonly #name: string;
   readonly #door: Door;
   #released: Promise<void> | undefined;
