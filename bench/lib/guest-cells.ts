@@ -216,6 +216,9 @@ export function rbdCells(rbd: RbdPlace): Cell[] {
       ],
     }),
     makeCell(MAIN_PATTERN, "raw", throttle, BUFFERED),
+    // At full speed the guest that writes more leaves the OSD less; here both are served the same.
+    makeCell(FIXED_PATTERN, "raw", NO_TARGET, NO_BACKUP),
+    makeCell(FIXED_PATTERN, "raw", throttle, BUFFERED),
   ];
 }
 
