@@ -30,6 +30,12 @@ export interface BlockStatus {
   hostOffsetBytes?: number | undefined;
 }
 
+/** Bytes of a file from offsetBytes on. */
+export interface FileRange {
+  readonly fd: number;
+  readonly offsetBytes: number;
+}
+
 export interface WriteZeroesOptions {
   /** The storage may be released (NBD: NBD_CMD_FLAG_NO_HOLE is not set; QEMU: BDRV_REQ_MAY_UNMAP). */
   mayUnmap: boolean;
@@ -50,6 +56,12 @@ export interface BlockDevice {
 
   /** Fills buffer[bufferOffset, +lengthBytes) from the device at offsetBytes. */
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
+  /**
+   * Where the range stands in a file as it is, all of it in the page cache now, to be sent from there by reference. What is
+   * written there later may show in what was sent before and not read yet: so it is for the disk as it is, where the two
+   * are one read and one write at the same time, and never for a view of T0. Undefined: it is to be read.
+   */
+  cachedRange?(offsetBytes: number, lengthBytes: number): FileRange | undefined;
   /** Writes buffer[bufferOffset, +lengthBytes). The buffer must stay unchanged until completion. */
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion;
   writeZeroes(offsetBytes: number, lengthBytes: number, options: WriteZeroesOptions): Completion;

@@ -20,7 +20,14 @@
 // Storage that does not answer would hold up the guests of all the disks. So all of it has one limit, a guest
 // write's own; then the gates open and the start has failed. So they do at once when the start is cancelled.
 
-import type { BlockDevice, BlockStatus, Completion, Image, WriteZeroesOptions } from "../block/device.js";
+import type {
+  BlockDevice,
+  BlockStatus,
+  Completion,
+  FileRange,
+  Image,
+  WriteZeroesOptions,
+} from "../block/device.js";
 import { CowcatcherError, toCowcatcherError } from "../errors.js";
 import { GiB } from "../units.js";
 import type { Interceptor } from "./interceptor.js";
@@ -72,6 +79,10 @@ export class DiskNode implements BlockDevice {
 
   read(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {
     return this.image.read(buffer, bufferOffset, lengthBytes, offsetBytes);
+  }
+
+  cachedRange(offsetBytes: number, lengthBytes: number): FileRange | undefined {
+    return this.image.cachedRange?.(offsetBytes, lengthBytes);
   }
 
   write(buffer: Uint8Array, bufferOffset: number, lengthBytes: number, offsetBytes: number): Completion {

@@ -17,10 +17,12 @@ import * as fs from "node:fs";
 import { constants } from "node:os";
 import { CowcatcherError, ioError, toCowcatcherError } from "../errors.js";
 import { libc } from "../native/libc.js";
+import { sendFile } from "../native/send-file.js";
 import { KiB, MiB } from "../units.js";
 import type {
   BlockStatus,
   Completion,
+  FileRange,
   FrozenSource,
   Image,
   ImageFile,
@@ -28,7 +30,7 @@ import type {
 } from "../block/device.js";
 import { DirectFile } from "../block/file/direct.js";
 import { sizeOf } from "../block/file/device-size.js";
-import { assertNotCut, cutShortError } from "../block/file/file-end.js";
+import { assertNotCut, cutShortError, fileEnd } from "../block/file/file-end.js";
 import {
   closeFile,
   errnoError,
@@ -146,6 +148,14 @@ export class RawImage implements Image {
       if (done === lengthBytes) return undefined;
     }
     return this.readLater(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
+  }
+
+  cachedRange(offsetBytes: number, lengthBytes: number): FileRange | undefined {
+    const { name, fd } = this;
+    if (this.directFile !== null || sendFile()?.isCached(fd, offsetBytes, lengthBytes) !== true)
+      return undefined;
+    // A page that the file's end has left may still be there. And the read finds the words for what is wrong.
+    return fileEnd(name, fd) < offsetBytes + lengthBytes ? undefined : { fd, offsetBytes };
   }
 
   private isFirstLargeRead(): boolean {

@@ -18,6 +18,7 @@
 // Main thread only.
 
 import type { Socket } from "node:net";
+import { messageOf } from "../../errors.js";
 import { readByCopy, readDirectly, type SocketReader } from "../wire/direct-socket.js";
 import type { NbdExport, NbdLogger } from "./export.js";
 import { Handshake } from "./handshake.js";
@@ -73,9 +74,17 @@ export class Connection {
     this.receive = new ReceiveBuffer(pool);
     this.socket = tls === undefined ? readDirectly(socket, this.reader) : socket;
     if (tls !== undefined) this.stopReading = readByCopy(socket, this.reader);
-    this.replies = new ReplyQueue(pool, this.socket, () => {
-      this.makeProgress();
-    });
+    this.replies = new ReplyQueue(
+      pool,
+      this.socket,
+      () => {
+        this.makeProgress();
+      },
+      (error) => {
+        this.logger.warn({ problem: messageOf(error) }, "a reply cannot be completed");
+        this.socket.destroy();
+      },
+    );
     this.handshake = new Handshake(exports, this.replies, tls !== undefined, options.refusal);
     this.listenTo(this.socket);
     this.timer = setTimeout(() => {
@@ -115,8 +124,13 @@ export class Connection {
     this.drainTimeoutMs = CLOSE_DRAIN_MS;
     if (this.phase === "securing") this.socket.destroy();
     else if (this.phase === "negotiating") this.finish();
-    else if (this.isEnded && this.replies.isBusy) this.cutOffAfter(CLOSE_DRAIN_MS);
+    else if (this.hasOnlyToSend && this.replies.isBusy) this.cutOffAfter(CLOSE_DRAIN_MS);
     else this.makeProgress();
+  }
+
+  /** The client may take what it is owed, and no more. */
+  private get hasOnlyToSend(): boolean {
+    return this.isEnded || (this.phase === "finishing" && this.replies.isUnfinished);
   }
 
   /** What the client uses, once it has chosen. */
@@ -273,11 +287,12 @@ export class Connection {
     // Paused, it would not notice that the client hangs up.
     if (this.socket.isPaused()) this.socket.resume();
     this.replies.flush();
+    if (this.replies.isUnfinished) this.cutOffAfter(this.drainTimeoutMs);
     this.endWhenAnswered();
   }
 
   private endWhenAnswered(): void {
-    if (this.isEnded || this.requestsInFlight > 0) return;
+    if (this.isEnded || this.requestsInFlight > 0 || this.replies.isUnfinished) return;
     this.isEnded = true;
     this.replies.flush();
     this.cutOffAfter(this.drainTimeoutMs);

@@ -29,6 +29,9 @@ export const MAX_SLAB_BYTES_IN_USE = 1024 * MiB;
  */
 export const FLUSH_AFTER_BYTES = 64 * KiB;
 
+/** From here on a reply's data go by reference to the page cache, which takes a system call more than a small copy. */
+export const SEND_CACHED_MIN_BYTES = 64 * KiB;
+
 /** Device errors of one connection that are logged as warnings. */
 export const MAX_LOGGED_ERRORS = 10;
 

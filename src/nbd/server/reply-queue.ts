@@ -7,12 +7,18 @@
 //   slab   | sealed, with the socket | detached, device reads into it | gathering ....| free |
 //                                                                     ^segmentStart    ^end
 //
+// A reply whose data the page cache has goes to the socket's descriptor itself (file-reply.ts), when nothing else is on its way.
+// While the socket has no room for all of it, everything else waits.
+//
 // A slab's references: one while it is the current slab, one a sealed segment, one a detached stretch. The one that
 // gives back the last reference gives the slab back to the pool. `reserve` and the `commit` or `detach` that belongs
 // to it happen in one turn with nothing between them.
 //
 // Main thread only.
 
+import { sendFile } from "../../native/send-file.js";
+import { descriptorOf } from "../wire/direct-socket.js";
+import { COPIED_BYTES, type FileReply } from "./file-reply.js";
 import { MAX_NEGOTIATION_REPLY_BYTES, MAX_WRITES_QUEUED } from "./limits.js";
 import type { Slab, SlabPool } from "./slab.js";
 
@@ -22,6 +28,9 @@ export interface ReplySocket {
   cork(): void;
   uncork(): void;
 }
+
+/** Until the page cache is looked at again, while a reply waits for it. */
+const UNCACHED_RETRY_MS = 1;
 
 export class ReplyQueue {
   /** Capacity of the slabs that this queue holds. */
@@ -36,6 +45,9 @@ export class ReplyQueue {
   private writing: Slab[] = [];
   private writtenCount = 0;
   private isClosed = false;
+  private unfinished: FileReply | undefined;
+  /** Runs while that one waits for the page cache. */
+  private retry: NodeJS.Timeout | undefined;
   private readonly onWritten = (error?: Error | null): void => {
     if (error !== undefined && error !== null) this.isBroken = true;
     this.written();
@@ -46,11 +58,16 @@ export class ReplyQueue {
     private socket: ReplySocket,
     /** Called whenever the socket has taken a write. */
     private readonly onProgress: () => void,
+    /** Called when a reply that was begun cannot be completed: the queue is closed. */
+    private readonly onFailure: (error: unknown) => void = () => undefined,
   ) {}
 
   /** The socket has not yet taken everything. */
   get isBusy(): boolean {
-    return this.writing.length > this.writtenCount || this.ready.length > 0 || this.end > this.segmentStart;
+    const { writing, writtenCount, ready } = this;
+    return (
+      writing.length > writtenCount || ready.length > 0 || this.end > this.segmentStart || this.isUnfinished
+    );
   }
 
   /** The server's slabs are nearly used up. */
@@ -132,9 +149,76 @@ export class ReplyQueue {
     return this.end - this.segmentStart;
   }
 
+  /** Nothing is on its way to the socket: what is written to its descriptor now comes next. */
+  get canSendNow(): boolean {
+    return !this.isBusy && !this.isClosed && !this.isBroken && descriptorOf(this.socket) !== undefined;
+  }
+
+  /** A reply that `sendNow` has begun has not left yet. Others wait for it. */
+  get isUnfinished(): boolean {
+    return this.unfinished !== undefined;
+  }
+
+  /**
+   * Sends a reply whose head was reserved last, headerBytes long, and whose data are a file's: as much as the socket has room
+   * for, and the rest when it has. Only where `canSendNow`.
+   */
+  sendNow(headerBytes: number, data: FileReply): void {
+    const { slab, end: at } = this;
+    const socketFd = descriptorOf(this.socket);
+    const { buffer, byteOffset } = slab.bytes;
+    const result =
+      socketFd === undefined ? 0 : sendFile()?.sendHead(socketFd, buffer, byteOffset + at, headerBytes);
+    const sent = Math.max(0, result ?? 0);
+    this.unfinished = data;
+    if (sent < headerBytes) this.writeNow(at + sent, at + headerBytes);
+    else this.sendOn(data);
+  }
+
+  private sendOn(data: FileReply): void {
+    try {
+      const outcome = data.sendTo(descriptorOf(this.socket));
+      if (outcome === "done") {
+        this.unfinished = undefined;
+        this.giveBackIdle();
+        this.flush();
+      } else if (outcome === "uncached") {
+        this.retry = setTimeout(() => {
+          this.sendOn(data);
+          this.onProgress();
+        }, UNCACHED_RETRY_MS);
+      } else {
+        this.seal();
+        const at = this.reserve(COPIED_BYTES);
+        this.writeNow(at, at + data.copyNext(this.slab.bytes, at));
+      }
+    } catch (error) {
+      // The client has the head of a reply that says that it went well.
+      this.close();
+      this.onFailure(error);
+    }
+  }
+
+  /** What was reserved last, past what is ready. */
+  private writeNow(start: number, end: number): void {
+    const { slab } = this;
+    slab.references++;
+    this.segmentStart = this.end = end;
+    this.writing.push(slab);
+    this.socket.write(slab.bytes.subarray(start, end), this.onWritten);
+  }
+
+  /** The current slab, where no reply is in it. */
+  private giveBackIdle(): void {
+    const { current } = this;
+    if (current === undefined || current.references > 1 || this.end !== this.segmentStart) return;
+    this.current = undefined;
+    this.release(current);
+  }
+
   flush(): void {
     this.seal();
-    if (this.ready.length === 0) return;
+    if (this.ready.length === 0 || this.isUnfinished) return;
     const segments = this.ready;
     this.ready = [];
     if (this.isClosed) {
@@ -152,6 +236,8 @@ export class ReplyQueue {
   /** The socket is gone: replies are dropped from now on. */
   close(): void {
     this.isClosed = true;
+    this.unfinished = undefined;
+    clearTimeout(this.retry);
     this.flush();
     while (this.writtenCount < this.writing.length) this.written();
     const { current } = this;
@@ -176,6 +262,8 @@ export class ReplyQueue {
       this.writtenCount = 0;
     }
     this.release(slab);
+    const { unfinished, queuedWrites, isBroken } = this;
+    if (unfinished !== undefined && queuedWrites === 0 && !isBroken) this.sendOn(unfinished);
     this.onProgress();
   }
 

@@ -16,9 +16,10 @@
 // Specification: doc/proto.md, "Transmission phase". Main thread only.
 
 import { messageOf } from "../../errors.js";
-import type { BlockDevice, Completion } from "../../block/device.js";
+import type { BlockDevice, Completion, FileRange } from "../../block/device.js";
 import type { NbdLogger } from "./export.js";
 import type { Negotiated } from "./handshake.js";
+import { FileReply } from "./file-reply.js";
 import {
   FLUSH_AFTER_BYTES,
   HOLE_SEARCH_MIN_BYTES,
@@ -27,6 +28,7 @@ import {
   MAX_REQUESTS_IN_FLIGHT,
   MAX_SLAB_BYTES_PER_CONNECTION,
   MAX_WRITES_QUEUED,
+  SEND_CACHED_MIN_BYTES,
 } from "./limits.js";
 import {
   MAX_PAYLOAD_BYTES,
@@ -116,7 +118,7 @@ export class Transmission {
         this.needBytes = headerBytes + request.payloadBytes;
         if (end - at < this.needBytes) break;
       }
-      if (this.isOverBound()) {
+      if (this.isOverBound() || (error === 0 && this.isToBeSentNext())) {
         this.isWaiting = true;
         break;
       }
@@ -146,6 +148,12 @@ export class Transmission {
     if (!isOwnBoundReached && !this.replies.isPoolExhausted) return false;
     // Only what will be given back is worth waiting for.
     return this.requestsInFlight > 0 || this.replies.isBusy;
+  }
+
+  /** A read that needs no copy if it waits for the one that is being sent. */
+  private isToBeSentNext(): boolean {
+    if (!this.replies.isUnfinished || this.request.command !== NBD_CMD_READ) return false;
+    return this.cachedRange() !== undefined;
   }
 
   private refuse(error: number): void {
@@ -240,6 +248,7 @@ export class Transmission {
       const plan = this.holeSearch.plan(offsetBytes, lengthBytes);
       if (plan !== undefined) return this.readSparse(plan);
     }
+    if (this.sendCached()) return;
     const replyBytes = writer.dataHeaderBytes + lengthBytes;
     const at = replies.reserve(replyBytes);
     const { slab } = replies;
@@ -252,6 +261,26 @@ export class Transmission {
     }
     if (completion === undefined) replies.commit(replyBytes);
     else void this.sendLater(completion, request.copy(), at, replyBytes);
+  }
+
+  /** Sends what the page cache has without a copy, where nothing else is on its way. */
+  private sendCached(): boolean {
+    const { replies, request, writer, device } = this;
+    if (!replies.canSendNow) return false;
+    const range = this.cachedRange();
+    if (range === undefined) return false;
+    const { dataHeaderBytes } = writer;
+    const { offsetBytes, lengthBytes } = request;
+    const at = replies.reserve(dataHeaderBytes);
+    writer.writeDataHeader(replies.slab.view, at, request, true, offsetBytes, lengthBytes);
+    replies.sendNow(dataHeaderBytes, new FileReply(device.name, range, lengthBytes));
+    return true;
+  }
+
+  private cachedRange(): FileRange | undefined {
+    const { offsetBytes, lengthBytes } = this.request;
+    if (lengthBytes < SEND_CACHED_MIN_BYTES) return undefined;
+    return this.device.cachedRange?.(offsetBytes, lengthBytes);
   }
 
   private readSparse(plan: SparseRead): void {

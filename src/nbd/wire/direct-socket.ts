@@ -14,7 +14,19 @@ export interface SocketReader {
   received(byteCount: number): void;
 }
 
+/**
+ * The descriptor that a plain socket's bytes go to, for system calls of our own. Undefined: its bytes are changed on their way
+ * (TLS), or it is closed. To be asked for anew each time, as the number may be another file's later.
+ */
+export function descriptorOf(socket: object): number | undefined {
+  if (socket.constructor !== Socket || (socket as Socket).destroyed || (socket as Socket).writableEnded)
+    return undefined;
+  const fd = (socket as SocketWithHandle)._handle?.fd;
+  return typeof fd === "number" && fd >= 0 ? fd : undefined;
+}
+
 interface MovableHandle {
+  fd?: unknown;
   useUserBuffer: unknown;
   readStart: unknown;
 }

@@ -1,0 +1,68 @@
+// A reply whose data leave a file's page cache for the socket without a copy in between, as the socket has room.
+//
+// Node tells that a socket has room only of what was written through it. So a small part of what the socket has none for is
+// copied and written (`copyNext`), and when that has left the rest goes on.
+//
+// Nothing here waits for a disk: what the page cache has lost meanwhile (a client may take its time) is asked for, and
+// looked for again a little later. Main thread only.
+
+import type { FileRange } from "../../block/device.js";
+import { assertNotCut, cutShortError } from "../../block/file/file-end.js";
+import { readFullySync } from "../../block/file/fileio.js";
+import { libc, POSIX_FADV_WILLNEED } from "../../native/libc.js";
+import { sendFile } from "../../native/send-file.js";
+import { KiB, MiB } from "../../units.js";
+
+/** What is copied: a page, which tells as much as more would. */
+export const COPIED_BYTES = 4 * KiB;
+/** In one call, and looked for in the page cache. More than any socket holds. */
+const PIECE_BYTES = 1 * MiB;
+
+export class FileReply {
+  private readonly fd: number;
+  private readonly endBytes: number;
+  private atBytes: number;
+
+  /** @param name of the file, for errors */
+  constructor(
+    private readonly name: string,
+    { fd, offsetBytes }: FileRange,
+    lengthBytes: number,
+  ) {
+    this.fd = fd;
+    this.atBytes = offsetBytes;
+    this.endBytes = offsetBytes + lengthBytes;
+  }
+
+  /**
+   * Hands over what the socket has room for.
+   * @param socketFd undefined: the socket is gone, as its events will tell
+   * @returns all has left; the socket is full (or has failed); the page cache does not have what comes next
+   * @throws CowcatcherError IO where the file has become shorter
+   */
+  sendTo(socketFd: number | undefined): "done" | "full" | "uncached" {
+    const calls = sendFile();
+    while (this.atBytes < this.endBytes) {
+      if (socketFd === undefined || calls === null) return "full";
+      const pieceBytes = Math.min(PIECE_BYTES, this.endBytes - this.atBytes);
+      if (!calls.isCached(this.fd, this.atBytes, pieceBytes)) {
+        assertNotCut(this.name, this.fd, this.endBytes, this.atBytes);
+        libc?.fadvise(this.fd, this.atBytes, pieceBytes, POSIX_FADV_WILLNEED);
+        return "uncached";
+      }
+      const count = calls.sendFile(socketFd, this.fd, this.atBytes, pieceBytes);
+      if (count <= 0) return "full";
+      this.atBytes += count;
+    }
+    return "done";
+  }
+
+  /** Of what comes next, after `sendTo` found the socket full: it is cached. @throws CowcatherError IO */
+  copyNext(bytes: Uint8Array, at: number): number {
+    const lengthBytes = Math.min(COPIED_BYTES, this.endBytes - this.atBytes);
+    const count = readFullySync(this.name, this.fd, bytes, at, lengthBytes, this.atBytes);
+    if (count < lengthBytes) throw cutShortError(this.name, this.atBytes + count, this.endBytes);
+    this.atBytes += lengthBytes;
+    return lengthBytes;
+  }
+}
