@@ -1,16 +1,16 @@
 // Requests to io_uring (native/io-uring.ts), in the rhythm of the event loop.
 //
-//   start() ──► an entry of the ring ──► end of the turn: one system call for all ──► in flight
-//       └─ no place ─► waiting ─► an entry …                                            │
+//   start() ──► an entry of the ring ──► four, or the end of the turn: one system call ──► in flight
+//       └─ no place ─► waiting ─► an entry …                                                 │
 //   settle(result) ◄── reaped: at the end of a turn, or when the eventfd wakes the loop ◄┘
 //
-// The end of a turn is setImmediate: whatever the sockets asked for in one turn of the loop goes to the kernel together,
-// as replies do on their way back. While the loop runs, completions are found by a look at memory; when it sleeps the
+// The end of a turn is setImmediate: whatever the sockets asked for in one turn of the loop goes to the kernel by then,
+// and replies go back together. While the loop runs, completions are found by a look at memory; when it sleeps the
 // eventfd wakes it (native/loop-event.ts). A request that is alone is waited for in the system call, where nobody else
 // wants the thread (lone-requests.ts).
 //
-// Bounds: no more requests are handed over in a turn than the submission ring has places for, and no more are in flight
-// than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has
+// Bounds: of those that wait no more are handed over in a turn than the submission ring has places for, and no more are in
+// flight than the completion ring has. Who comes later waits in line, and the line is bounded by who asks: an NBD connection has
 // a bound of its own, a copy's workers have, and each file's bounce buffers are counted.
 //
 // A request holds its buffer from `start` until `settle`: the kernel may write into it until then. The queue holds the
@@ -28,6 +28,11 @@ import { LoneRequests } from "./lone-requests.js";
 const SQ_ENTRIES = 128;
 /** Requests in flight at most. Before Linux 5.12 rings count as locked memory, of which a user may have 64 KiB only. */
 const CQ_ENTRIES = 1024;
+/**
+ * So many are handed over before the turn's end: while the thread takes in the others, the device works. Where a guest's
+ * requests went to the device all together it stood still as long as the thread worked, and the thread as long as it did.
+ */
+const AT_ONCE = 4;
 /** After the kernel was short of memory for a request. */
 const RETRY_MS = 1;
 /** The loop is held up for so long at most, by a disk that has begun to be slow. */
@@ -107,6 +112,7 @@ export class RingQueue {
     if (this.isBroken) return request.settle(null);
     if (!this.isBusy) this.waker.setAwaited(true);
     if (this.waiting.length > 0 || !this.prepare(request)) this.waiting.push(request);
+    else if (this.ring.preparedCount >= AT_ONCE) this.submit(this.ring.submit());
     this.scheduleTurnEnd();
   }
 

@@ -141,7 +141,16 @@ function start(...offsets: number[]): void {
 }
 
 describe("the queue in front of io_uring", () => {
-  it("hands over all requests of a turn in one system call, and none before its end", async () => {
+  it("hands over four before the turn's end, and the rest of them at it", async () => {
+    start(0, 1, 2);
+    expect(ring.calls).toEqual([]);
+    start(3, 4);
+    expect(ring.calls).toEqual([[0, 1, 2, 3]]);
+    await turn();
+    expect(ring.calls).toEqual([[0, 1, 2, 3], [4]]);
+  });
+
+  it("hands over a few requests of a turn in one system call, and none before its end", async () => {
     start(0, 1);
     await Promise.resolve();
     start(2);
@@ -183,8 +192,10 @@ describe("the queue in front of io_uring", () => {
   it("lets wait in line what has no place, with no more in flight than the ring has completions for", async () => {
     start(0, 1, 2, 3, 4, 5, 6, 7, 8);
     await turn();
-    // As many as one system call takes, and then everybody else's turn.
-    expect(ring.calls).toEqual([[0, 1, 2, 3]]);
+    expect(ring.calls).toEqual([
+      [0, 1, 2, 3],
+      [4, 5],
+    ]);
     await turn();
     expect(ring.offsetsInFlight).toEqual([0, 1, 2, 3, 4, 5]);
     ring.complete(3, 8);
@@ -259,10 +270,20 @@ describe("the queue in front of io_uring", () => {
   });
 
   it("gives back those in line, too, when the ring fails", async () => {
-    ring.answers.push(-ENXIO);
-    start(0, 1, 2, 3, 4, 5);
+    ring.answers.push(4, -ENXIO);
+    start(0, 1, 2, 3, 4, 5, 6, 7, 8);
     expect(results).toEqual([]);
     await turn();
+    expect(results).toEqual([4, 5, 6, 7, 8].map((offset) => [offset, null]));
+    expect([ring.calls, queue.isBusy]).toEqual([[[0, 1, 2, 3]], true]);
+    for (const offset of [0, 1, 2, 3]) ring.complete(offset, 8);
+    queue.look();
+    expect([queue.isBusy, isAwaited]).toEqual([false, false]);
+  });
+
+  it("gives back at once what a ring that fails was to take before the turn's end", () => {
+    ring.answers.push(-ENXIO);
+    start(0, 1, 2, 3, 4, 5);
     expect(results).toEqual([0, 1, 2, 3, 4, 5].map((offset) => [offset, null]));
     expect([ring.calls, queue.isBusy, isAwaited]).toEqual([[], false, false]);
   });
