@@ -9,12 +9,14 @@
 import type { FileRange } from "../../block/device.js";
 import { assertNotCut, cutShortError } from "../../block/file/file-end.js";
 import { readFullySync } from "../../block/file/fileio.js";
-import { libc, POSIX_FADV_WILLNEED } from "../../native/libc.js";
+import { EAGAIN, libc, POSIX_FADV_WILLNEED } from "../../native/libc.js";
 import { sendFile } from "../../native/send-file.js";
 import { KiB, MiB } from "../../units.js";
 
-/** What is copied: a page, which tells as much as more would. */
-export const COPIED_BYTES = 4 * KiB;
+/** What is copied where the socket is full: a page, which tells as much as more would. */
+const COPIED_BYTES = 4 * KiB;
+/** Of a file whose file system has no such way to a socket: then all of it is copied. */
+const ALL_COPIED_BYTES = 256 * KiB;
 /** In one call, and looked for in the page cache. More than any socket holds. */
 const PIECE_BYTES = 1 * MiB;
 
@@ -22,6 +24,8 @@ export class FileReply {
   private readonly fd: number;
   private readonly endBytes: number;
   private atBytes: number;
+  /** `copyNext` copies so much at most. */
+  copyBytes = COPIED_BYTES;
 
   /** @param name of the file, for errors */
   constructor(
@@ -51,7 +55,10 @@ export class FileReply {
         return "uncached";
       }
       const count = calls.sendFile(socketFd, this.fd, this.atBytes, pieceBytes);
-      if (count <= 0) return "full";
+      if (count <= 0) {
+        if (count < 0 && count !== -EAGAIN) this.copyBytes = ALL_COPIED_BYTES;
+        return "full";
+      }
       this.atBytes += count;
     }
     return "done";
@@ -59,7 +66,7 @@ export class FileReply {
 
   /** Of what comes next, after `sendTo` found the socket full: it is cached. @throws CowcatherError IO */
   copyNext(bytes: Uint8Array, at: number): number {
-    const lengthBytes = Math.min(COPIED_BYTES, this.endBytes - this.atBytes);
+    const lengthBytes = Math.min(this.copyBytes, this.endBytes - this.atBytes);
     const count = readFullySync(this.name, this.fd, bytes, at, lengthBytes, this.atBytes);
     if (count < lengthBytes) throw cutShortError(this.name, this.atBytes + count, this.endBytes);
     this.atBytes += lengthBytes;

@@ -18,7 +18,7 @@
 
 import { sendFile } from "../../native/send-file.js";
 import { descriptorOf } from "../wire/direct-socket.js";
-import { COPIED_BYTES, type FileReply } from "./file-reply.js";
+import type { FileReply } from "./file-reply.js";
 import { MAX_NEGOTIATION_REPLY_BYTES, MAX_WRITES_QUEUED } from "./limits.js";
 import type { Slab, SlabPool } from "./slab.js";
 
@@ -85,9 +85,9 @@ export class ReplyQueue {
     this.socket = socket;
   }
 
-  /** Writes that the socket has not taken yet. */
+  /** Writes that the socket has not taken yet, or that wait for a reply that has not left. */
   get queuedWrites(): number {
-    return this.writing.length - this.writtenCount;
+    return this.writing.length - this.writtenCount + this.ready.length;
   }
 
   /** The slab that the last `reserve` reserved in. */
@@ -189,7 +189,7 @@ export class ReplyQueue {
         }, UNCACHED_RETRY_MS);
       } else {
         this.seal();
-        const at = this.reserve(COPIED_BYTES);
+        const at = this.reserve(data.copyBytes);
         this.writeNow(at, at + data.copyNext(this.slab.bytes, at));
       }
     } catch (error) {
@@ -262,8 +262,9 @@ export class ReplyQueue {
       this.writtenCount = 0;
     }
     this.release(slab);
-    const { unfinished, queuedWrites, isBroken } = this;
-    if (unfinished !== undefined && queuedWrites === 0 && !isBroken) this.sendOn(unfinished);
+    const { unfinished, isBroken } = this;
+    const isSent = this.writing.length === this.writtenCount;
+    if (unfinished !== undefined && isSent && !isBroken) this.sendOn(unfinished);
     this.onProgress();
   }
 

@@ -9,6 +9,8 @@ import type { FileRange } from "../../../../src/block/device.js";
 import { SnapshotDevice } from "../../../../src/cow/snapshot-device.js";
 import { openRaw } from "../../../../src/image/raw.js";
 import { sendFile, type SendFile } from "../../../../src/native/send-file.js";
+import { EINVAL } from "../../../../src/native/libc.js";
+import { MAX_WRITES_QUEUED } from "../../../../src/nbd/server/limits.js";
 import * as nbd from "../../../../src/nbd/wire/protocol.js";
 import { KiB, MiB } from "../../../../src/units.js";
 import { MemoryDevice, type RawClient, requestBytes, TestServer, until } from "../../../support/nbd-peer.js";
@@ -161,6 +163,31 @@ file("replies from the page cache", () => {
     await expectData(client, 1, 0, LONG);
     await expectData(client, 2, 5, 100_000);
     expect(lost).toBeLessThan(1);
+  });
+
+  it("are copied where the file system has no way to a socket", async () => {
+    const client = await server.client();
+    vi.spyOn(calls as SendFile, "sendFile").mockReturnValue(-EINVAL);
+    client.send(read(1, 0, LONG), read(2, 5, 100_000));
+    await expectData(client, 1, 0, LONG);
+    await expectData(client, 2, 5, 100_000);
+  });
+
+  it("hold up whoever has many small replies behind one that it does not take", async () => {
+    const client = await server.client();
+    client.socket.pause();
+    client.send(read(1, 0, LONG));
+    await until(() => device.rangeCount === 1);
+    const COUNT = 3 * MAX_WRITES_QUEUED;
+    for (let sent = 0; sent < COUNT; sent++) {
+      client.send(requestBytes(nbd.NBD_CMD_FLUSH, { cookie: BigInt(sent) }));
+      await new Promise(setImmediate);
+    }
+    expect(device.calls.length).toBeLessThanOrEqual(MAX_WRITES_QUEUED);
+    client.socket.resume();
+    await expectData(client, 1, 0, LONG);
+    for (let got = 0; got < COUNT; got++) await client.simpleReply();
+    expect(device.calls).toHaveLength(COUNT);
   });
 
   it("are completed before a server that is shut down hangs up", async () => {
