@@ -3,6 +3,7 @@ import { createServer, type Socket } from "node:net";
 import { afterEach, describe, expect, test, vi } from "vitest";
 import { CowcatcherError } from "../../../../src/errors.js";
 import type { NbdExport } from "../../../../src/nbd/server/export.js";
+import { MAX_WRITES_QUEUED } from "../../../../src/nbd/server/limits.js";
 import * as nbd from "../../../../src/nbd/wire/protocol.js";
 import {
   goData,
@@ -355,8 +356,12 @@ describe("bounds", () => {
     const device = disk();
     const client = await (await start(device)).client();
     client.socket.pause();
-    const flushes = 200_000;
-    client.send(Buffer.concat(Array<Buffer>(flushes).fill(requestBytes(nbd.NBD_CMD_FLUSH))));
+    const flushes = 6 * MAX_WRITES_QUEUED;
+    // In turns of their own, so that each reply is a write: many that come at once are answered by one.
+    for (let sent = 0; sent < flushes; sent++) {
+      client.send(requestBytes(nbd.NBD_CMD_FLUSH));
+      await new Promise(setImmediate);
+    }
     let seen = -1;
     await until(() => {
       const isSettled = seen === device.calls.length && seen > 0;
