@@ -1,6 +1,6 @@
 // Ceph at its worst, for longer than a suite may take: a cluster of its own that is filled, shuts clients out, and loses its OSD
 // again and again under live backups.
-import { writeFileSync } from "node:fs";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { tmpdir } from "node:os";
 import { afterAll, afterEach, beforeAll, beforeEach, expect, it } from "vitest";
@@ -18,12 +18,18 @@ const SLOW = ["--rate-limit", "1M"];
 const STALE_MS = 75_000;
 
 let ceph: CephCluster;
+let home: string;
 let folder: string;
 
 beforeAll(async () => {
-  ceph = await startCeph(join(scratchFolder(tmpdir()), "ceph"));
+  // For all tests: a scratch folder goes with the first of them.
+  home = mkdtempSync(join(tmpdir(), "cowcatcher-ceph-"));
+  ceph = await startCeph(join(home, "ceph"));
 });
-afterAll(() => ceph.stop());
+afterAll(async () => {
+  await ceph.stop();
+  rmSync(home, { recursive: true, force: true });
+});
 beforeEach(() => {
   folder = scratchFolder();
   writeFileSync(at("disk.raw"), noise(SIZE));
