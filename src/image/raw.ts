@@ -150,11 +150,10 @@ export class RawImage implements Image {
     return this.readLater(buffer, bufferOffset + done, lengthBytes - done, offsetBytes + done);
   }
 
+  /** Of a file in memory alone: of any other nobody says which cached pages have been read, and which are being read. */
   cachedRange(offsetBytes: number, lengthBytes: number): FileRange | undefined {
     const { name, fd } = this;
-    if (this.directFile !== null || sendFile()?.isCached(fd, offsetBytes, lengthBytes) !== true)
-      return undefined;
-    // A page that the file's end has left may still be there. And the read finds the words for what is wrong.
+    if (!this.isInMemory || sendFile() === null) return undefined;
     return fileEnd(name, fd) < offsetBytes + lengthBytes ? undefined : { fd, offsetBytes };
   }
 

@@ -34,7 +34,6 @@ const SMALLEST_PAGE_BYTES = 4_096;
 export const F_RDLCK = 0;
 export const F_WRLCK = 1;
 export const F_UNLCK = 2;
-export const POSIX_FADV_WILLNEED = 3;
 export const POSIX_FADV_DONTNEED = 4;
 
 const FS_IOC_FIEMAP = 0xc020_660b;

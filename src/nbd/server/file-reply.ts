@@ -3,13 +3,12 @@
 // Node tells that a socket has room only of what was written through it. So a small part of what the socket has none for is
 // copied and written (`copyNext`), and when that has left the rest goes on.
 //
-// Nothing here waits for a disk: what the page cache has lost meanwhile (a client may take its time) is asked for, and
-// looked for again a little later. Main thread only.
+// Nothing here waits for a disk, as the file is one in memory (RawImage.cachedRange). Main thread only.
 
 import type { FileRange } from "../../block/device.js";
-import { assertNotCut, cutShortError } from "../../block/file/file-end.js";
+import { cutShortError } from "../../block/file/file-end.js";
 import { readFullySync } from "../../block/file/fileio.js";
-import { EAGAIN, libc, POSIX_FADV_WILLNEED } from "../../native/libc.js";
+import { EAGAIN } from "../../native/libc.js";
 import { sendFile } from "../../native/send-file.js";
 import { KiB, MiB } from "../../units.js";
 
@@ -17,7 +16,7 @@ import { KiB, MiB } from "../../units.js";
 const COPIED_BYTES = 4 * KiB;
 /** Of a file whose file system has no such way to a socket: then all of it is copied. */
 const ALL_COPIED_BYTES = 256 * KiB;
-/** In one call, and looked for in the page cache. More than any socket holds. */
+/** In one call. More than any socket holds. */
 const PIECE_BYTES = 1 * MiB;
 
 export class FileReply {
@@ -41,19 +40,13 @@ export class FileReply {
   /**
    * Hands over what the socket has room for.
    * @param socketFd undefined: the socket is gone, as its events will tell
-   * @returns all has left; the socket is full (or has failed); the page cache does not have what comes next
-   * @throws CowcatcherError IO where the file has become shorter
+   * @returns all has left; or the socket is full, or has failed
    */
-  sendTo(socketFd: number | undefined): "done" | "full" | "uncached" {
+  sendTo(socketFd: number | undefined): "done" | "full" {
     const calls = sendFile();
     while (this.atBytes < this.endBytes) {
       if (socketFd === undefined || calls === null) return "full";
       const pieceBytes = Math.min(PIECE_BYTES, this.endBytes - this.atBytes);
-      if (!calls.isCached(this.fd, this.atBytes, pieceBytes)) {
-        assertNotCut(this.name, this.fd, this.endBytes, this.atBytes);
-        libc?.fadvise(this.fd, this.atBytes, pieceBytes, POSIX_FADV_WILLNEED);
-        return "uncached";
-      }
       const count = calls.sendFile(socketFd, this.fd, this.atBytes, pieceBytes);
       if (count <= 0) {
         if (count < 0 && count !== -EAGAIN) this.copyBytes = ALL_COPIED_BYTES;

@@ -29,9 +29,6 @@ export interface ReplySocket {
   uncork(): void;
 }
 
-/** Until the page cache is looked at again, while a reply waits for it. */
-const UNCACHED_RETRY_MS = 1;
-
 export class ReplyQueue {
   /** Capacity of the slabs that this queue holds. */
   heldBytes = 0;
@@ -46,8 +43,6 @@ export class ReplyQueue {
   private writtenCount = 0;
   private isClosed = false;
   private unfinished: FileReply | undefined;
-  /** Runs while that one waits for the page cache. */
-  private retry: NodeJS.Timeout | undefined;
   private readonly onWritten = (error?: Error | null): void => {
     if (error !== undefined && error !== null) this.isBroken = true;
     this.written();
@@ -177,16 +172,10 @@ export class ReplyQueue {
 
   private sendOn(data: FileReply): void {
     try {
-      const outcome = data.sendTo(descriptorOf(this.socket));
-      if (outcome === "done") {
+      if (data.sendTo(descriptorOf(this.socket)) === "done") {
         this.unfinished = undefined;
         this.giveBackIdle();
         this.flush();
-      } else if (outcome === "uncached") {
-        this.retry = setTimeout(() => {
-          this.sendOn(data);
-          this.onProgress();
-        }, UNCACHED_RETRY_MS);
       } else {
         this.seal();
         const at = this.reserve(data.copyBytes);
@@ -237,7 +226,6 @@ export class ReplyQueue {
   close(): void {
     this.isClosed = true;
     this.unfinished = undefined;
-    clearTimeout(this.retry);
     this.flush();
     while (this.writtenCount < this.writing.length) this.written();
     const { current } = this;
